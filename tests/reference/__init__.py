@@ -1,0 +1,1 @@
+"""Slow, written-out reference computations that the tests compare the layers with."""

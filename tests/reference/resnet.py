@@ -1,0 +1,81 @@
+"""Reference forward pass of a ResNet, plain or gated by SE, DIA or ASR, from a flat state dict."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, max_pool2d
+
+from .asr import asr_gate
+from .blocks import batchnorm, branch, relu, se_gate, shortcut
+from .dia import dia_cell
+
+
+def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose keys start with ``prefix``, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _generators(state: dict[str, Tensor], name: str) -> list[dict[str, Tensor]]:
+    """The parameters of the ASR generators 0, 1, ... below ``name``."""
+    generators: list[dict[str, Tensor]] = []
+    while f"{name}.generators.{len(generators)}.psi" in state:
+        generators.append(_below(state, f"{name}.generators.{len(generators)}."))
+    return generators
+
+
+def forward(
+    state: dict[str, Tensor],
+    x: Tensor,
+    *,
+    layout: str,
+    block: str,
+    layers: list[int],
+    mechanism: str | None,
+    groups: int = 1,
+    trace: list | None = None,
+) -> Tensor:
+    """Logits (B, classes) of images x (B, 3, H, W) in eval mode, in the dtype of x.
+
+    ``layout`` is "imagenet" or "cifar" (3x3 stem, no max-pool), ``block`` "basic" or "bottleneck",
+    ``layers`` the blocks per stage. ``mechanism`` is None, "se" (arXiv 1709.01507), "dia" (arXiv
+    1905.10671; one cell and a fresh zero state per stage) or "asr" (arXiv 2304.06345); its gate
+    multiplies the branch after the last batch norm, before the shortcut is added. ``trace`` receives
+    one dict per block: stage (from 1), index (from 0), f (B, C, H, W) before the gate, gate ((B, C);
+    (C,) for "asr"; None without mechanism) and output.
+    """
+    if layout not in ("imagenet", "cifar") or mechanism not in (None, "se", "dia", "asr"):
+        raise ValueError(f"unknown layout {layout!r} or mechanism {mechanism!r}")
+    state = {key: value.to(x.dtype) for key, value in state.items() if value.is_floating_point()}
+
+    if layout == "imagenet":
+        x = conv2d(x, state["conv1.weight"], stride=2, padding=3)
+        x = relu(batchnorm(state, "bn1", x))
+        x = max_pool2d(x, kernel_size=3, stride=2, padding=1)
+    else:
+        x = conv2d(x, state["conv1.weight"], stride=1, padding=1)
+        x = relu(batchnorm(state, "bn1", x))
+
+    for stage, blocks in enumerate(layers, start=1):
+        h = c = torch.empty(0)
+        for index in range(blocks):
+            name = f"layer{stage}.{index}"
+            stride = 2 if stage > 1 and index == 0 else 1
+            f = branch(state, name, x, block, stride, groups)
+            gate, gated = None, f
+            if mechanism == "se":
+                gate = se_gate(state, f"{name}.se", f)
+                gated = f * gate[:, :, None, None]
+            elif mechanism == "dia":
+                g = f.mean(dim=(2, 3))
+                if index == 0:
+                    h, c = torch.zeros_like(g), torch.zeros_like(g)
+                h, c = dia_cell(g, h, c, _below(state, f"layer{stage}.0.dia."))
+                gate = h
+                gated = f * gate[:, :, None, None]
+            elif mechanism == "asr":
+                gate = asr_gate(_generators(state, f"{name}.se"))
+                gated = f * gate[None, :, None, None]
+            x = relu(shortcut(state, name, x, stride) + gated)
+            if trace is not None:
+                trace.append({"stage": stage, "index": index, "f": f, "gate": gate, "output": x})
+
+    return x.mean(dim=(2, 3)) @ state["fc.weight"].T + state["fc.bias"]

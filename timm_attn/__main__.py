@@ -1,0 +1,18 @@
+"""``python -m timm_attn``: the command line, or a script that sees this package's models.
+
+If the first argument ends in ``.py`` it is run as a script with the models registered, e.g.
+``python -m timm_attn validate.py --model resnet50_dia ...`` for timm's own scripts.
+"""
+
+import runpy
+import sys
+
+if len(sys.argv) > 1 and sys.argv[1].endswith(".py"):
+    import timm_attn  # noqa: F401 (registers the models)
+
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+else:
+    from timm_attn.cli import main
+
+    main()

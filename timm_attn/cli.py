@@ -1,0 +1,240 @@
+"""The command ``timm-attn``."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from tyro.conf import OmitArgPrefixes, Positional
+from tyro.extras import SubcommandApp
+
+from .errors import UserError
+from .fold import FoldError, NothingToFold, example_input, fold, relative_difference
+from .models import model_names, parse_name
+from .training import Recipe, load_model, validate
+from .training import resume as resume_run
+from .training import train as train_run
+from .training.recipe import recipe_arguments
+from .training.run import save_model
+from .weights import WeightsError, checkpoints
+
+app = SubcommandApp()
+console = Console(soft_wrap=True, highlight=False)
+
+
+@app.command
+def train(
+    model: Positional[str | None] = None,
+    /,
+    recipe: Path | None = None,
+    resume: Path | None = None,
+    out: Path | None = None,
+    options: OmitArgPrefixes[Recipe] = Recipe(),  # noqa: B008 (frozen)
+) -> None:
+    """Train a model and write a run folder, or go on with one.
+
+    Under `accelerate launch scripts/train.py` with the same arguments it uses every process it is given.
+
+    Args:
+        model: Model name, e.g. resnet20_dia.
+        recipe: YAML file with any of the options below; options on the command line override it.
+        resume: Go on with this run folder. Takes no other argument.
+        out: Run folder to make; runs/<model>_<data>_s<seed> by default.
+    """
+    if resume is not None:
+        if model is not None or out is not None or options != Recipe():
+            raise UserError("--resume goes on with the recipe of the run: give it no other arguments")
+        resume_run(resume)
+        run = resume
+    else:
+        if model is None:
+            raise UserError("name a model to train, e.g. `timm-attn train resnet20_dia --data digits`")
+        data = Path(options.data).name or "data"
+        run = out or Path("runs") / f"{model}_{data}_s{options.seed}"
+        try:
+            train_run(model, options, run)
+        except KeyboardInterrupt:
+            raise UserError(f"stopped; `timm-attn train --resume {run}` goes on") from None
+    console.print(f"run folder: {run}")
+
+
+@app.command(name="validate")
+def validate_command(
+    model: Positional[str],
+    /,
+    data: str,
+    split: str | None = None,
+    batch_size: int = 128,
+    precision: Annotated[str, tyro.conf.arg(constructor=str)] = "no",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    workers: int = 2,
+) -> None:
+    """Print top-1, top-5, loss and images per second of a model.
+
+    Args:
+        model: A model name with pretrained weights, a run folder, a hub folder, or hf-hub:ORG/NAME.
+        data: A folder of parquet files or images, a Hugging Face dataset id, or digits.
+        split: Split to measure on; test by default, validation where there is no test.
+        batch_size: Images per batch.
+        precision: no (fp32), bf16 or fp16.
+        image_column: Image column; found by its type by default.
+        label_column: Label column; found by its type by default.
+        workers: Processes that decode larger images.
+    """
+    recipe = Recipe(
+        data=data,
+        eval_split=split,
+        batch_size=batch_size,
+        precision=precision,  # pyright: ignore[reportArgumentType] (checked by the recipe)
+        image_column=image_column,
+        label_column=label_column,
+        workers=workers,
+    )
+    figures = validate(load_model(model), recipe, show=console.is_terminal)
+    table = Table("model", "data", "images", "top-1", "top-5", "loss", "images/s")
+    table.add_row(
+        model,
+        data,
+        f"{figures['images']:,}",
+        f"{figures['top1']:.2f}",
+        f"{figures['top5']:.2f}",
+        f"{figures['loss']:.4f}",
+        f"{figures['eval_images_per_second']:.0f}",
+    )
+    console.print(table)
+
+
+@app.command(name="fold")
+def fold_command(source: Positional[str], /, out: Path | None = None) -> None:
+    """Fold a model's gates into its backbone and write the plain network.
+
+    Args:
+        source: A run folder, a hub folder or a model name with pretrained weights.
+        out: Folder to write; <source>/folded by default.
+    """
+    from .models import stock_model
+
+    model = load_model(source)
+    try:
+        folded = fold(model)
+    except NothingToFold as reason:
+        console.print(str(reason))
+        return
+    stock = stock_model(model, folded)
+    error = relative_difference(model, stock, example_input(model, 8))
+    if out is None:
+        if not Path(source).is_dir():
+            raise UserError(f"name a folder for the folded {source} with --out")
+        out = Path(source) / "folded"
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty: choose another --out, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    save_model(stock, out, list(model.pretrained_cfg.get("label_names") or []))
+    table = Table("", "architecture", "parameters")
+    for name, network in (("trained", model), ("folded", stock)):
+        parameters = sum(p.numel() for p in network.parameters())
+        table.add_row(name, network.pretrained_cfg["architecture"], f"{parameters:,}")
+    console.print(table)
+    console.print(f"max|Δlogit| / max|logit| = {error:.1e} on 8 random images; written to {out}")
+
+
+@app.command
+def export(
+    run: Positional[Path],
+    /,
+    tag: str,
+    hub: Path = Path("hub"),
+    dataset: str | None = None,
+    data: str | None = None,
+) -> None:
+    """Write a finished run as hub folders, with cards: the trained form and, where it folds, the folded one.
+
+    Args:
+        run: A run folder.
+        tag: Name of recipe and data, e.g. sgd_c10.
+        hub: Hub folder to write into.
+        dataset: What cards call the data set, e.g. uoft-cs/cifar10.
+        data: Where the data lies, if it is not where the run had it.
+    """
+    from .publish import export as export_run
+
+    table = Table("folder", "parameters", "top-1", "logit difference")
+    for checkpoint in export_run(run, tag, hub, dataset, data):
+        metrics = checkpoint.metrics
+        table.add_row(
+            str(checkpoint.folder),
+            f"{metrics['parameters']:,}",
+            f"{metrics['top1']:.2f}",
+            f"{metrics['logit_difference']:.1e}",
+        )
+    console.print(table)
+
+
+@app.command
+def publish(folder: Positional[Path], /, to: str, private: bool = False) -> None:
+    """Upload a hub folder to the Hugging Face Hub, in one commit.
+
+    Args:
+        folder: A checkpoint of a hub folder, e.g. hub/resnet20_dia.sgd_c10.
+        to: User or organisation.
+        private: Make a new repository private.
+    """
+    from .publish import publish as publish_folder
+
+    info = publish_folder(folder, to, private)
+    console.print(f"{info.commit_url}")
+
+
+@app.command(name="list")
+def list_command(pattern: Positional[str] = "*", /) -> None:
+    """Show the models, and the weights that are found for them.
+
+    Args:
+        pattern: Shell pattern of names, e.g. '*dia*'.
+    """
+    from fnmatch import fnmatch
+
+    weights: dict[str, list] = {}
+    for checkpoint in checkpoints():
+        weights.setdefault(checkpoint.architecture, []).append(checkpoint)
+    table = Table("model", "backbone", "mechanism", "folds", "weights", "data", "top-1", "n")
+    names = [*model_names(), *(name for name in weights if name not in model_names())]
+    for name in names:
+        found = [c for c in weights.get(name, []) if fnmatch(c.name, pattern)]
+        if not found and not fnmatch(name, pattern):
+            continue
+        backbone, mechanism = parse_name(name) if name in model_names() else (name, "")
+        row = (name, backbone, mechanism or "plain", "yes" if mechanism == "asr" else "")
+        if not found:
+            table.add_row(*row, "", "", "", "")
+        for checkpoint in found:
+            metrics = checkpoint.metrics
+            figures = (f"{metrics['top1']:.2f}", str(metrics["n"])) if metrics else ("", "")
+            table.add_row(*row, checkpoint.tag, checkpoint.details.get("dataset", ""), *figures)
+    if not table.row_count:
+        raise UserError(f"no model matches {pattern!r}: quote the pattern, e.g. '*dia*'")
+    console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; wrong input ends with one message and exit status 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app.cli(prog="timm-attn", args=_expand_recipe(arguments), sort_subcommands=False)
+    except (UserError, WeightsError, FoldError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
+        sys.exit(2)
+
+
+def _expand_recipe(arguments: list[str]) -> list[str]:
+    """Put the fields of ``--recipe FILE`` before the other options, which then override them."""
+    if arguments[:1] != ["train"] or "--recipe" not in arguments[:-1]:
+        return arguments
+    at = arguments.index("--recipe")
+    fields = recipe_arguments(arguments[at + 1])
+    rest = arguments[1:at] + arguments[at + 2 :]
+    return ["train", *fields, *rest]

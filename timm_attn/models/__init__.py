@@ -1,0 +1,7 @@
+"""The networks. Importing this package registers them with timm."""
+
+from . import resnet_attn
+from .cifar import CifarResNet
+from .resnet_attn import model_names, parse_name, stock_model
+
+__all__ = ["CifarResNet", "model_names", "parse_name", "resnet_attn", "stock_model"]

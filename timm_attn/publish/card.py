@@ -1,0 +1,156 @@
+"""Model cards: what a checkpoint is, how to load it, and what was measured."""
+
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..models import model_names
+from ..weights import Checkpoint
+from .papers import PAPERS
+
+TEMPLATE = """---
+{metadata}
+---
+
+# {name}
+
+{summary} Architecture `{architecture}`, trained on {dataset}{folded_note}.
+
+Re-implementation in [timm_attn](https://github.com/timm-attn/timm_attn) of [{paper}]({url})
+({authors}; {venue}).
+
+## Use
+
+```python
+{usage}
+```
+
+From this folder: `timm.create_model("local-dir:PATH", pretrained=True)`.
+
+## Measured
+
+| | |
+|---|---|
+| top-1 | {top1:.2f} % |
+| top-5 | {top5:.2f} % |
+| cross-entropy | {loss:.4f} |
+| images | {images:,} ({split} split of {dataset}, all of it) |
+| runs | n = 1 (seed {seed}), epoch {epoch}, the last one |
+| parameters | {parameters:,} |
+| max abs logit difference / max abs logit against the trained network | {logit_difference:.1e} |
+
+Measured in float32 on the files of this repository. One run says nothing about the spread over seeds.
+
+![loss, accuracy and learning rate by epoch](curves.png)
+
+## Training
+
+{epochs} epochs on {hardware}, precision {precision}, from random weights. All settings are in `recipe.yaml`:
+
+```
+timm-attn train {trained} --recipe recipe.yaml
+```
+
+{settings}
+
+## Input
+
+RGB, {height}×{width} pixels, scaled to [0, 1], mean {mean}, std {std}, {interpolation} interpolation, crop
+{crop_pct:g}. Classes: {classes}.
+
+The weights are under Apache-2.0; the images they were trained on have terms of their own.
+
+## Citation
+
+```bibtex
+{bibtex}
+```
+"""
+SETTINGS = ("opt", "lr", "momentum", "weight_decay", "batch_size", "sched", "warmup_epochs", "smoothing")
+
+
+def card(checkpoint: Checkpoint, recipe: dict[str, Any]) -> str:
+    """The README.md of a checkpoint's repository.
+
+    Args:
+        checkpoint: Its description; all figures come from there.
+        recipe: The resolved recipe it was trained with.
+    """
+    metrics, details, cfg = checkpoint.metrics, checkpoint.details, checkpoint.pretrained_cfg
+    paper = PAPERS[details["mechanism"]]
+    split = [name for name in details["images"] if name != "train"][-1]
+    fields = [
+        "| " + " | ".join(row) + " |" for row in zip(*((k, str(recipe[k])) for k in SETTINGS), strict=True)
+    ]
+    fields.insert(1, "|---" * len(SETTINGS) + "|")
+    note = ""
+    if checkpoint.folded_from:
+        note = f"; the folded form of `{checkpoint.folded_from}`, a plain network with the same output"
+    text = TEMPLATE.format(
+        metadata=_metadata(checkpoint, split).to_yaml(),
+        name=checkpoint.name,
+        summary=paper.summary,
+        architecture=checkpoint.architecture,
+        dataset=details["dataset"],
+        folded_note=note,
+        paper=paper.title,
+        url=paper.url,
+        authors=paper.authors.replace(" and ", ", "),
+        venue=paper.venue,
+        usage=_usage(checkpoint),
+        split=split,
+        trained=(checkpoint.folded_from or checkpoint.name).split(".")[0],
+        settings="\n".join(fields),
+        height=cfg["input_size"][1],
+        width=cfg["input_size"][2],
+        classes=", ".join(cfg["label_names"][:20]) + (", …" if len(cfg["label_names"]) > 20 else ""),
+        bibtex=paper.bibtex,
+        **{key: details[key] for key in ("seed", "epochs", "precision")},
+        hardware=details["hardware"]
+        if isinstance(details["hardware"], str)
+        else ", ".join(details["hardware"]),
+        **{key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")},
+        **{
+            k: metrics[k]
+            for k in ("top1", "top5", "loss", "images", "epoch", "parameters", "logit_difference")
+        },
+    )
+    return str(ModelCard(text))
+
+
+def _metadata(checkpoint: Checkpoint, split: str) -> ModelCardData:
+    dataset = checkpoint.details["dataset"]
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=split,
+            metric_type="accuracy",
+            metric_name=name,
+            metric_value=round(checkpoint.metrics[key], 4),
+        )
+        for name, key in (("Top-1 accuracy (%)", "top1"), ("Top-5 accuracy (%)", "top5"))
+    ]
+    return ModelCardData(
+        license="apache-2.0",
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=[
+            "image-classification",
+            "timm",
+            "timm_attn",
+            f"arxiv:{PAPERS[checkpoint.details['mechanism']].arxiv}",
+        ],
+        datasets=[dataset] if "/" in dataset else None,
+        model_name=checkpoint.name,
+        eval_results=results,
+    )
+
+
+def _usage(checkpoint: Checkpoint) -> str:
+    lines = ["import timm"]
+    if checkpoint.architecture in model_names():
+        lines = ["# pip install timm-attn", "import timm", "import timm_attn  # registers the architecture"]
+    lines += ["", f'model = timm.create_model("hf-hub:ORG/{checkpoint.name}", pretrained=True).eval()']
+    return "\n".join(lines)

@@ -1,0 +1,174 @@
+"""A finished run to folders laid out as Hub repositories, with what was measured of the very files."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UserError
+from ..fold import NothingToFold, example_input, fold, relative_difference
+from ..models import parse_name, stock_model
+from ..training import Recipe, load_model, validate
+from ..training.recipe import load_recipe
+from ..training.run import (
+    CONFIG,
+    CURVES,
+    METRICS,
+    RECIPE,
+    open_run,
+    read_metrics,
+    replace_file,
+    save_model,
+)
+from ..weights import INDEX, Checkpoint, read_index, sha256
+from .card import card
+
+FOLD_BOUND = 1e-5
+
+
+def export(
+    run: Path, tag: str, hub: Path, dataset: str | None = None, data: str | None = None
+) -> list[Checkpoint]:
+    """Write ``hub/<architecture>.<tag>`` and, where the model folds, its folded form beside it.
+
+    Both are loaded from what was written and measured in float32 on the run's evaluation split; the figures
+    go into the cards and into ``hub/index.json``.
+
+    Args:
+        run: A finished run.
+        tag: Name of recipe and data, e.g. ``sgd_c10``.
+        hub: The hub folder.
+        dataset: What cards call the data set; by default its Hub id or the folder's name.
+        data: Where the data lies now, if not where the run had it.
+
+    Raises:
+        UserError: The run is not one or not finished, the tag is not a name, a checkpoint of that name is
+            there, or the data cannot be read. Nothing is written then.
+        FoldError: The folded model differs from the trained one.
+    """
+    about = open_run(run, finished=True)
+    if not tag or not tag.replace("_", "").isalnum():
+        raise UserError(f"tag {tag!r} must be letters, digits and underscores, e.g. sgd_c10")
+    recipe = load_recipe(run / RECIPE)
+    recipe = dataclasses.replace(recipe, data=data or recipe.data, precision="no", checkpoint_every=0)
+    architecture = about["model"]
+    backbone, mechanism = _parse(architecture)
+    name = f"{architecture}.{tag}"
+    folded_tag = f"{mechanism}_{tag}_folded"
+    model = load_model(str(run))
+    forms = [(name, architecture, tag, model, None)]
+    try:
+        folded = fold(model)
+    except NothingToFold:
+        pass
+    else:
+        stock = stock_model(model, folded)
+        forms.append((f"{backbone}.{folded_tag}", backbone, folded_tag, stock, name))
+    for form_name, *_ in forms:
+        if (hub / form_name).exists():
+            raise UserError(
+                f"{hub / form_name} is there already: choose another --tag or --hub, or remove it"
+            )
+
+    known = read_index(hub) if (hub / INDEX).is_file() else []
+    details = {
+        "dataset": dataset or about["data"],
+        "mechanism": mechanism,
+        "epochs": recipe.epochs,
+        "seed": recipe.seed,
+        "precision": load_recipe(run / RECIPE).precision,
+        **{key: about[key] for key in ("images", "git_commit", "packages", "hardware")},
+        "siblings": [form[0] for form in forms],
+    }
+    written, partials = [], []
+    try:
+        for form_name, form_architecture, form_tag, form_model, folded_from in forms:
+            partial = hub / f".{form_name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            partials.append((partial, hub / form_name))
+            checkpoint = _write(
+                partial, form_name, form_architecture, form_tag, form_model, folded_from, details, recipe, run
+            )
+            written.append(dataclasses.replace(checkpoint, folder=hub / form_name))
+        for partial, final in partials:
+            partial.rename(final)
+    except BaseException:
+        for partial, final in partials:
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(final, ignore_errors=True)
+        raise
+    _write_index(hub, [*known, *written])
+    return written
+
+
+def _parse(architecture: str) -> tuple[str, str]:
+    try:
+        return parse_name(architecture)
+    except KeyError:
+        return architecture, ""
+
+
+def _saved_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+
+
+def _write(
+    folder: Path,
+    name: str,
+    architecture: str,
+    tag: str,
+    model: Any,
+    folded_from: str | None,
+    details: dict[str, Any],
+    recipe: Recipe,
+    run: Path,
+) -> Checkpoint:
+    """Fill one folder, measure the model loaded back from it, and describe it."""
+    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "tag": tag}
+    save_model(model, folder, list(model.pretrained_cfg["label_names"]))
+    loaded = load_model(f"local-dir:{folder}")
+    difference = relative_difference(load_model(str(run)), loaded, example_input(loaded, 8))
+    if not difference <= FOLD_BOUND:
+        raise UserError(f"{name} does not compute what {run} computes: relative difference {difference:.3g}")
+    metrics = {
+        **{k: v for k, v in validate(loaded, recipe).items() if k != "eval_images_per_second"},
+        "n": 1,
+        "epoch": read_metrics(run)[-1]["epoch"],
+        "parameters": sum(p.numel() for p in loaded.parameters()),
+        "logit_difference": difference,
+    }
+    shutil.copy(run / CURVES, folder / CURVES)
+    shutil.copy(run / METRICS, folder / METRICS)
+    resolved = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
+    (folder / RECIPE).write_text(yaml.safe_dump({**resolved, "data": details["dataset"]}, sort_keys=False))
+    config = _saved_config(folder)
+    checkpoint = Checkpoint(
+        name=name,
+        folder=folder,
+        architecture=architecture,
+        tag=tag,
+        pretrained_cfg={
+            **config["pretrained_cfg"],
+            "num_classes": config["num_classes"],
+            "label_names": config["label_names"],
+        },
+        model_args=config.get("model_args", {}),
+        metrics=metrics,
+        folded_from=folded_from,
+        details=details,
+    )
+    (folder / "README.md").write_text(card(checkpoint, resolved), encoding="utf-8")
+    files = {p.name: {"sha256": sha256(p), "size": p.stat().st_size} for p in sorted(folder.iterdir())}
+    return dataclasses.replace(checkpoint, files=files)
+
+
+def _write_index(hub: Path, checkpoints: list[Checkpoint]) -> None:
+    entries = {}
+    for checkpoint in sorted(checkpoints, key=lambda c: c.name):
+        entry = dataclasses.asdict(checkpoint)
+        entries[entry.pop("name")] = {k: v for k, v in entry.items() if k != "folder"}
+    replace_file(hub / INDEX, (json.dumps({"checkpoints": entries}, indent=1) + "\n").encode())

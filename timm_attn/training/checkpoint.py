@@ -1,0 +1,137 @@
+"""Checkpoints to resume from: complete ``step-N`` folders of safetensors and JSON.
+
+A folder is written under another name, synced to disk, and renamed, with the sha256 of every file in its
+manifest: a crash at any moment leaves the checkpoint before it as it was.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..weights import sha256
+
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class State:
+    """All that a run needs to go on.
+
+    Args:
+        step: Optimiser steps done.
+        model: The model's state dict.
+        optimizer: The optimiser's state dict.
+        progress: JSON values: running sums of the epoch, gradient scaler.
+    """
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    progress: dict[str, Any] = field(default_factory=dict)
+
+
+def save(run: Path, state: State, keep: int) -> Path:
+    """Write ``run/step-N`` and remove all but the newest ``keep`` checkpoints."""
+    final = run / f"step-{state.step}"
+    partial = run / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        tensors, rest = _split_optimizer(state.optimizer)
+        save_file(_plain(state.model), partial / "model.safetensors")
+        save_file(_plain(tensors), partial / "optimizer.safetensors")
+        write_json(
+            partial / "state.json", {"step": state.step, "optimizer": rest, "progress": state.progress}
+        )
+        write_json(partial / MANIFEST, {p.name: sha256(p) for p in sorted(partial.iterdir())})
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _sync(run)
+    for _, old in _folders(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_last(run: Path) -> tuple[State | None, list[str]]:
+    """The newest checkpoint of a run that is intact, and what was wrong with newer ones."""
+    complaints = []
+    for _, folder in reversed(_folders(run)):
+        problem = _problem(folder)
+        if problem is None:
+            meta = json.loads((folder / "state.json").read_text())
+            tensors = load_file(folder / "optimizer.safetensors")
+            optimizer = _join_optimizer(tensors, meta["optimizer"])
+            model = load_file(folder / "model.safetensors")
+            return State(meta["step"], model, optimizer, meta["progress"]), complaints
+        complaints.append(f"{folder} is damaged ({problem}): passed over")
+    return None, complaints
+
+
+def _problem(folder: Path) -> str | None:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, digest in manifest.items():
+            if sha256(folder / name) != digest:
+                return f"{name} has the wrong sha256"
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _folders(run: Path) -> list[tuple[int, Path]]:
+    steps = [(p.name.removeprefix("step-"), p) for p in run.glob("step-*") if p.is_dir()]
+    return sorted((int(n), p) for n, p in steps if n.isdigit())
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+
+
+def _split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by ``<parameter index>/<name>``, and everything else as JSON values."""
+    tensors, scalars = {}, {}
+    for index, values in state["state"].items():
+        scalars[str(index)] = {}
+        for name, value in values.items():
+            if torch.is_tensor(value):
+                tensors[f"{index}/{name}"] = value
+            else:
+                scalars[str(index)][name] = value
+    return tensors, {"state": scalars, "param_groups": state["param_groups"]}
+
+
+def _join_optimizer(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    state = {int(index): dict(values) for index, values in rest["state"].items()}
+    for key, tensor in tensors.items():
+        index, name = key.split("/", 1)
+        state[int(index)][name] = tensor
+    return {"state": state, "param_groups": rest["param_groups"]}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file; zero-dimensional tensors become numbers."""
+    path.write_text(json.dumps(value, indent=1, default=lambda v: v.item()), encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    # Folders cannot be opened on Windows; there the rename alone has to do.
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

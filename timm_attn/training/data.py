@@ -1,0 +1,278 @@
+"""Images from a folder, the Hugging Face Hub or scikit-learn, as one split at a time.
+
+Small images (the side read is at most 64 pixels) are decoded once into one uint8 tensor and augmented by the
+batch; larger ones stay encoded and are decoded in worker processes.
+"""
+
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+SMALL = 64  # pixels
+MEMORY = 4 * 2**30  # bytes that one decoded split may take
+DIGITS_TRAIN = 1437
+LABEL_NAMES = ("label", "labels", "fine_label", "target", "class")
+
+
+class DataError(UserError):
+    """A data set, a split, an image or a label cannot be used."""
+
+
+@dataclass
+class Split:
+    """One split of an image classification data set.
+
+    Args:
+        data: The data set as the user named it.
+        name: The split.
+        labels: Class indices, int64, shape (N,).
+        label_names: Class names, by index.
+        pixels: Small images: uint8, N × 3 × H × W. None for larger ones.
+        rows: Larger images: the data set's rows, image bytes undecoded. None for small ones.
+        column: Name of the image column of ``rows``.
+    """
+
+    data: str
+    name: str
+    labels: Tensor
+    label_names: list[str]
+    pixels: Tensor | None = None
+    rows: "datasets.Dataset | None" = None
+    column: str = "image"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> Image.Image:
+        """Decode one larger image as RGB.
+
+        Raises:
+            DataError: The image is corrupt.
+        """
+        assert self.rows is not None
+        return decode(self.rows[index][self.column], f"row {index} of {self.data} ({self.name})")
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Channel means and standard deviations of small images, in [0, 1]."""
+        assert self.pixels is not None
+        # Exact in integers: a float32 mean over 50 million pixels is not.
+        values = torch.arange(256, dtype=torch.float64) / 255
+        means, stds = [], []
+        for channel in self.pixels.unbind(1):
+            counts = torch.bincount(channel.flatten(), minlength=256).double()
+            mean = (counts @ values / counts.sum()).item()
+            means.append(mean)
+            stds.append((counts @ (values - mean).square() / counts.sum()).sqrt().item())
+        return tuple(means), tuple(stds)
+
+
+def decode(cell: dict[str, Any], where: str) -> Image.Image:
+    """An RGB image from a data set's undecoded cell (``bytes`` or ``path``).
+
+    Raises:
+        DataError: The image is missing or corrupt.
+    """
+    try:
+        source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
+        with Image.open(source) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError, SyntaxError, TypeError, ValueError) as error:
+        path = (cell or {}).get("path")
+        raise DataError(
+            f"corrupt image in {where}{f', path {path}' if path else ''}: {error}. Repair or remove it"
+        ) from None
+
+
+def load_split(
+    data: str,
+    role: str,
+    name: str | None = None,
+    size: tuple[int, int] | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Split:
+    """Read one split.
+
+    Args:
+        data: A folder, a Hugging Face dataset id, or ``digits``.
+        role: ``train``, or ``eval`` for the split that is evaluated.
+        name: The split's name; found by ``role`` if None.
+        size: Width and height in pixels that images are brought to; None keeps small images as they are.
+
+    Raises:
+        DataError: There is no such data, split or column, or an image or label cannot be used.
+    """
+    if data == "digits":
+        return _digits(role, name, size or (32, 32))
+    rows, name = _rows(data, role, name)
+    column, target = _columns(data, rows.features, image_column, label_column)
+    labels, label_names = _labels(data, name, rows, target)
+    import datasets
+
+    rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    first = decode(rows[0][column], f"row 0 of {data} ({name})")
+    width, height = size or first.size
+    if max(width, height) > SMALL or len(rows) * width * height * 3 > MEMORY:
+        return Split(data, name, labels, label_names, rows=rows, column=column)
+    pixels = _pixels(data, name, rows, column, (width, height), resize=size is not None)
+    return Split(data, name, labels, label_names, pixels=pixels)
+
+
+def _digits(role: str, name: str | None, size: tuple[int, int]) -> Split:
+    """scikit-learn's 1,797 digits: the first 1,437 train, the last 360 test; 8×8 grey enlarged, as RGB.
+
+    The rows are in the order in which people wrote them, so hardly anybody's digits are in both splits.
+    """
+    from sklearn.datasets import load_digits
+
+    name = name or ("train" if role == "train" else "test")
+    if name not in ("train", "test"):
+        raise DataError(f"digits has the splits train and test, not {name!r}")
+    part = slice(None, DIGITS_TRAIN) if name == "train" else slice(DIGITS_TRAIN, None)
+    bunch: Any = load_digits()
+    grey = torch.from_numpy(bunch.images[part] / 16).float()[:, None]
+    large = torch.nn.functional.interpolate(grey, size=size[::-1], mode="bilinear", align_corners=False)
+    pixels = (large * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    labels = torch.from_numpy(bunch.target[part]).long()
+    return Split("digits", name, labels, [str(d) for d in range(10)], pixels=pixels)
+
+
+def _rows(data: str, role: str, name: str | None) -> tuple["datasets.Dataset", str]:
+    import datasets
+
+    if not data:
+        raise DataError("no data: give --data a folder, a Hugging Face dataset id, or digits")
+    if not Path(data).is_dir() and (data[0] in "./~\\" or data.count("/") > 1 or Path(data).exists()):
+        raise DataError(f"{data} is not a folder: give a folder, a Hugging Face dataset id, or digits")
+    try:
+        splits: Any = datasets.load_dataset(data)
+    except Exception as error:  # the library raises a dozen types, OSError to ValueError
+        raise DataError(
+            f"cannot read {data!r} as a data set: {type(error).__name__}: {error}. "
+            "Give a folder of parquet files or images, a Hugging Face dataset id, or digits"
+        ) from None
+    names = list(splits)
+    wanted = [name] if name else ["train"] if role == "train" else ["test", "validation"]
+    found = [n for n in wanted if n in splits]
+    if not found:
+        raise DataError(
+            f"{data} has no split {' or '.join(wanted)}, only {', '.join(names)}: choose with --{role}-split"
+        )
+    name = found[0]
+    if len(splits[name]) == 0:
+        raise DataError(f"split {name!r} of {data} is empty: name another with --{role}-split")
+    return splits[name], name
+
+
+def _columns(data: str, features: Any, image: str | None, label: str | None) -> tuple[str, str]:
+    for given in (image, label):
+        if given is not None and given not in features:
+            raise DataError(f"{data} has no column {given!r}; it has {', '.join(features)}")
+    return _image_column(data, features, image), label or _label_column(data, features)
+
+
+def _image_column(data: str, features: Any, image: str | None) -> str:
+    import datasets
+
+    if image is None:
+        images = [c for c, f in features.items() if isinstance(f, datasets.Image)]
+        if len(images) != 1:
+            found = f"several image columns ({', '.join(images)})" if images else "no image column"
+            raise DataError(f"{data} has {found} among {', '.join(features)}: name one with --image-column")
+        image = images[0]
+    elif not isinstance(features[image], datasets.Image):
+        raise DataError(f"column {image!r} of {data} holds {features[image]}, not images")
+    return image
+
+
+def _label_column(data: str, features: Any) -> str:
+    import datasets
+
+    classes = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel)]
+    plain = [c for c, f in features.items() if isinstance(f, datasets.Value) and c in LABEL_NAMES]
+    candidates = classes or plain
+    if len(candidates) > 1:  # CIFAR-100 has coarse and fine labels
+        candidates = [c for c in LABEL_NAMES if c in candidates][:1]
+    if not candidates:
+        raise DataError(
+            f"{data} has no clear label column in {', '.join(features)}: name it with --label-column"
+        )
+    return candidates[0]
+
+
+def _labels(data: str, split: str, rows: "datasets.Dataset", column: str) -> tuple[Tensor, list[str]]:
+    import datasets
+
+    feature = rows.features[column]
+    values = rows.with_format("numpy")[column][:]
+    if isinstance(feature, datasets.ClassLabel):
+        names = list(feature.names)
+    elif np.issubdtype(np.asarray(values).dtype, np.integer):
+        names = [str(i) for i in range(int(np.max(values)) + 1)]
+    elif np.asarray(values).dtype.kind in "UO":
+        names = sorted(set(map(str, values)))
+        values = [names.index(str(v)) for v in values]
+    else:
+        raise DataError(f"column {column!r} of {data} holds {feature}, not class labels")
+    labels = torch.as_tensor(np.asarray(values)).long()
+    bad = ((labels < 0) | (labels >= len(names))).nonzero()
+    if len(bad):
+        row = int(bad[0])
+        raise DataError(
+            f"label {int(labels[row])} in row {row} of {data} ({split}) is out of range 0 to {len(names) - 1}"
+            " (-1 usually marks a split without labels): choose another split or repair the column"
+        )
+    return labels, names
+
+
+def _pixels(
+    data: str, split: str, rows: "datasets.Dataset", column: str, size: tuple[int, int], resize: bool
+) -> Tensor:
+    """Decode all rows; `datasets` keeps the result in its cache, so that the next run starts at once."""
+    import datasets
+
+    width, height = size
+    processes = min(os.cpu_count() or 1, len(rows) // 2000)
+    decoded = rows.map(
+        _decode_batch,
+        fn_kwargs={"column": column, "size": size, "resize": resize, "where": f"{data} ({split})"},
+        with_indices=True,
+        batched=True,
+        batch_size=500,
+        remove_columns=rows.column_names,
+        features=datasets.Features({"pixels": datasets.Value("large_binary")}),
+        num_proc=processes if processes > 1 else None,
+        desc=f"decoding {split}",
+    )
+    flat = bytearray().join(decoded.with_format("arrow")[:]["pixels"].to_pylist())
+    pixels = torch.frombuffer(flat, dtype=torch.uint8).view(len(rows), height, width, 3)
+    return pixels.permute(0, 3, 1, 2).contiguous()
+
+
+def _decode_batch(
+    batch: dict[str, list], indices: list[int], column: str, size: tuple[int, int], resize: bool, where: str
+) -> dict[str, list[bytes]]:
+    pixels = []
+    for index, cell in zip(indices, batch[column], strict=True):
+        image = decode(cell, f"row {index} of {where}")
+        if image.size != size:
+            if not resize:
+                raise DataError(
+                    f"row {index} of {where} has {image.width}×{image.height} pixels, the first row "
+                    f"{size[0]}×{size[1]}: give --img-size to bring all to one size"
+                )
+            image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+        pixels.append(image.tobytes())
+    return {"pixels": pixels}

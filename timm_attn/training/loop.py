@@ -1,0 +1,373 @@
+"""The training loop, through Accelerate: one process, many GPUs or many nodes run the same lines."""
+
+import dataclasses
+import difflib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+
+from ..errors import UserError
+from . import checkpoint, curves
+from .batches import Batches, Shard, derive_seed
+from .data import Split, load_split
+from .progress import Bar, track
+from .recipe import Recipe, load_recipe, save_recipe
+from .run import (
+    CURVES,
+    ENVIRONMENT,
+    RECIPE,
+    WEIGHTS,
+    create_run,
+    environment,
+    open_run,
+    read_metrics,
+    save_model,
+    write_metrics,
+)
+
+OnStep = Callable[[int], None]
+DRAW_SECONDS = 15.0  # drawing takes about half a second
+
+
+def train(model: str, recipe: Recipe, out: str | Path, on_step: OnStep | None = None) -> dict[str, Any]:
+    """Train a model from random weights.
+
+    Args:
+        model: A timm model name, this package's or timm's own.
+        recipe: How.
+        out: The run folder to make.
+        on_step: Called with the number of steps done, after each.
+
+    Returns:
+        The metrics of the last epoch.
+
+    Raises:
+        UserError: The model, the recipe, the data or the folder cannot be used; nothing is left behind.
+    """
+    accelerator = _accelerator(recipe)
+    check_model(model)
+    train_split, eval_split = _splits(recipe, accelerator)
+    recipe = _resolve(recipe, train_split)
+    # Built once before the folder is made, so that wrong arguments leave nothing behind.
+    network = build(model, recipe, train_split)
+    run = Path(out)
+    if accelerator.is_main_process:
+        create_run(run)
+        save_recipe(recipe, run / RECIPE)
+        counts = {split.name: len(split) for split in (train_split, eval_split)}
+        about = environment(model, recipe.data, train_split.label_names, counts)
+        checkpoint.write_json(run / ENVIRONMENT, about)
+    accelerator.wait_for_everyone()
+    return _Trainer(accelerator, model, network, recipe, run, train_split, eval_split, on_step).run_to_end()
+
+
+def resume(run: str | Path, on_step: OnStep | None = None) -> dict[str, Any]:
+    """Go on with a run that was stopped, from its newest intact checkpoint.
+
+    Returns:
+        The metrics of the last epoch; those of a finished run without further work.
+
+    Raises:
+        UserError: The folder is not a run, or its data is gone.
+    """
+    run = Path(run)
+    about = open_run(run)
+    if (run / WEIGHTS).is_file():
+        return read_metrics(run)[-1]
+    recipe = load_recipe(run / RECIPE)
+    accelerator = _accelerator(recipe)
+    train_split, eval_split = _splits(recipe, accelerator)
+    if train_split.label_names != about["label_names"]:
+        raise UserError(f"the classes of {recipe.data} are not those that {run} was started with")
+    network = build(about["model"], recipe, train_split)
+    trainer = _Trainer(accelerator, about["model"], network, recipe, run, train_split, eval_split, on_step)
+    trainer.restore()
+    return trainer.run_to_end()
+
+
+def build(model: str, recipe: Recipe, split: Split) -> nn.Module:
+    """The network of a recipe, with the configuration that its checkpoint will carry.
+
+    Raises:
+        UserError: timm does not know the model, or the model refuses its arguments.
+    """
+    set_seed(derive_seed(recipe.seed, "init") % 2**32)
+    # create_model drops arguments that are None, so they say nothing here.
+    arguments = recipe.parsed_model_kwargs()
+    try:
+        network: Any = timm.create_model(model, num_classes=len(split.label_names), in_chans=3, **arguments)
+    except Exception as error:  # whatever a constructor of timm raises on odd arguments
+        given = f" with {arguments}" if arguments else ""
+        raise UserError(f"cannot build {model}{given}: {type(error).__name__}: {error}") from None
+    stock = network.pretrained_cfg
+    if split.pixels is not None:
+        size = tuple(split.pixels.shape[2:])
+    else:
+        size = (recipe.img_size,) * 2 if recipe.img_size else tuple(stock["input_size"][1:])
+    network.pretrained_cfg = network.default_cfg = {
+        **{
+            k: v
+            for k, v in network.pretrained_cfg.items()
+            if k not in ("file", "url", "hf_hub_id", "label_names")
+        },
+        "tag": None,
+        "input_size": (3, *size),
+        "pool_size": None,
+        "mean": recipe.mean,
+        "std": recipe.std,
+        "num_classes": len(split.label_names),
+        "crop_pct": 1.0 if split.pixels is not None else stock["crop_pct"],
+    }
+    return network.to(memory_format=torch.channels_last) if recipe.channels_last else network
+
+
+def check_model(name: str) -> None:
+    """Raise a UserError with the nearest names if timm has no model of this name."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = (
+            f"did you mean {' or '.join(near)}?" if near else "`timm-attn list` shows this package's models"
+        )
+        raise UserError(f"unknown model {name!r}: {hint}")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Batches, accelerator: Accelerator, show: bool = False
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy (%), cross-entropy (nats) and images per second over a whole split.
+
+    Every image counts once, however many processes share the work. With fewer than five classes top-5 is
+    top-k for all of them. ``show`` draws a progress bar.
+    """
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    started = time.perf_counter()
+    for images, labels in track(batches.evaluate(), batches.evaluation_steps, show):
+        with accelerator.autocast():
+            logits = model(images)
+        logits = logits.double()
+        ranks = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack(
+            [ranks[:, 0].sum(), ranks.sum(), loss, torch.tensor(len(labels), device=loss.device)]
+        )
+    sums = accelerator.reduce(sums)
+    assert torch.is_tensor(sums)
+    top1, top5, loss, n = sums.tolist()
+    seconds = time.perf_counter() - started
+    return {
+        "top1": 100 * top1 / n,
+        "top5": 100 * top5 / n,
+        "loss": loss / n,
+        "images": int(n),
+        "eval_images_per_second": n / seconds,
+    }
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    if recipe.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("precision fp16 needs a GPU: use bf16")
+    accelerator = Accelerator(mixed_precision=recipe.precision)
+    if recipe.batch_size % accelerator.num_processes:
+        raise UserError(
+            f"batch_size {recipe.batch_size} cannot be shared by {accelerator.num_processes} processes: "
+            "make it a multiple"
+        )
+    return accelerator
+
+
+def _splits(recipe: Recipe, accelerator: Accelerator) -> tuple[Split, Split]:
+    size = (recipe.img_size, recipe.img_size) if recipe.img_size else None
+    options: dict[str, Any] = {
+        "size": size,
+        "image_column": recipe.image_column,
+        "label_column": recipe.label_column,
+    }
+    # The first process of each machine fills the cache of decoded images, the others read it.
+    with accelerator.local_main_process_first():
+        train_split = load_split(recipe.data, "train", recipe.train_split, **options)
+        eval_split = load_split(recipe.data, "eval", recipe.eval_split, **options)
+    if train_split.label_names != eval_split.label_names:
+        raise UserError(
+            f"the splits {train_split.name} and {eval_split.name} of {recipe.data} differ in classes"
+        )
+    return train_split, eval_split
+
+
+def _resolve(recipe: Recipe, split: Split) -> Recipe:
+    """The recipe with the defaults that depend on the data."""
+    if split.pixels is not None:
+        mean, std = split.statistics()
+    else:
+        mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return dataclasses.replace(
+        recipe,
+        mean=recipe.mean or tuple(round(m, 4) for m in mean),
+        std=recipe.std or tuple(round(s, 4) for s in std),
+        hflip=recipe.hflip if recipe.hflip is not None else recipe.data != "digits",
+    )
+
+
+class _Trainer:
+    """A run in progress."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        name: str,
+        network: nn.Module,
+        recipe: Recipe,
+        run: Path,
+        train_split: Split,
+        eval_split: Split,
+        on_step: OnStep | None,
+    ) -> None:
+        self.accelerator, self.name, self.recipe, self.run = accelerator, name, recipe, run
+        self.on_step = on_step
+        self.label_names = train_split.label_names
+        shard = Shard(accelerator.device, accelerator.process_index, accelerator.num_processes)
+        config: dict[str, Any] = resolve_model_data_config(network)
+        self.batches = Batches(train_split, recipe, config, shard)
+        self.eval_batches = Batches(eval_split, recipe, config, shard)
+        self.steps = self.batches.steps
+        optimizer = create_optimizer_v2(
+            network, recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum
+        )
+        self.model, self.optimizer = accelerator.prepare(network, optimizer)
+        self.network = accelerator.unwrap_model(self.model)
+        self.scheduler, _ = create_scheduler_v2(
+            optimizer,
+            recipe.sched,
+            num_epochs=recipe.epochs,
+            decay_milestones=list(recipe.decay_epochs),
+            decay_rate=recipe.decay_rate,
+            min_lr=recipe.min_lr,
+            warmup_lr=0.0,
+            warmup_epochs=recipe.warmup_epochs,  # pyright: ignore[reportArgumentType] (fractions work)
+            step_on_epochs=False,
+            updates_per_epoch=self.steps,
+        )
+        assert self.scheduler is not None
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
+        self.step = 0
+        self.sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # loss, correct, images
+        self.metrics: list[dict[str, Any]] = []
+        self.drawn = time.perf_counter()
+
+    def restore(self) -> None:
+        """Take up the newest intact checkpoint, or start anew where there is none."""
+        state, complaints = checkpoint.load_last(self.run)
+        for complaint in complaints:
+            self.accelerator.print(f"warning: {complaint}")
+        if state is None:
+            return
+        self.network.load_state_dict(state.model)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.step = state.step
+        sums = torch.tensor(state.progress["sums"], dtype=torch.float64, device=self.sums.device)
+        self.sums = sums if self.accelerator.is_main_process else torch.zeros_like(sums)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state.progress["scaler"])
+        self.metrics = [line for line in read_metrics(self.run) if line["step"] <= self.step]
+
+    def run_to_end(self) -> dict[str, Any]:
+        """Train what is left, then write the finished model."""
+        main = self.accelerator.is_main_process
+        console = Console(quiet=not main)
+        first_epoch, first_step = divmod(self.step, self.steps)
+        with Bar(
+            self.name, self.steps * self.recipe.epochs, self.step, self.recipe.batch_size, console
+        ) as bar:
+            for epoch in range(first_epoch, self.recipe.epochs):
+                self._epoch(epoch, first_step if epoch == first_epoch else 0, bar)
+        if main:
+            self._draw()
+            save_model(self.network, self.run, self.label_names)
+        self.accelerator.wait_for_everyone()
+        return self.metrics[-1]
+
+    def _epoch(self, epoch: int, first: int, bar: Bar) -> None:
+        recipe = self.recipe
+        self.model.train()
+        started, start_step = time.perf_counter(), self.step
+        for images, labels in self.batches.train(epoch, first):
+            loss, correct = self._update(images, labels)
+            self.sums += torch.stack([loss * len(labels), correct, correct.new_tensor(len(labels))])
+            self.step += 1
+            bar.step(self.sums)
+            if self.on_step is not None:
+                self.on_step(self.step)
+            if (
+                recipe.checkpoint_every
+                and self.step % recipe.checkpoint_every == 0
+                and self.step % self.steps
+            ):
+                self._save()
+        seconds = time.perf_counter() - started
+        sums = self.accelerator.reduce(self.sums)
+        assert torch.is_tensor(sums)
+        loss, correct, images = sums.tolist()
+        line = {
+            "epoch": epoch + 1,
+            "step": self.step,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": loss / images,
+            "train_top1": 100 * correct / images,
+            **evaluate(self.network, self.eval_batches, self.accelerator),
+            "images_per_second": (self.step - start_step) * recipe.batch_size / seconds,
+            "seconds": time.perf_counter() - started,
+        }
+        bar.epoch(line)
+        self.sums.zero_()
+        self.metrics.append(line)
+        if self.accelerator.is_main_process:
+            write_metrics(self.run, self.metrics)
+            if time.perf_counter() - self.drawn > DRAW_SECONDS:
+                self._draw()
+        self._save()
+
+    def _update(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One optimiser step; loss and number of correct predictions of this process's images."""
+        # The scheduler is a function of the number of updates done.
+        self.scheduler.step_update(self.step)  # pyright: ignore[reportOptionalMemberAccess]
+        torch.manual_seed(derive_seed(self.recipe.seed, "step", self.step, self.accelerator.process_index))
+        logits = self.model(images)  # prepared by Accelerate: autocast inside, float32 outside
+        loss = self.criterion(logits, labels)
+        self.accelerator.backward(loss)
+        if self.recipe.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+    def _save(self) -> None:
+        sums = self.accelerator.reduce(self.sums.clone())
+        assert torch.is_tensor(sums)
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            progress = {"sums": sums.tolist(), "scaler": scaler.state_dict() if scaler is not None else None}
+            state = checkpoint.State(
+                self.step, self.network.state_dict(), self.optimizer.state_dict(), progress
+            )
+            checkpoint.save(self.run, state, self.recipe.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _draw(self) -> None:
+        last = self.metrics[-1]
+        title = (
+            f"{self.name} on {Path(self.recipe.data).name}, seed {self.recipe.seed}, epoch {last['epoch']}"
+        )
+        curves.draw(self.metrics, title, self.run / CURVES)
+        self.drawn = time.perf_counter()

@@ -1,0 +1,144 @@
+"""The run folder: what a training run leaves behind, and how it is read again.
+
+recipe.yaml          resolved recipe
+environment.json     model, data, versions, hardware, git commit, command
+metrics.jsonl        one line an epoch
+curves.png           the same, drawn
+step-N/              checkpoints to resume from
+config.json          timm's configuration of the finished model
+model.safetensors    its weights: the last of the files, so a run that has it is finished
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from copy import deepcopy
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import save_for_hf
+from torch import nn
+
+from ..errors import UserError
+
+RECIPE, ENVIRONMENT, METRICS, CURVES = "recipe.yaml", "environment.json", "metrics.jsonl", "curves.png"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def create_run(path: Path) -> Path:
+    """Make the folder of a new run.
+
+    Raises:
+        UserError: The folder has something in it.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        hint = (
+            f"go on with --resume {path}, or choose another --out" if is_run(path) else "choose another --out"
+        )
+        raise UserError(f"{path} is not empty: {hint}")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder was made by a training run."""
+    return (path / RECIPE).is_file() and (path / ENVIRONMENT).is_file()
+
+
+def open_run(path: Path, finished: bool = False) -> dict[str, Any]:
+    """The environment of a run.
+
+    Raises:
+        UserError: The folder is not a run, or is not finished although it must be.
+    """
+    if not is_run(path):
+        raise UserError(
+            f"{path} is not a run folder: it has no {RECIPE} and {ENVIRONMENT}. Name the --out of a run"
+        )
+    if finished and not (path / WEIGHTS).is_file():
+        raise UserError(f"run {path} is not finished: `timm-attn train --resume {path}` goes on with it")
+    return json.loads((path / ENVIRONMENT).read_text(encoding="utf-8"))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, one an epoch."""
+    file = path / METRICS
+    return (
+        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    )
+
+
+def write_metrics(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Replace a run's metrics, whole."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    replace_file(path / METRICS, text.encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def save_model(model: nn.Module, folder: Path, label_names: list[str]) -> None:
+    """Write config.json and model.safetensors as timm does, weights last.
+
+    ``num_classes`` stays out of ``model_args``, since transformers passes it a second time.
+    """
+    partial = folder / ".model.partial"
+    # safetensors refuses channels-last tensors.
+    model = deepcopy(model).to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    save_for_hf(model, str(partial), {"label_names": label_names}, safe_serialization=True)
+    config = json.loads((partial / CONFIG).read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in (CONFIG, WEIGHTS):
+        os.replace(partial / name, folder / name)
+    partial.rmdir()
+
+
+def environment(model: str, data: str, label_names: list[str], counts: dict[str, int]) -> dict[str, Any]:
+    """Where and with what a run was made."""
+    packages = ("torch", "timm", "timm-attn", "accelerate", "datasets", "huggingface-hub", "safetensors")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "model": model,
+        "data": Path(data).name if Path(data).is_dir() else data,
+        "images": counts,
+        "label_names": label_names,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "hardware": gpus or f"{_cpu()}, {torch.get_num_threads()} threads",
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """Commit of the code that ran, with `+` if it had been changed since; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        root = Path(git("rev-parse", "--show-toplevel"))
+        if not (root / "timm_attn" / "training").samefile(Path(__file__).parent):
+            return None  # an installed wheel inside somebody else's repository
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "timm_attn") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,80 @@
+"""Load a model by whatever names it, and measure it on a data set."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+from accelerate import Accelerator
+from timm.data import resolve_model_data_config
+
+from ..errors import UserError
+from ..weights import WeightsError
+from .batches import Batches, Shard
+from .data import load_split
+from .loop import check_model, evaluate
+from .recipe import Recipe
+from .run import CONFIG, is_run, open_run
+
+
+def load_model(name: str) -> Any:
+    """A model with its weights, in eval mode.
+
+    Args:
+        name: A model name with pretrained weights, a run folder, a hub folder, or ``hf-hub:`` or
+            ``local-dir:`` and what timm takes after them.
+
+    Raises:
+        UserError: The name stands for none of these.
+        WeightsError: The model has no weights, or damaged ones.
+    """
+    folder = Path(name)
+    if ":" not in name and not timm.is_model(name):
+        if folder.is_dir():
+            if is_run(folder):
+                open_run(folder, finished=True)
+            elif not (folder / CONFIG).is_file():
+                raise UserError(f"{name} is neither a run nor a hub folder: it has no {CONFIG}")
+            name = f"local-dir:{name}"
+        elif "/" in name or folder.exists():
+            raise UserError(f"{name} is not a folder: name a model, a run folder or a hub folder")
+        else:
+            check_model(name)
+    try:
+        return timm.create_model(name, pretrained=True).eval()
+    except WeightsError:
+        raise
+    except Exception as error:  # timm, safetensors and the Hub client raise many types
+        raise UserError(f"cannot load {name}: {type(error).__name__}: {error}") from None
+
+
+def validate(model: Any, recipe: Recipe, show: bool = False, check_labels: bool = True) -> dict[str, float]:
+    """Measure a model on the evaluation split of a recipe's data; see :func:`evaluate` for the figures.
+
+    Args:
+        model: From :func:`load_model`.
+        recipe: Data, split, columns, batch size, precision, workers.
+        show: Draw a progress bar.
+        check_labels: Refuse data whose class names are not the model's.
+
+    Raises:
+        UserError: The data cannot be used, or its classes are not the model's.
+    """
+    accelerator = Accelerator(mixed_precision=recipe.precision)
+    config: dict[str, Any] = resolve_model_data_config(model)
+    height, width = config["input_size"][1:]
+    with accelerator.local_main_process_first():
+        split = load_split(
+            recipe.data, "eval", recipe.eval_split, (width, height), recipe.image_column, recipe.label_column
+        )
+    names = model.pretrained_cfg.get("label_names")
+    if model.num_classes < len(split.label_names) or (
+        check_labels and names is not None and list(names) != split.label_names
+    ):
+        own = f"{', '.join(names[:3])}, …" if names else "unnamed"
+        raise UserError(
+            f"the model's {model.num_classes} classes ({own}) are not the {len(split.label_names)} of "
+            f"{recipe.data} ({', '.join(split.label_names[:3])}, …): choose data with the same classes"
+        )
+    model = model.to(accelerator.device)
+    shard = Shard(accelerator.device, accelerator.process_index, accelerator.num_processes)
+    return evaluate(model, Batches(split, recipe, config, shard), accelerator, show)
