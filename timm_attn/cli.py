@@ -2,9 +2,9 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Literal
 
-import tyro
+from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -23,6 +23,8 @@ from .weights import WeightsError, checkpoints
 
 app = SubcommandApp()
 console = Console(soft_wrap=True, highlight=False)
+if not console.is_terminal:
+    console.width = 140  # a pipe has no width, and tables cut to 80 columns lose names
 
 
 @app.command
@@ -58,7 +60,8 @@ def train(
             train_run(model, options, run)
         except KeyboardInterrupt:
             raise UserError(f"stopped; `timm-attn train --resume {run}` goes on") from None
-    console.print(f"run folder: {run}")
+    if PartialState().is_main_process:
+        console.print(f"run folder: {run}")
 
 
 @app.command(name="validate")
@@ -68,7 +71,7 @@ def validate_command(
     data: str,
     split: str | None = None,
     batch_size: int = 128,
-    precision: Annotated[str, tyro.conf.arg(constructor=str)] = "no",
+    precision: Literal["no", "bf16", "fp16"] = "no",
     image_column: str | None = None,
     label_column: str | None = None,
     workers: int = 2,
@@ -89,7 +92,7 @@ def validate_command(
         data=data,
         eval_split=split,
         batch_size=batch_size,
-        precision=precision,  # pyright: ignore[reportArgumentType] (checked by the recipe)
+        precision=precision,
         image_column=image_column,
         label_column=label_column,
         workers=workers,

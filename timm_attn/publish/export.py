@@ -59,7 +59,7 @@ def export(
     name = f"{architecture}.{tag}"
     folded_tag = f"{mechanism}_{tag}_folded"
     model = load_model(str(run))
-    forms = [(name, architecture, tag, model, None)]
+    forms: list[tuple[str, str, str, Any, str | None]] = [(name, architecture, tag, model, None)]
     try:
         folded = fold(model)
     except NothingToFold:
@@ -170,5 +170,5 @@ def _write_index(hub: Path, checkpoints: list[Checkpoint]) -> None:
     entries = {}
     for checkpoint in sorted(checkpoints, key=lambda c: c.name):
         entry = dataclasses.asdict(checkpoint)
-        entries[entry.pop("name")] = {k: v for k, v in entry.items() if k != "folder"}
+        entries[checkpoint.name] = {k: v for k, v in entry.items() if k not in ("name", "folder")}
     replace_file(hub / INDEX, (json.dumps({"checkpoints": entries}, indent=1) + "\n").encode())

@@ -58,7 +58,7 @@ PAPERS = {
         "ECCV 2024",
         2024,
         "2304.06345",
-        "Channel attention on a learnt constant; it folds into the norm layer before it, so that nothing of it "
-        "is left at inference.",
+        "Channel attention on a learnt constant, which folds into the norm layer before it: nothing of it is "
+        "left at inference.",
     ),
 }

@@ -63,8 +63,8 @@ def _explain(error: Exception, repo_id: str) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     fixes = {
         401: "log in with `hf auth login` or set HF_TOKEN",
-        403: f"your token has no right to write to {repo_id.split('/')[0]}: choose another --to, or a token with it",
+        403: "your token has no right to write there: choose another --to, or a token that has it",
         412: "somebody else committed to the repository meanwhile: look at it, then run the command again",
     }
-    fix = fixes.get(status, "nothing was committed; run the command again")
+    fix = fixes.get(status or 0, "nothing was committed; run the command again")
     return f"cannot publish {repo_id}: {fix} ({reason})"

@@ -186,15 +186,13 @@ def _columns(data: str, features: Any, image: str | None, label: str | None) -> 
 def _image_column(data: str, features: Any, image: str | None) -> str:
     import datasets
 
-    if image is None:
-        images = [c for c, f in features.items() if isinstance(f, datasets.Image)]
-        if len(images) != 1:
-            found = f"several image columns ({', '.join(images)})" if images else "no image column"
-            raise DataError(f"{data} has {found} among {', '.join(features)}: name one with --image-column")
-        image = images[0]
-    elif not isinstance(features[image], datasets.Image):
+    images = [c for c, f in features.items() if isinstance(f, datasets.Image)]
+    if image is not None and image not in images:
         raise DataError(f"column {image!r} of {data} holds {features[image]}, not images")
-    return image
+    if image is None and len(images) != 1:
+        found = f"several image columns ({', '.join(images)})" if images else "no image column"
+        raise DataError(f"{data} has {found} among {', '.join(features)}: name one with --image-column")
+    return image or images[0]
 
 
 def _label_column(data: str, features: Any) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from rich.console import Console
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
@@ -66,7 +68,7 @@ def train(model: str, recipe: Recipe, out: str | Path, on_step: OnStep | None = 
         create_run(run)
         save_recipe(recipe, run / RECIPE)
         counts = {split.name: len(split) for split in (train_split, eval_split)}
-        about = environment(model, recipe.data, train_split.label_names, counts)
+        about = environment(model, recipe.data, train_split.label_names, counts, accelerator.num_processes)
         checkpoint.write_json(run / ENVIRONMENT, about)
     accelerator.wait_for_everyone()
     return _Trainer(accelerator, model, network, recipe, run, train_split, eval_split, on_step).run_to_end()
@@ -176,10 +178,18 @@ def evaluate(
     }
 
 
-def _accelerator(recipe: Recipe) -> Accelerator:
-    if recipe.precision == "fp16" and not torch.cuda.is_available():
+def make_accelerator(precision: str) -> Accelerator:
+    """Accelerate's view of this process; several may be made in turn, with different precisions."""
+    if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("precision fp16 needs a GPU: use bf16")
-    accelerator = Accelerator(mixed_precision=recipe.precision)
+    # The state is a singleton that refuses another precision; the process group lives elsewhere and stays.
+    AcceleratorState._reset_state()
+    # Without a word from us Accelerate ignores the other processes of a `torchrun` on CPUs.
+    return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    accelerator = make_accelerator(recipe.precision)
     if recipe.batch_size % accelerator.num_processes:
         raise UserError(
             f"batch_size {recipe.batch_size} cannot be shared by {accelerator.num_processes} processes: "
@@ -255,7 +265,7 @@ class _Trainer:
             decay_rate=recipe.decay_rate,
             min_lr=recipe.min_lr,
             warmup_lr=0.0,
-            warmup_epochs=recipe.warmup_epochs,  # pyright: ignore[reportArgumentType] (fractions work)
+            warmup_epochs=min(recipe.warmup_epochs, recipe.epochs / 2),  # pyright: ignore[reportArgumentType] (fractions work)
             step_on_epochs=False,
             updates_per_epoch=self.steps,
         )
@@ -319,6 +329,11 @@ class _Trainer:
         sums = self.accelerator.reduce(self.sums)
         assert torch.is_tensor(sums)
         loss, correct, images = sums.tolist()
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss} in epoch {epoch + 1}: lower --lr (it was {recipe.lr}), clip with "
+                f"--clip-grad, or try --precision no. {self.run} keeps the checkpoints before it"
+            )
         line = {
             "epoch": epoch + 1,
             "step": self.step,

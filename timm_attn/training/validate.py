@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from accelerate import Accelerator
 from timm.data import resolve_model_data_config
 
 from ..errors import UserError
 from ..weights import WeightsError
 from .batches import Batches, Shard
 from .data import load_split
-from .loop import check_model, evaluate
+from .loop import check_model, evaluate, make_accelerator
 from .recipe import Recipe
 from .run import CONFIG, is_run, open_run
 
@@ -59,7 +58,7 @@ def validate(model: Any, recipe: Recipe, show: bool = False, check_labels: bool 
     Raises:
         UserError: The data cannot be used, or its classes are not the model's.
     """
-    accelerator = Accelerator(mixed_precision=recipe.precision)
+    accelerator = make_accelerator(recipe.precision)
     config: dict[str, Any] = resolve_model_data_config(model)
     height, width = config["input_size"][1:]
     with accelerator.local_main_process_first():
