@@ -152,5 +152,5 @@ def _usage(checkpoint: Checkpoint) -> str:
     lines = ["import timm"]
     if checkpoint.architecture in model_names():
         lines = ["# pip install timm-attn", "import timm", "import timm_attn  # registers the architecture"]
-    lines += ["", f'model = timm.create_model("hf-hub:ORG/{checkpoint.name}", pretrained=True).eval()']
+    lines += ["", f'model = timm.create_model("hf-hub:{{ORG}}/{checkpoint.name}", pretrained=True).eval()']
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from ..training.run import CONFIG, WEIGHTS
 from ..weights import INDEX, WeightsError, read_index
 
 README = "README.md"
+OWNER = "{ORG}"  # stands in a card for whoever publishes it
 
 
 def publish(folder: Path, to: str, private: bool = False) -> CommitInfo:
@@ -31,7 +32,12 @@ def publish(folder: Path, to: str, private: bool = False) -> CommitInfo:
     _check(folder)
     repo_id = f"{to}/{folder.resolve().name}"
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    operations = [CommitOperationAdd(path_in_repo=p.name, path_or_fileobj=str(p)) for p in files]
+    content = {p.name: str(p) for p in files if p.name != README}
+    card = (folder / README).read_text(encoding="utf-8").replace(OWNER, to)
+    operations = [
+        CommitOperationAdd(README, card.encode()),
+        *(CommitOperationAdd(*f) for f in content.items()),
+    ]
     api = HfApi(library_name="timm_attn")
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)

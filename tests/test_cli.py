@@ -1,0 +1,108 @@
+"""The command line, as people type it."""
+
+import os
+import subprocess
+
+import pytest
+from helpers import python
+from test_data import corrupt, empty_split, no_image, out_of_range, write
+
+from timm_attn import cli
+
+FAST = ["--img-size", "8", "--batch-size", "256", "--model-kwargs", "channels=[8,8,8]", "layers=[1,1,1]"]
+
+
+def run(*arguments: str) -> None:
+    cli.main(list(arguments))
+
+
+def fails(capsys, *arguments: str) -> str:
+    """Run a command that must fail; its message."""
+    with pytest.raises(SystemExit) as error:
+        run(*arguments)
+    assert error.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+def test_the_way_of_a_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run("train", "resnet20_asr", "--data", "digits", "--epochs", "1", "--seed", "3", "--out", "runs/a", *FAST)
+    assert "run folder: runs/a" in capsys.readouterr().out
+    run("train", "--resume", "runs/a")
+    run("validate", "runs/a", "--data", "digits")
+    assert "360" in capsys.readouterr().out
+    run("fold", "runs/a")
+    assert "max|Δlogit| / max|logit| = " in capsys.readouterr().out
+    run("validate", "runs/a/folded", "--data", "digits")
+    run("export", "runs/a", "--tag", "sgd_digits")
+    out = capsys.readouterr().out
+    assert "hub/resnet20_asr.sgd_digits" in out and "hub/resnet20.asr_sgd_digits_folded" in out
+    run("validate", "hub/resnet20.asr_sgd_digits_folded", "--data", "digits", "--precision", "bf16")
+    message = fails(capsys, "fold", "runs/a")
+    assert "runs/a/folded is not empty" in message
+
+
+def test_list(capsys):
+    run("list", "*dia*")
+    out = capsys.readouterr().out
+    assert "resnet152_dia" in out and "asr" not in out
+    assert "no model matches" in fails(capsys, "list", "nothing*")
+
+
+def test_what_does_not_fold_says_so(tmp_path, capsys):
+    run("train", "resnet20_dia", "--data", "digits", "--epochs", "1", "--out", str(tmp_path / "a"), *FAST)
+    run("fold", str(tmp_path / "a"))
+    assert "nothing to fold in resnet20_dia" in capsys.readouterr().out
+    assert not (tmp_path / "a" / "folded").exists()
+
+
+def test_options_override_a_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(
+        "data: digits\nepochs: 2\nimg_size: 8\nbatch_size: 256\nmodel_kwargs: {channels: [8, 8, 8], layers: [1, 1, 1]}\n"
+    )
+    run("train", "resnet20", "--recipe", "r.yaml", "--epochs", "1")
+    resolved = (tmp_path / "runs" / "resnet20_digits_s0" / "recipe.yaml").read_text()
+    assert "epochs: 1\n" in resolved and "img_size: 8\n" in resolved
+
+
+def test_bad_input_is_one_message(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train = ["train", "resnet20", "--out", "out", "--data"]
+    assert "unknown model 'resnet2'" in fails(capsys, "train", "resnet2", "--data", "digits", "--out", "out")
+    assert "no data: give --data" in fails(capsys, "train", "resnet20", "--out", "out")
+    assert "name a model to train" in fails(capsys, "train")
+    assert "give it no other arguments" in fails(capsys, "train", "--resume", "out", "--epochs", "3")
+    for spoil in (corrupt, no_image, empty_split, out_of_range):
+        folder = tmp_path / spoil.__name__
+        spoil(folder)
+        assert "error:" in fails(capsys, *train, str(folder))
+    assert "not a folder" in fails(capsys, *train, "./nowhere")
+    assert "is not a run folder" in fails(capsys, "train", "--resume", "nowhere")
+    assert "is not a run folder" in fails(capsys, "export", "nowhere", "--tag", "x")
+    assert "unknown model 'resnet20_dai'" in fails(capsys, "validate", "resnet20_dai", "--data", "digits")
+    assert "no pretrained weights for resnet152_asr" in fails(
+        capsys, "validate", "resnet152_asr", "--data", "digits"
+    )
+    assert "is no hub folder" in fails(capsys, "publish", str(tmp_path), "--to", "me")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_data_set_smaller_than_a_batch(tmp_path, capsys):
+    data = write(tmp_path / "d")
+    write(tmp_path / "d", split="test")
+    message = fails(capsys, "train", "resnet20", "--data", data, "--out", str(tmp_path / "a"))
+    assert "batch_size 128 is larger than the 6 images" in message
+
+
+def test_the_installed_command_and_the_module_are_one(tmp_path):
+    result = python("-m", "timm_attn", "list", "resnet20_dia", cwd=tmp_path)
+    assert result.returncode == 0 and "resnet20_dia" in result.stdout, result.stderr
+    command = os.path.join(os.path.dirname(os.sys.executable), "timm-attn")
+    if os.path.exists(command):
+        assert (
+            subprocess.run([command, "list", "resnet20_dia"], capture_output=True, text=True).stdout
+            == result.stdout
+        )

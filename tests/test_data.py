@@ -1,0 +1,261 @@
+"""Reading data: columns, splits, sizes, and what is wrong with a data set."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_attn.training.batches import Batches, Shard, crop_and_flip
+from timm_attn.training.data import DataError, load_split
+from timm_attn.training.recipe import Recipe
+
+CPU = torch.device("cpu")
+CONFIG = {
+    "input_size": (3, 8, 8),
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.25, 0.25, 0.25),
+    "interpolation": "bilinear",
+}
+
+
+def picture(seed: int, size=(8, 8)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+def encode(image: Image.Image) -> dict:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return {"bytes": stream.getvalue(), "path": None}
+
+
+def write(
+    folder, split="train", images=None, labels=None, image="image", label="label", names=("a", "b", "c")
+):
+    """One split as a parquet file in the layout of the Hub."""
+    images = [picture(i) for i in range(6)] if images is None else images
+    labels = [i % 3 for i in range(len(images))] if labels is None else labels
+    features = datasets.Features({image: datasets.Image(), label: datasets.ClassLabel(names=list(names))})
+    columns = {image: [i if isinstance(i, dict) else encode(i) for i in images], label: labels}
+    folder.mkdir(exist_ok=True)
+    table = datasets.Dataset.from_dict(columns, features=features)
+    table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def test_parquet_is_read_bit_for_bit(tmp_path):
+    data = write(tmp_path / "d")
+    split = load_split(data, "train")
+    assert split.label_names == ["a", "b", "c"]
+    assert split.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert split.pixels.shape == (6, 3, 8, 8)
+    for i in range(6):
+        assert np.array_equal(split.pixels[i].permute(1, 2, 0).numpy(), np.asarray(picture(i)))
+
+
+@pytest.mark.parametrize(("image", "label"), [("img", "fine_label"), ("picture", "kind")])
+def test_columns_are_found_by_type(image, label, tmp_path):
+    assert len(load_split(write(tmp_path / "d", image=image, label=label), "train")) == 6
+
+
+def test_of_two_label_columns_the_fine_one_is_taken(tmp_path):
+    features = datasets.Features(
+        {
+            "img": datasets.Image(),
+            "coarse_label": datasets.ClassLabel(names=["x"]),
+            "fine_label": datasets.ClassLabel(names=["a", "b"]),
+        }
+    )
+    columns = {"img": [encode(picture(0)), encode(picture(1))], "coarse_label": [0, 0], "fine_label": [1, 0]}
+    (tmp_path / "d").mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "d" / "train-0.parquet")
+    assert load_split(str(tmp_path / "d"), "train").labels.tolist() == [1, 0]
+    named = load_split(str(tmp_path / "d"), "train", label_column="coarse_label")
+    assert named.label_names == ["x"]
+
+
+def test_image_folder_and_validation_split(tmp_path):
+    for split in ("train", "validation"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "d" / split / name
+            folder.mkdir(parents=True)
+            picture(len(name + split)).save(folder / "1.png")
+    split = load_split(str(tmp_path / "d"), "eval")
+    assert (split.name, split.label_names, len(split)) == ("validation", ["cat", "dog"], 2)
+
+
+def test_larger_images_stay_encoded(tmp_path):
+    data = write(tmp_path / "d", images=[picture(i, (80, 70)) for i in range(4)])
+    split = load_split(data, "train")
+    assert split.pixels is None and split.image(3).size == (80, 70)
+    assert np.array_equal(np.asarray(split.image(3)), np.asarray(picture(3, (80, 70))))
+    small = load_split(data, "train", size=(16, 16))
+    assert small.pixels.shape == (4, 3, 16, 16)
+
+
+def test_larger_images_are_augmented_by_image_and_epoch(tmp_path):
+    split = load_split(write(tmp_path / "d", images=[picture(i, (80, 80)) for i in range(4)]), "train")
+    recipe = Recipe(data="d", batch_size=2, workers=0, hflip=True)
+    batches = Batches(split, recipe, CONFIG, Shard(CPU))
+    first, again = (torch.cat([x for x, _ in batches.train(0)]) for _ in range(2))
+    assert first.shape == (4, 3, 8, 8)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, torch.cat([x for x, _ in batches.train(1)]))
+    ((late, _),) = batches.train(0, first=1)
+    assert torch.equal(late, first[2:])
+    assert sum(len(y) for _, y in batches.evaluate()) == 4
+
+
+def test_digits_split_is_fixed():
+    train, test = load_split("digits", "train"), load_split("digits", "eval")
+    assert (len(train), len(test)) == (1437, 360)
+    assert train.pixels.shape[1:] == (3, 32, 32) and train.pixels.dtype == torch.uint8
+    assert test.labels.bincount().tolist() == [35, 36, 35, 37, 37, 37, 37, 36, 33, 37]
+    mean, std = train.statistics()
+    pixels = train.pixels.double() / 255
+    assert mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-9)
+    assert std == pytest.approx(pixels.permute(1, 0, 2, 3).flatten(1).std(1, correction=0).tolist(), abs=1e-9)
+
+
+def test_crop_and_flip_against_a_loop():
+    images = torch.arange(4 * 3 * 5 * 6).view(4, 3, 5, 6)
+    flip = torch.tensor([True, False, True, False])
+    offsets = torch.tensor([[0, 0], [4, 1], [2, 2], [3, 4]])
+    result = crop_and_flip(images, 2, flip, offsets)
+    for i in range(4):
+        padded = torch.nn.functional.pad(images[i], (2, 2, 2, 2))
+        row, column = offsets[i].tolist()
+        expected = padded[:, row : row + 5, column : column + 6]
+        assert torch.equal(result[i], expected.flip(-1) if flip[i] else expected)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_batch_of_one_process(processes):
+    split = load_split("digits", "train", size=(8, 8))
+    recipe = Recipe(data="digits", batch_size=64, hflip=True, crop_padding=1)
+    whole = list(Batches(split, recipe, CONFIG, Shard(CPU)).train(3))
+    parts = [
+        list(Batches(split, recipe, CONFIG, Shard(CPU, r, processes)).train(3)) for r in range(processes)
+    ]
+    for step, (images, labels) in enumerate(whole):
+        assert torch.equal(images, torch.cat([part[step][0] for part in parts]))
+        assert torch.equal(labels, torch.cat([part[step][1] for part in parts]))
+    seen = torch.cat(
+        [
+            y
+            for r in range(processes)
+            for _, y in Batches(split, recipe, CONFIG, Shard(CPU, r, processes)).evaluate()
+        ]
+    )
+    assert seen.bincount().tolist() == split.labels.bincount().tolist()
+
+
+def test_epochs_differ_and_use_every_image_once():
+    split = load_split("digits", "train", size=(8, 8))
+    split.labels = torch.arange(len(split))
+    batches = Batches(split, Recipe(data="digits", batch_size=100), CONFIG, Shard(CPU))
+    first, second = (torch.cat([y for _, y in batches.train(epoch)]) for epoch in (0, 1))
+    assert len(first) == 1400 == len(first.unique())
+    assert not torch.equal(first, second)
+    assert torch.equal(first[300:], torch.cat([y for _, y in batches.train(0, first=3)]))
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+def corrupt(folder):
+    write(folder, images=[picture(0), {"bytes": b"no image", "path": None}, picture(2)])
+    return "row 1 .*corrupt|corrupt image in row 1"
+
+
+def no_image(folder):
+    folder.mkdir()
+    datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(folder / "train-0.parquet")
+    return "no image column among text, label.*--image-column"
+
+
+def no_label(folder):
+    folder.mkdir()
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    table = datasets.Dataset.from_dict({"image": [encode(picture(0))], "text": ["a"]}, features=features)
+    table.to_parquet(folder / "train-0.parquet")
+    return "no clear label column in image, text.*--label-column"
+
+
+def empty_split(folder):
+    write(folder, images=[], labels=[])
+    return "is empty.*--train-split"
+
+
+def empty_folder(folder):
+    folder.mkdir()
+    return "cannot read .* as a data set"
+
+
+def unlabelled(folder):
+    write(folder, labels=[-1] * 6)
+    return "label -1 in row 0 .*out of range 0 to 2"
+
+
+def out_of_range(folder):
+    write(folder, names=("a", "b", "c", "d", "e", "f", "g"), labels=[0, 1, 2, 3, 4, 5])
+    table = datasets.load_dataset(str(folder))["train"].cast_column("label", datasets.Value("int64"))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    arrow = datasets.Dataset(table.data, info=datasets.DatasetInfo(features=features))
+    arrow.to_parquet(folder / "train-00000-of-00001.parquet")
+    return "label 2 in row 2 .*out of range 0 to 1"
+
+
+def only_test(folder):
+    write(folder, split="test")
+    return "no split train, only test.*--train-split"
+
+
+def mixed_sizes(folder):
+    write(folder, images=[picture(0), picture(1, (9, 8)), picture(2)])
+    return "row 1 .*9×8 pixels, the first row 8×8: give --img-size"
+
+
+BAD = [
+    corrupt,
+    no_image,
+    no_label,
+    empty_split,
+    empty_folder,
+    unlabelled,
+    out_of_range,
+    only_test,
+    mixed_sizes,
+]
+
+
+@pytest.mark.parametrize("spoil", BAD, ids=lambda f: f.__name__)
+def test_bad_data_is_named(spoil, tmp_path):
+    message = spoil(tmp_path / "d")
+    with pytest.raises(DataError, match=message):
+        load_split(str(tmp_path / "d"), "train")
+
+
+def test_a_corrupt_larger_image_is_named_when_it_is_read(tmp_path):
+    images = [picture(0, (80, 80)), {"bytes": encode(picture(1, (80, 80)))["bytes"][:200], "path": None}]
+    split = load_split(write(tmp_path / "d", images=images), "train")
+    with pytest.raises(DataError, match="corrupt image in row 1"):
+        split.image(1)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", ""])
+def test_a_missing_folder_is_named(name):
+    with pytest.raises(DataError, match="not a folder|no data"):
+        load_split(name, "train")
+
+
+def test_unknown_columns_and_splits(tmp_path):
+    data = write(tmp_path / "d")
+    with pytest.raises(DataError, match="no column 'x'; it has image, label"):
+        load_split(data, "train", image_column="x")
+    with pytest.raises(DataError, match="holds .*, not images"):
+        load_split(data, "train", image_column="label")
+    with pytest.raises(DataError, match="no split nope, only train"):
+        load_split(data, "train", "nope")

@@ -1,0 +1,328 @@
+"""Runs on the digits: what they leave behind, resuming, several processes, and bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+import yaml
+from helpers import ROOT, python
+from safetensors.torch import load_file
+
+from timm_attn.errors import UserError
+from timm_attn.training import Recipe, load_model, resume, train, validate
+from timm_attn.training import checkpoint as checkpoints
+from timm_attn.training.loop import evaluate
+from timm_attn.training.recipe import load_recipe, recipe_arguments, save_recipe
+from timm_attn.training.run import open_run, read_metrics
+
+TINY = ("channels=[8,8,8]", "layers=[1,1,1]", "drop_path_rate=0.2")
+FAST = {
+    "data": "digits",
+    "img_size": 8,
+    "crop_padding": 1,
+    "batch_size": 256,
+    "lr": 0.1,
+    "model_kwargs": TINY,
+}
+
+
+class Stopped(Exception):
+    """The run was stopped by the test."""
+
+
+def stop_at(step: int):
+    def on_step(done: int) -> None:
+        if done == step:
+            raise Stopped
+
+    return on_step
+
+
+def timeless(run) -> list[dict]:
+    return [{k: v for k, v in line.items() if "second" not in k} for line in read_metrics(run)]
+
+
+def same_weights(a, b) -> bool:
+    first, second = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return first.keys() == second.keys() and all(torch.equal(v, second[k]) for k, v in first.items())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    result = train("resnet20_dia", Recipe(**FAST, epochs=2, seed=3), folder)
+    return folder, result
+
+
+def test_a_run_leaves_what_it_says(run):
+    folder, result = run
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert recipe["seed"] == 3 and recipe["hflip"] is False and len(recipe["mean"]) == 3
+    assert load_recipe(folder / "recipe.yaml").model_kwargs == TINY
+    about = json.loads((folder / "environment.json").read_text())
+    assert about["model"] == "resnet20_dia" and about["images"] == {"train": 1437, "test": 360}
+    lines = read_metrics(folder)
+    assert [line["epoch"] for line in lines] == [1, 2] and lines[-1] == result
+    assert lines[-1]["images"] == 360 and lines[-1]["step"] == 10
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(p.name for p in folder.glob("step-*")) == ["step-10", "step-5"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == "resnet20_dia" and "num_classes" not in config["model_args"]
+    assert config["model_args"]["layers"] == [1, 1, 1] and config["label_names"] == list("0123456789")
+    assert not [p for p in folder.rglob("*") if "partial" in p.name]
+
+
+def test_training_learns(tmp_path):
+    recipe = Recipe(data="digits", img_size=16, crop_padding=2, batch_size=64, epochs=4, lr=0.2)
+    metrics = train("resnet20_asr", recipe, tmp_path / "a")
+    assert metrics["top1"] > 50, metrics
+    assert metrics["train_loss"] < 1.2
+
+
+def test_a_finished_run_is_a_model(run):
+    folder, result = run
+    model = load_model(str(folder))
+    figures = validate(model, Recipe(data="digits"))
+    assert figures["top1"] == pytest.approx(result["top1"]) and figures["images"] == 360
+    by_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(by_timm(x), model(x))
+
+
+def test_resuming_a_finished_run_changes_nothing(run):
+    folder, result = run
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    assert resume(folder) == result
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("stopped", [3, 7])
+def test_a_stopped_run_ends_in_the_same_bits(stopped, precision, tmp_path):
+    recipe = Recipe(**FAST, epochs=2, seed=1, precision=precision, checkpoint_every=2)
+    train("resnet20_dia", recipe, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train("resnet20_dia", recipe, tmp_path / "stopped", on_step=stop_at(stopped))
+    steps = []
+    resume(tmp_path / "stopped", on_step=steps.append)
+    assert stopped - steps[0] < 2  # no more than one checkpoint interval is replayed
+    assert same_weights(tmp_path / "whole", tmp_path / "stopped")
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "stopped")
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "timm_attn",
+        "train",
+        "resnet20_asr",
+        "--data",
+        "digits",
+        "--img-size",
+        "8",
+    ]
+    command += ["--epochs", "50", "--checkpoint-every", "3", "--out", "a", "--model-kwargs", *TINY]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.time() + 120
+        while not list(tmp_path.glob("a/step-*")) and time.time() < deadline:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+    finally:
+        process.wait()
+    newest = max(int(p.name.split("-")[1]) for p in tmp_path.glob("a/step-*"))
+    steps = []
+
+    def on_step(done: int) -> None:
+        steps.append(done)
+        if len(steps) == 4:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        resume(tmp_path / "a", on_step=on_step)
+    assert steps == [newest + 1, newest + 2, newest + 3, newest + 4]
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
+    recipe = Recipe(**FAST, epochs=2, checkpoint_every=2)
+    with pytest.raises(Stopped):
+        train("resnet20_dia", recipe, tmp_path / "a", on_step=stop_at(7))
+    damaged = tmp_path / "a" / "step-6" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    steps = []
+    resume(tmp_path / "a", on_step=steps.append)
+    assert steps[0] == 6
+    assert "step-6 is damaged (model.safetensors has the wrong sha256)" in capsys.readouterr().out
+    train("resnet20_dia", recipe, tmp_path / "whole")
+    assert same_weights(tmp_path / "whole", tmp_path / "a")
+
+
+def test_a_failed_checkpoint_leaves_the_one_before(tmp_path, monkeypatch):
+    recipe = Recipe(**FAST, epochs=2, checkpoint_every=2)
+    save = checkpoints.write_json
+
+    def full_disk(path, value):
+        if "step-6" in str(path):
+            raise OSError(28, "No space left on device")
+        save(path, value)
+
+    monkeypatch.setattr(checkpoints, "write_json", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        train("resnet20_dia", recipe, tmp_path / "a")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir() if "step" in p.name) == ["step-4", "step-5"]
+    monkeypatch.undo()
+    steps = []
+    resume(tmp_path / "a", on_step=steps.append)
+    assert steps[0] == 6
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_run(tmp_path):
+    arguments = [
+        "resnet20_dia",
+        "--data",
+        "digits",
+        "--img-size",
+        "8",
+        "--epochs",
+        "1",
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    result = python(*launch, str(ROOT / "scripts/train.py"), *arguments, env={"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("epoch   1") == 1
+    assert open_run(tmp_path / "a", finished=True)["processes"] == 2
+    assert read_metrics(tmp_path / "a")[0]["images"] == 360
+
+
+def test_evaluation_is_that_of_a_loop(run):
+    folder, _ = run
+    from accelerate import Accelerator
+
+    from timm_attn.training.batches import Batches, Shard
+    from timm_attn.training.data import load_split
+
+    model, split = load_model(str(folder)), load_split("digits", "eval", size=(8, 8))
+    config = timm.data.resolve_model_data_config(model)
+    recipe = Recipe(data="digits", batch_size=100)
+    figures = evaluate(
+        model, Batches(split, recipe, config, Shard(torch.device("cpu"))), Accelerator(cpu=True)
+    )
+    mean, std = (torch.tensor(config[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    logits = model((split.pixels / 255 - mean) / std).double()
+    top5 = [int(split.labels[i]) in logits[i].argsort(descending=True)[:5].tolist() for i in range(360)]
+    assert figures["top1"] == pytest.approx(100 * (logits.argmax(1) == split.labels).double().mean().item())
+    assert figures["top5"] == pytest.approx(100 * sum(top5) / 360)
+    assert figures["loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, split.labels).item(), rel=1e-5
+    )
+
+
+# ------------------------------------------------------------------------------------------------ recipes
+
+
+def test_a_recipe_survives_its_file(tmp_path):
+    recipe = Recipe(
+        data="x", lr=5e-4, hflip=True, mean=(0.1, 0.2, 0.3), model_kwargs=("delta=2",), channels_last=False
+    )
+    save_recipe(recipe, tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml") == recipe
+
+
+def test_a_recipe_written_by_hand(tmp_path):
+    (tmp_path / "r.yaml").write_text("lr: 5e-4\nepochs: 3\nmodel_kwargs: {delta: 2, channels: [8, 8, 8]}\n")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert (recipe.lr, recipe.epochs) == (5e-4, 3)
+    assert recipe.parsed_model_kwargs() == {"delta": 2, "channels": [8, 8, 8]}
+
+
+@pytest.mark.parametrize("text", ["epochz: 3", "- 1", "a: [", ""])
+def test_a_bad_recipe_file_is_named(text, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"r\.yaml"):
+        recipe_arguments(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"epochs": 0},
+        {"batch_size": -1},
+        {"lr": 0.0},
+        {"smoothing": 1.0},
+        {"sched": "multistep"},
+        {"decay_epochs": (3,)},
+        {"model_kwargs": ("delta",)},
+        {"model_kwargs": ("num_classes=3",)},
+        {"clip_grad": 0.0},
+        {"img_size": 4},
+    ],
+)
+def test_a_bad_field_is_named(fields):
+    with pytest.raises(UserError, match="|".join(fields)):
+        Recipe(**fields)
+
+
+def test_multistep_lowers_the_rate(tmp_path):
+    recipe = Recipe(**FAST, epochs=3, sched="multistep", decay_epochs=(1, 2), warmup_epochs=0)
+    train("resnet20", recipe, tmp_path / "a")
+    assert [line["lr"] for line in read_metrics(tmp_path / "a")] == pytest.approx([0.1, 0.01, 0.001])
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+def test_an_unknown_model_is_named_with_its_neighbours(tmp_path):
+    with pytest.raises(UserError, match="unknown model 'resnet20_dai': did you mean resnet20_dia"):
+        train("resnet20_dai", Recipe(**FAST), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("argument", ["nonsense=1", "delta=0"])
+def test_wrong_model_arguments_leave_nothing(argument, tmp_path):
+    with pytest.raises(UserError, match="cannot build resnet20_asr with"):
+        train("resnet20_asr", Recipe(data="digits", model_kwargs=(argument,)), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_full_folder_is_refused(run, tmp_path):
+    with pytest.raises(UserError, match="--resume"):
+        train("resnet20", Recipe(**FAST), run[0])
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="choose another --out"):
+        train("resnet20", Recipe(**FAST), tmp_path)
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path):
+    with pytest.raises(UserError, match="batch_size 2000 is larger than the 1437 images"):
+        train("resnet20", Recipe(data="digits", batch_size=2000), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a run folder"):
+        resume(tmp_path)
+    with pytest.raises(UserError, match="neither a run nor a hub folder"):
+        load_model(str(tmp_path))
+
+
+def test_a_loss_that_explodes_stops_the_run(tmp_path):
+    with pytest.raises(UserError, match="the loss became .*lower --lr"):
+        train("resnet20", Recipe(**{**FAST, "lr": 1e30}, epochs=3, warmup_epochs=0), tmp_path / "a")
+    assert not (tmp_path / "a" / "model.safetensors").exists()
+
+
+def test_data_with_other_classes_is_refused(run, tmp_path):
+    from test_data import write
+
+    with pytest.raises(UserError, match="choose data with the same classes"):
+        validate(load_model(str(run[0])), Recipe(data=write(tmp_path / "d", split="test")))
