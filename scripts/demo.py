@@ -1,7 +1,8 @@
 """The whole way on scikit-learn's digits, in about three minutes and without network.
 
 Trains resnet20_dia and a narrow resnet18_asr, validates, folds and exports them into demo/hub, loads them
-back by name with ``timm.create_model(..., pretrained=True)``, and the folded one in a process that has only timm.
+back by name with ``timm.create_model(..., pretrained=True)``, and the folded one in a process that has only
+timm.
 """
 
 import json

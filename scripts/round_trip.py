@@ -2,7 +2,7 @@
 
     python scripts/round_trip.py --data ../shared/data/cifar10 --dataset uoft-cs/cifar10 --tag sgd5_c10
 
-Publishes from a scratch hub folder to a Hub-compatible server on loopback, with huggingface_hub's real client.
+Publishes from a scratch hub folder to a Hub-compatible server on loopback, with the real client.
 Finished runs are kept and stopped ones go on, so the script can be run again. Writes what it measured, and a
 picture of it, to ``--results``.
 """

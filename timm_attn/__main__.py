@@ -6,11 +6,13 @@ If the first argument ends in ``.py`` it is run as a script with the models regi
 
 import runpy
 import sys
+from pathlib import Path
 
 if len(sys.argv) > 1 and sys.argv[1].endswith(".py"):
     import timm_attn  # noqa: F401 (registers the models)
 
     del sys.argv[0]
+    sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))  # as `python script.py` does
     runpy.run_path(sys.argv[0], run_name="__main__")
 else:
     from timm_attn.cli import main

@@ -59,7 +59,8 @@ def train(
         try:
             train_run(model, options, run)
         except KeyboardInterrupt:
-            raise UserError(f"stopped; `timm-attn train --resume {run}` goes on") from None
+            hint = f"`timm-attn train --resume {run}` goes on" if is_run(run) else "nothing was written"
+            raise UserError(f"stopped; {hint}") from None
     if PartialState().is_main_process:
         console.print(f"run folder: {run}")
 

@@ -162,15 +162,17 @@ def checkpoint_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
 def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
     backbone_name, mechanism = _VARIANTS[variant]
     backbone = BACKBONES[backbone_name]
-    if pretrained:
-        kwargs = weights.resolve(variant, kwargs)
-    kwargs = {"layers": backbone.layers, **backbone.args, **kwargs}
+    saved = weights.resolve(variant, kwargs) if pretrained else {}
+    kwargs = {"layers": backbone.layers, **backbone.args, **kwargs, **saved}
     model_cls, kwargs = MECHANISMS[mechanism](backbone, **kwargs)
     if backbone.cifar:
         kwargs["feature_cfg"] = {"out_indices": (0, 1, 2, 3)}
-    return build_model_with_cfg(
+    model: Any = build_model_with_cfg(
         model_cls, variant, pretrained, pretrained_filter_fn=checkpoint_filter, **kwargs
     )
+    # timm adds what create_model was given; a folded or exported copy needs what the weights brought, too.
+    model._model_args = {name: value for name, value in saved.items() if name != "pretrained_cfg_overlay"}
+    return model
 
 
 def _cfg(cifar: bool) -> dict[str, Any]:

@@ -30,10 +30,10 @@ from .run import (
     ENVIRONMENT,
     RECIPE,
     WEIGHTS,
-    create_run,
     environment,
     open_run,
     read_metrics,
+    refuse_full_folder,
     save_model,
     write_metrics,
 )
@@ -57,21 +57,23 @@ def train(model: str, recipe: Recipe, out: str | Path, on_step: OnStep | None = 
     Raises:
         UserError: The model, the recipe, the data or the folder cannot be used; nothing is left behind.
     """
+    run = Path(out)
+    refuse_full_folder(run)
     accelerator = _accelerator(recipe)
     check_model(model)
     train_split, eval_split = _splits(recipe, accelerator)
     recipe = _resolve(recipe, train_split)
-    # Built once before the folder is made, so that wrong arguments leave nothing behind.
     network = build(model, recipe, train_split)
-    run = Path(out)
+    trainer = _Trainer(accelerator, model, network, recipe, run, train_split, eval_split, on_step)
+    # Only now, so that wrong input leaves nothing behind.
     if accelerator.is_main_process:
-        create_run(run)
+        run.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, run / RECIPE)
         counts = {split.name: len(split) for split in (train_split, eval_split)}
         about = environment(model, recipe.data, train_split.label_names, counts, accelerator.num_processes)
         checkpoint.write_json(run / ENVIRONMENT, about)
     accelerator.wait_for_everyone()
-    return _Trainer(accelerator, model, network, recipe, run, train_split, eval_split, on_step).run_to_end()
+    return trainer.run_to_end()
 
 
 def resume(run: str | Path, on_step: OnStep | None = None) -> dict[str, Any]:

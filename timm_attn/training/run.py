@@ -30,19 +30,13 @@ RECIPE, ENVIRONMENT, METRICS, CURVES = "recipe.yaml", "environment.json", "metri
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def create_run(path: Path) -> Path:
-    """Make the folder of a new run.
-
-    Raises:
-        UserError: The folder has something in it.
-    """
+def refuse_full_folder(path: Path) -> None:
+    """Raise a UserError if a new run cannot be made here, since there is something already."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         hint = (
             f"go on with --resume {path}, or choose another --out" if is_run(path) else "choose another --out"
         )
         raise UserError(f"{path} is not empty: {hint}")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def is_run(path: Path) -> bool:

@@ -66,7 +66,7 @@ def validate(model: Any, recipe: Recipe, show: bool = False, check_labels: bool 
             recipe.data, "eval", recipe.eval_split, (width, height), recipe.image_column, recipe.label_column
         )
     names = model.pretrained_cfg.get("label_names")
-    if model.num_classes < len(split.label_names) or (
+    if model.num_classes != len(split.label_names) or (
         check_labels and names is not None and list(names) != split.label_names
     ):
         own = f"{', '.join(names[:3])}, …" if names else "unnamed"

@@ -138,8 +138,8 @@ def resolve(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs: What timm's ``create_model`` passes to an entry point.
 
     Returns:
-        ``kwargs`` with the file, its configuration and the arguments that its network was built with; as
-        they came if they name a source of their own (``hf-hub:``, ``local-dir:``, an overlay).
+        What to add to ``kwargs``: an overlay with the file, and the arguments that its network was built
+        with. Nothing if they name a source of their own (``hf-hub:``, ``local-dir:``, an overlay).
 
     Raises:
         WeightsError: There are no such weights, or the file is damaged.
@@ -147,7 +147,7 @@ def resolve(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     cfg = kwargs.get("pretrained_cfg")
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     if any(overlay.get(key) for key in _SOURCES):
-        return kwargs
+        return {}
     known = _by_tag(architecture)
     if isinstance(cfg, str) or cfg is None:
         tag = cfg or next(iter(known), None)
@@ -158,10 +158,10 @@ def resolve(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         fields = cfg if isinstance(cfg, dict) else cfg.to_dict()
         tag = fields.get("tag")
         if tag not in known or fields.get("file") != str(known[tag].folder / WEIGHTS):
-            return kwargs
+            return {}
     checkpoint = known[tag]
-    overlay = {**overlay, "file": str(checkpoint.verified())}
-    return {**checkpoint.model_args, **kwargs, "pretrained_cfg_overlay": overlay}
+    arguments = {name: value for name, value in checkpoint.model_args.items() if name not in kwargs}
+    return {**arguments, "pretrained_cfg_overlay": {**overlay, "file": str(checkpoint.verified())}}
 
 
 def _not_found(architecture: str, tag: str | None, known: list[str]) -> str:
