@@ -18,7 +18,7 @@ from .training import Recipe, load_model, validate
 from .training import resume as resume_run
 from .training import train as train_run
 from .training.recipe import recipe_arguments
-from .training.run import save_model
+from .training.run import is_run, save_model
 from .weights import WeightsError, checkpoints
 
 app = SubcommandApp()
