@@ -78,7 +78,7 @@ def card(checkpoint: Checkpoint, recipe: dict[str, Any]) -> str:
     """
     metrics, details, cfg = checkpoint.metrics, checkpoint.details, checkpoint.pretrained_cfg
     paper = PAPERS[details["mechanism"]]
-    split = [name for name in details["images"] if name != "train"][-1]
+    split = list(details["images"])[-1]  # the one that was evaluated
     fields = [
         "| " + " | ".join(row) + " |" for row in zip(*((k, str(recipe[k])) for k in SETTINGS), strict=True)
     ]

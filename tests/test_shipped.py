@@ -1,0 +1,56 @@
+"""The weights that ship, their cards, and what the README says of them."""
+
+import re
+
+import pytest
+import timm
+import torch
+from helpers import ROOT, parameters
+
+import timm_attn
+from timm_attn.fold import relative_difference
+from timm_attn.weights import read_index
+
+SHIPPED = {c.name: c for c in read_index(ROOT / "hub")}
+
+
+def test_something_ships():
+    assert {c.architecture for c in SHIPPED.values()} == {"resnet20", "resnet20_asr", "resnet20_dia"}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_weights_load_by_name(name):
+    checkpoint = SHIPPED[name]
+    for filename in checkpoint.files:
+        checkpoint.verified(filename)
+    assert {p.name for p in checkpoint.folder.iterdir()} == set(checkpoint.files)
+    model = timm.create_model(name, pretrained=True).eval()
+    again = timm.create_model(f"local-dir:{checkpoint.folder}", pretrained=True).eval()
+    x = torch.randn(2, *model.pretrained_cfg["input_size"])
+    assert torch.equal(model(x), again(x))
+    assert parameters(model) == checkpoint.metrics["parameters"]
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet20_asr", "resnet20_dia"])
+def test_the_default_is_the_trained_form(name):
+    cfg = timm.models.get_pretrained_cfg(name)
+    assert cfg.tag and not cfg.tag.endswith("_folded")
+    assert timm.create_model(name, pretrained=True).pretrained_cfg["tag"] == cfg.tag
+
+
+@pytest.mark.parametrize("name", [n for n, c in SHIPPED.items() if c.folded_from])
+def test_shipped_folded_weights_are_the_fold_of_the_trained(name):
+    trained = timm.create_model(SHIPPED[name].folded_from, pretrained=True).eval()
+    folded = timm.create_model(name, pretrained=True).eval()
+    x = torch.randn(4, *trained.pretrained_cfg["input_size"])
+    assert relative_difference(trained, folded, x) <= 1e-5
+    assert relative_difference(timm_attn.fold(trained), folded, x) == 0
+
+
+def test_the_readme_says_what_was_measured():
+    rows = re.findall(r"^\| `([\w.]+)` \|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = {name: cells for name, cells in rows if name in SHIPPED}
+    assert set(rows) == set(SHIPPED)
+    for name, cells in rows.items():
+        metrics = SHIPPED[name].metrics
+        assert f"{metrics['top1']:.2f}" in cells and f"{metrics['parameters']:,}" in cells, name
