@@ -99,20 +99,22 @@ def read_index(folder: str | Path) -> list[Checkpoint]:
         raise WeightsError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
 
 
+def _folders() -> list[Path]:
+    chosen = os.environ.get("TIMM_ATTN_HUB")
+    return [Path(chosen).resolve(), shipped_folder()] if chosen else [shipped_folder()]
+
+
 @cache
 def checkpoints() -> tuple[Checkpoint, ...]:
     """All checkpoints that are found by name, first come first served; read once, at import."""
     found: dict[str, Checkpoint] = {}
-    chosen = os.environ.get("TIMM_ATTN_HUB")
-    if chosen:
+    for folder in _folders():
+        # A broken hub folder must not make the whole package unusable.
         try:
-            found.update((c.name, c) for c in read_index(chosen))
+            for checkpoint in read_index(folder):
+                found.setdefault(checkpoint.name, checkpoint)
         except WeightsError as error:
-            warnings.warn(f"TIMM_ATTN_HUB is ignored: {error}", stacklevel=2)
-    shipped = shipped_folder()
-    if (shipped / INDEX).is_file():
-        for checkpoint in read_index(shipped):
-            found.setdefault(checkpoint.name, checkpoint)
+            warnings.warn(f"weights are ignored: {error}", stacklevel=2)
     return tuple(found.values())
 
 
@@ -166,10 +168,10 @@ def resolve(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _not_found(architecture: str, tag: str | None, known: list[str]) -> str:
     name = f"{architecture}.{tag}" if tag else architecture
-    looked = [str(folder) for folder in (os.environ.get("TIMM_ATTN_HUB"), shipped_folder()) if folder]
+    looked = ", ".join(map(str, _folders()))
     others = f" Known tags of {architecture}: {', '.join(known)}." if known else ""
     return (
-        f"no pretrained weights for {name} (looked in {', '.join(looked)}).{others} `timm-attn list` shows "
+        f"no pretrained weights for {name} (looked in {looked}).{others} `timm-attn list` shows "
         "what there is; set TIMM_ATTN_HUB to a hub folder, use pretrained=False for random weights, or train "
         f"it: `timm-attn train {architecture} --data DATA`"
     )
