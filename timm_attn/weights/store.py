@@ -109,6 +109,8 @@ def checkpoints() -> tuple[Checkpoint, ...]:
     """All checkpoints that are found by name, first come first served; read once, at import."""
     found: dict[str, Checkpoint] = {}
     for folder in _folders():
+        if folder == shipped_folder() and not (folder / INDEX).is_file():
+            continue  # a checkout from which nothing was exported yet
         # A broken hub folder must not make the whole package unusable.
         try:
             for checkpoint in read_index(folder):
