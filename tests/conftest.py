@@ -11,7 +11,6 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_XET="1",  # the loopback server has no Xet storage
     HF_HUB_DISABLE_PROGRESS_BARS="1",
-    HF_HUB_DISABLE_IMPLICIT_TOKEN="1",
     MPLCONFIGDIR=_HOME,
     TORCHINDUCTOR_CACHE_DIR=_HOME,
 )

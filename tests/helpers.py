@@ -34,8 +34,11 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             uniform(module.weight, 0.5, 1.5)
             normal(module.bias, 0.3)
         elif isinstance(module, DIACell | ASR | timm.layers.SEModule):
-            for parameter in module.parameters():
-                normal(parameter, 1.0 if parameter.ndim < 2 else 2.0 / parameter.shape[1] ** 0.5)
+            for name, parameter in module.named_parameters():
+                if name.endswith(("reduce.bias", "fc1.bias")):
+                    uniform(parameter, 1.0, 3.0)  # of a few hidden units, most must be alive
+                else:
+                    normal(parameter, 1.0 if parameter.ndim < 2 else 2.0 / parameter.shape[1] ** 0.5)
     return model
 
 
@@ -64,6 +67,11 @@ SMALL = [
 def parameters(model: nn.Module) -> int:
     """Number of parameters."""
     return sum(p.numel() for p in model.parameters())
+
+
+def flip_last_bit(content: bytes) -> bytes:
+    """The same number of bytes, one of them wrong."""
+    return content[:-1] + bytes([content[-1] ^ 1])
 
 
 def python(

@@ -241,4 +241,6 @@ def _expand_recipe(arguments: list[str]) -> list[str]:
     at = arguments.index("--recipe")
     fields = recipe_arguments(arguments[at + 1])
     rest = arguments[1:at] + arguments[at + 2 :]
-    return ["train", *fields, *rest]
+    # The model's name stays in front: an option that takes several values would swallow it.
+    name = 0 if not rest or rest[0].startswith("-") else 1
+    return ["train", *rest[:name], *fields, *rest[name:]]

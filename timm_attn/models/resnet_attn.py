@@ -132,7 +132,7 @@ def stock_model(model: Any, folded: nn.Module) -> Any:
     backbone, mechanism = parse_name(cfg["architecture"])
     arguments = {k: v for k, v in model._model_args.items() if k not in OPTIONS[mechanism]}
     stock: Any = timm.create_model(backbone, **{**arguments, "num_classes": model.num_classes})
-    stock.load_state_dict(folded.state_dict())
+    stock.to(next(folded.parameters())).load_state_dict(folded.state_dict())
     stock.pretrained_cfg = stock.default_cfg = {**cfg, "architecture": backbone}
     return stock.eval()
 

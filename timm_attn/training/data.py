@@ -159,6 +159,8 @@ def _rows(data: str, role: str, name: str | None) -> tuple["datasets.Dataset", s
     try:
         splits: Any = datasets.load_dataset(data)
     except Exception as error:  # the library raises a dozen types, OSError to ValueError
+        if "corresponds to no data" in str(error):
+            raise DataError(f"a split of {data} is empty ({error}): fill or remove it") from None
         raise DataError(
             f"cannot read {data!r} as a data set: {type(error).__name__}: {error}. "
             "Give a folder of parquet files or images, a Hugging Face dataset id, or digits"
