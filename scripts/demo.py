@@ -7,6 +7,7 @@ timm.
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,8 @@ RUNS = {
 }
 FOLDED = "resnet18.asr_sgd_digits_folded"
 console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = 140
 
 # Runs in a process of its own: loads, predicts the test digits, times itself, and answers in JSON.
 PREDICT = """
@@ -60,7 +63,7 @@ print(json.dumps(dict(top1=top1, rate=sorted(rates)[2], logits=logits.double().t
 
 def command(*arguments: str) -> None:
     """Run ``timm-attn`` and show it."""
-    console.print(f"\n[bold]$ timm-attn {' '.join(arguments)}[/]", markup=True)
+    console.print(f"\n$ timm-attn {shlex.join(arguments)}", style="bold", markup=False)
     subprocess.run([sys.executable, "-m", "timm_attn", *arguments], check=True, env=ENVIRONMENT)
 
 
