@@ -106,3 +106,37 @@ def test_the_installed_command_and_the_module_are_one(tmp_path):
             subprocess.run([command, "list", "resnet20_dia"], capture_output=True, text=True).stdout
             == result.stdout
         )
+
+
+def test_recipe_with_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text("data: digits\nepochs: 1\nimg_size: 8\nbatch_size: 300\n")
+    run("train", "resnet20", "--recipe=r.yaml", "--out", "a", "--model-kwargs", "channels=[8,8,8]")
+    assert "batch_size: 300" in (tmp_path / "a" / "recipe.yaml").read_text()
+
+
+def test_a_file_where_a_folder_should_be(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    message = fails(
+        capsys, "train", "resnet20", "--data", "digits", "--out", str(tmp_path / "file" / "run"), *FAST
+    )
+    assert "file" in message
+
+
+def test_a_network_of_timm_is_not_called_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(
+        "train",
+        "mobilenetv3_small_050",
+        "--data",
+        "digits",
+        "--batch-size",
+        "512",
+        "--epochs",
+        "1",
+        "--out",
+        "a",
+    )
+    run("export", "a", "--tag", "x")
+    card = (tmp_path / "hub" / "mobilenetv3_small_050.x" / "README.md").read_text()
+    assert "A network of timm" in card and "Deep Residual" not in card

@@ -241,7 +241,7 @@ def test_bad_data_is_named(spoil, tmp_path):
 def test_a_corrupt_larger_image_is_named_when_it_is_read(tmp_path):
     images = [picture(0, (80, 80)), {"bytes": encode(picture(1, (80, 80)))["bytes"][:200], "path": None}]
     split = load_split(write(tmp_path / "d", images=images), "train")
-    with pytest.raises(DataError, match="corrupt image in row 1"):
+    with pytest.raises(DataError, match="corrupt or unreadable image in row 1"):
         split.image(1)
 
 
@@ -259,3 +259,38 @@ def test_unknown_columns_and_splits(tmp_path):
         load_split(data, "train", image_column="label")
     with pytest.raises(DataError, match="no split nope, only train"):
         load_split(data, "train", "nope")
+
+
+def test_sixteen_bit_greys_are_scaled_not_clipped(tmp_path):
+    grey = (np.arange(64, dtype=np.uint32) * 65535 // 63).astype(np.uint16).reshape(8, 8)
+    for name in ("a", "b"):
+        (tmp_path / "d" / "train" / name).mkdir(parents=True)
+        Image.fromarray(grey).save(tmp_path / "d" / "train" / name / "1.png")
+    pixels = load_split(str(tmp_path / "d"), "train").pixels[0, 0]
+    assert np.array_equal(pixels.numpy(), grey // 257)
+    Image.fromarray(np.random.rand(8, 8).astype(np.float32)).save(tmp_path / "d" / "train" / "a" / "2.tiff")
+    with pytest.raises(DataError, match="mode F, which has no fixed range"):
+        load_split(str(tmp_path / "d"), "train")
+
+
+def test_parquet_without_the_image_type(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    (tmp_path / "d").mkdir()
+    table = pyarrow.table({"picture": [encode(picture(i))["bytes"] for i in range(3)], "label": [0, 1, 0]})
+    parquet.write_table(table, tmp_path / "d" / "train-0.parquet")
+    split = load_split(str(tmp_path / "d"), "train")
+    assert np.array_equal(split.pixels[2].permute(1, 2, 0).numpy(), np.asarray(picture(2)))
+    assert split.label_names == ["0", "1"] and not split.named
+
+
+def test_missing_labels_are_named(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    (tmp_path / "d").mkdir()
+    table = pyarrow.table({"image": [encode(picture(i))["bytes"] for i in range(2)], "label": ["a", None]})
+    parquet.write_table(table, tmp_path / "d" / "train-0.parquet")
+    with pytest.raises(DataError, match="1 rows of .* have no label"):
+        load_split(str(tmp_path / "d"), "train")

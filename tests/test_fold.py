@@ -110,3 +110,15 @@ def test_a_gate_outside_a_foldable_block_is_an_error():
     model.fc = torch.nn.Sequential(model.fc, torch.nn.Unflatten(1, (10, 1, 1)), ASR(10), torch.nn.Flatten())
     with pytest.raises(timm_attn.FoldError, match="1 of 6 ASR gates"):
         timm_attn.fold(model)
+
+
+def test_other_outputs_and_empty_models_are_named():
+    with pytest.raises(ValueError, match="meta device"):
+        timm_attn.fold(timm.create_model("resnet20_asr", device="meta"))
+    with pytest.raises(ValueError, match="must be one tensor, got list"):
+        timm_attn.fold(narrow("resnet20_asr", features_only=True))
+
+
+def test_a_compiled_model_folds():
+    model = randomise(narrow("resnet20_asr")).eval()
+    timm_attn.fold(torch.compile(model, backend="eager"))

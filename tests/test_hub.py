@@ -243,7 +243,7 @@ def test_a_concurrent_commit_stops_the_upload(hub, server):
 
 def test_a_failing_commit_uploads_no_part(hub, server):
     server.fail_at(1, 500, match="/commit/")
-    with pytest.raises(UserError, match="nothing was committed"):
+    with pytest.raises(UserError, match="no file was committed"):
         publish(hub[0] / "resnet20_dia.sgd_digits", "my-org")
     assert set(server.files("my-org/resnet20_dia.sgd_digits")) <= {".gitattributes"}
 

@@ -1,5 +1,6 @@
 """The registry, parameter counts, and what timm's users do with a model."""
 
+import json
 from copy import deepcopy
 
 import pytest
@@ -197,3 +198,17 @@ def test_scripts_run_with_the_models_registered(tmp_path):
     )
     result = python("-m", "timm_attn", str(script), "--flag", "1")
     assert result.stdout.split(maxsplit=1) == ["True", f"{[str(script), '--flag', '1']}\n"], result.stderr
+
+
+@pytest.mark.parametrize("name", ["resnet20_dia", "resnet18_asr"])
+def test_a_second_attention_is_refused(name):
+    with pytest.raises(ValueError, match="attn_layer 'se' has no place"):
+        timm.create_model(name, block_args={"attn_layer": "se"})
+
+
+def test_an_index_of_another_timm_is_no_obstacle(tmp_path):
+    entry = {"architecture": "resnet20", "tag": "x", "pretrained_cfg": {"num_classes": 10, "new_field": 1}}
+    (tmp_path / "index.json").write_text(json.dumps({"checkpoints": {"resnet20.x": entry}}))
+    code = "import timm, timm_attn; print(timm.models.get_pretrained_cfg('resnet20').tag)"
+    result = python("-c", code, env={"TIMM_ATTN_HUB": str(tmp_path)})
+    assert result.stdout == "x\n", result.stderr

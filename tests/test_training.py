@@ -159,7 +159,10 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
     steps = []
     resume(tmp_path / "a", on_step=steps.append)
     assert steps[0] == 6
-    assert "step-6 is damaged (model.safetensors has the wrong sha256)" in capsys.readouterr().out
+    assert (
+        "step-6 is damaged (model.safetensors has the wrong sha256): passed over and removed"
+        in capsys.readouterr().out
+    )
     train("resnet20_dia", recipe, tmp_path / "whole")
     assert same_weights(tmp_path / "whole", tmp_path / "a")
 
@@ -327,3 +330,71 @@ def test_data_with_other_classes_is_refused(run, tmp_path):
 
     with pytest.raises(UserError, match="choose data with the same classes"):
         validate(load_model(str(run[0])), Recipe(data=write(tmp_path / "d", split="test")))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_diverged_run_keeps_finite_checkpoints(every, tmp_path):
+    recipe = Recipe(**{**FAST, "lr": 1e9}, epochs=3, warmup_epochs=0, checkpoint_every=every)
+    with pytest.raises(UserError, match="lower --lr"):
+        train("resnet20", recipe, tmp_path / "a")
+    for checkpoint in (tmp_path / "a").glob("step-*"):
+        state = load_file(checkpoint / "model.safetensors").values()
+        assert all(t.isfinite().all() for t in state if t.is_floating_point())
+
+
+def test_new_checkpoints_survive_damaged_later_ones(tmp_path):
+    recipe = Recipe(**FAST, epochs=2, checkpoint_every=2)
+    with pytest.raises(Stopped):
+        train("resnet20_dia", recipe, tmp_path / "a", on_step=stop_at(9))
+    for folder in (tmp_path / "a").glob("step-*"):
+        (folder / "manifest.json").unlink()
+    with pytest.raises(Stopped):
+        resume(tmp_path / "a", on_step=stop_at(5))
+    assert sorted(p.name for p in (tmp_path / "a").glob("step-*")) == ["step-2", "step-4"]
+
+
+def test_a_changed_recipe_is_not_resumed(tmp_path):
+    with pytest.raises(Stopped):
+        train("resnet20", Recipe(**FAST, epochs=2), tmp_path / "a", on_step=stop_at(6))
+    recipe = tmp_path / "a" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("epochs: 2", "epochs: 3"))
+    with pytest.raises(UserError, match=r"recipe\.yaml was changed"):
+        resume(tmp_path / "a")
+
+
+def test_changed_data_is_not_resumed(tmp_path):
+    from test_data import picture, write
+
+    data = write(tmp_path / "d", images=[picture(i) for i in range(12)])
+    write(tmp_path / "d", split="test")
+    recipe = Recipe(data=data, batch_size=2, epochs=2, model_kwargs=TINY)
+    with pytest.raises(Stopped):
+        train("resnet20", recipe, tmp_path / "a", on_step=stop_at(7))
+    write(tmp_path / "d", images=[picture(i) for i in range(9)])
+    with pytest.raises(UserError, match="has changed since"):
+        resume(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("resnet20_asr.sgd5_c10", "without a tag"), ("vit_tiny_patch16_224", "cannot build")],
+)
+def test_a_model_that_cannot_train_leaves_nothing(model, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train(model, Recipe(data="digits"), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_numbered_classes_may_be_missing_from_the_evaluated_split(tmp_path):
+    import datasets
+    from test_data import encode, picture
+
+    (tmp_path / "d").mkdir()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for split, labels in (("train", [0, 1, 2, 0]), ("test", [1, 0])):
+        columns = {"image": [encode(picture(i)) for i in range(len(labels))], "label": labels}
+        table = datasets.Dataset.from_dict(columns, features=features)
+        table.to_parquet(tmp_path / "d" / f"{split}-0.parquet")
+    recipe = Recipe(data=str(tmp_path / "d"), batch_size=2, epochs=1, model_kwargs=TINY)
+    train("resnet20", recipe, tmp_path / "a")
+    assert validate(load_model(str(tmp_path / "a")), recipe)["images"] == 2

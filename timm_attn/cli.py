@@ -46,21 +46,25 @@ def train(
         resume: Go on with this run folder. Takes no other argument.
         out: Run folder to make; runs/<model>_<data>_s<seed> by default.
     """
+    if recipe is not None:
+        raise UserError("give --recipe once")  # main() has put the fields of the first into the options
     if resume is not None:
         if model is not None or out is not None or options != Recipe():
             raise UserError("--resume goes on with the recipe of the run: give it no other arguments")
-        resume_run(resume)
         run = resume
     else:
         if model is None:
             raise UserError("name a model to train, e.g. `timm-attn train resnet20_dia --data digits`")
         data = Path(options.data).name or "data"
         run = out or Path("runs") / f"{model}_{data}_s{options.seed}"
-        try:
+    try:
+        if model is None:
+            resume_run(run)
+        else:
             train_run(model, options, run)
-        except KeyboardInterrupt:
-            hint = f"`timm-attn train --resume {run}` goes on" if is_run(run) else "nothing was written"
-            raise UserError(f"stopped; {hint}") from None
+    except KeyboardInterrupt:
+        hint = f"`timm-attn train --resume {run}` goes on" if is_run(run) else "nothing was written"
+        raise UserError(f"stopped; {hint}") from None
     if PartialState().is_main_process:
         console.print(f"run folder: {run}")
 
@@ -229,13 +233,14 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         app.cli(prog="timm-attn", args=_expand_recipe(arguments), sort_subcommands=False)
-    except (UserError, WeightsError, FoldError) as error:
+    except (UserError, WeightsError, FoldError, OSError) as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(2)
 
 
 def _expand_recipe(arguments: list[str]) -> list[str]:
     """Put the fields of ``--recipe FILE`` before the other options, which then override them."""
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--recipe=") else [a])]
     if arguments[:1] != ["train"] or "--recipe" not in arguments[:-1]:
         return arguments
     at = arguments.index("--recipe")

@@ -9,14 +9,14 @@ files a model under the last part of its module's name, so this file must not be
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SEModule
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
@@ -69,9 +69,17 @@ def _se(backbone: Backbone, **kwargs) -> tuple[type[ResNet], dict[str, Any]]:
     return _plain(backbone, **kwargs)
 
 
+def _refuse_attn_layer(kwargs: dict[str, Any]) -> None:
+    if "attn_layer" in kwargs.get("block_args", {}):
+        raise ValueError(
+            f"attn_layer {kwargs['block_args']['attn_layer']!r} has no place beside this mechanism"
+        )
+
+
 def _asr(
     backbone: Backbone, delta: int = 1, reduction: int = 16, **kwargs
 ) -> tuple[type[ResNet], dict[str, Any]]:
+    _refuse_attn_layer(kwargs)
     attn_layer = partial(ASR, delta=delta, reduction=reduction)
     kwargs["block_args"] = {**kwargs.get("block_args", {}), "attn_layer": attn_layer}
     kwargs["block"] = FoldableBottleneck if backbone.bottleneck else FoldableBasicBlock
@@ -79,6 +87,7 @@ def _asr(
 
 
 def _dia(backbone: Backbone, reduction: int | None = None, **kwargs) -> tuple[type[ResNet], dict[str, Any]]:
+    _refuse_attn_layer(kwargs)
     kwargs["reduction"] = reduction if reduction is not None else (4 if backbone.cifar else 20)
     kwargs["block"] = DIABottleneck if backbone.bottleneck else DIABasicBlock
     return DIACifarResNet if backbone.cifar else DIAResNet, kwargs
@@ -199,9 +208,11 @@ def _cfg(cifar: bool) -> dict[str, Any]:
 
 
 # timm reads this table while it registers an entry point, so it must stand above them.
+_FIELDS = {field.name for field in fields(PretrainedCfg)}
 default_cfgs = generate_default_cfgs(
     {
-        tag: cfg
+        # An index written with another version of timm may have fields that this one does not know.
+        tag: {name: value for name, value in cfg.items() if name in _FIELDS}
         for variant, (backbone, _) in _VARIANTS.items()
         for tag, cfg in (
             weights.pretrained_cfgs(variant) or {variant: _cfg(BACKBONES[backbone].cifar)}

@@ -16,8 +16,7 @@ TEMPLATE = """---
 
 {summary} Architecture `{architecture}`, trained on {dataset}{folded_note}.
 
-Re-implementation in [timm_attn](https://github.com/timm-attn/timm_attn) of [{paper}]({url})
-({authors}; {venue}).
+{origin} [{paper}]({url}) ({authors}; {venue}).
 
 ## Use
 
@@ -48,7 +47,7 @@ Measured in float32 on the files of this repository. One run says nothing about 
 {epochs} epochs on {hardware}, precision {precision}, from random weights. All settings are in `recipe.yaml`:
 
 ```
-timm-attn train {trained} --recipe recipe.yaml
+timm-attn train {trained} --recipe recipe.yaml --data DATA
 ```
 
 {settings}
@@ -93,6 +92,7 @@ def card(checkpoint: Checkpoint, recipe: dict[str, Any]) -> str:
         architecture=checkpoint.architecture,
         dataset=details["dataset"],
         folded_note=note,
+        origin="Re-implementation in timm_attn of" if paper.arxiv else "Code:",
         paper=paper.title,
         url=paper.url,
         authors=paper.authors.replace(" and ", ", "),
@@ -132,16 +132,12 @@ def _metadata(checkpoint: Checkpoint, split: str) -> ModelCardData:
         )
         for name, key in (("Top-1 accuracy (%)", "top1"), ("Top-5 accuracy (%)", "top5"))
     ]
+    arxiv = PAPERS[checkpoint.details["mechanism"]].arxiv
     return ModelCardData(
         license="apache-2.0",
         library_name="timm",
         pipeline_tag="image-classification",
-        tags=[
-            "image-classification",
-            "timm",
-            "timm_attn",
-            f"arxiv:{PAPERS[checkpoint.details['mechanism']].arxiv}",
-        ],
+        tags=["image-classification", "timm", "timm_attn", *([f"arxiv:{arxiv}"] if arxiv else [])],
         datasets=[dataset] if "/" in dataset else None,
         model_name=checkpoint.name,
         eval_results=results,

@@ -18,8 +18,8 @@ from ..training.run import (
     CURVES,
     METRICS,
     RECIPE,
+    last_metrics,
     open_run,
-    read_metrics,
     replace_file,
     save_model,
 )
@@ -50,6 +50,7 @@ def export(
         FoldError: The folded model differs from the trained one.
     """
     about = open_run(run, finished=True)
+    last_metrics(run)
     if not tag or not tag.replace("_", "").isalnum():
         raise UserError(f"tag {tag!r} must be letters, digits and underscores, e.g. sgd_c10")
     recipe = load_recipe(run / RECIPE)
@@ -109,7 +110,7 @@ def _parse(architecture: str) -> tuple[str, str]:
     try:
         return parse_name(architecture)
     except KeyError:
-        return architecture, ""
+        return architecture, "timm"
 
 
 def _saved_config(folder: Path) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def _write(
     metrics = {
         **{k: v for k, v in validate(loaded, recipe).items() if k != "eval_images_per_second"},
         "n": 1,
-        "epoch": read_metrics(run)[-1]["epoch"],
+        "epoch": last_metrics(run)["epoch"],
         "parameters": sum(p.numel() for p in loaded.parameters()),
         "logit_difference": difference,
     }

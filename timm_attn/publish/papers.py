@@ -16,18 +16,31 @@ class Paper:
 
     @property
     def url(self) -> str:
-        return f"https://arxiv.org/abs/{self.arxiv}"
+        """Where it can be read."""
+        return (
+            f"https://arxiv.org/abs/{self.arxiv}"
+            if self.arxiv
+            else "https://github.com/huggingface/pytorch-image-models"
+        )
 
     @property
     def bibtex(self) -> str:
         return (
-            f"@misc{{arxiv{self.arxiv.replace('.', '')},\n  title  = {{{self.title}}},\n"
+            f"@misc{{{self.title.split()[0].lower().strip(':')}{self.year},\n  title  = {{{self.title}}},\n"
             f"  author = {{{self.authors}}},\n  year   = {{{self.year}}},\n"
             f"  note   = {{{self.venue}}},\n  url    = {{{self.url}}}\n}}"
         )
 
 
 PAPERS = {
+    "timm": Paper(
+        "PyTorch Image Models",
+        "Ross Wightman",
+        "GitHub",
+        2019,
+        "",
+        "A network of timm, trained as a baseline.",
+    ),
     "": Paper(
         "Deep Residual Learning for Image Recognition",
         "Kaiming He and Xiangyu Zhang and Shaoqing Ren and Jian Sun",

@@ -29,9 +29,11 @@ def publish(folder: Path, to: str, private: bool = False) -> CommitInfo:
             somebody else committed meanwhile, or the Hub cannot be reached.
         WeightsError: A file differs from the index of the folder's hub.
     """
-    _check(folder)
+    listed = _check(folder)
     repo_id = f"{to}/{folder.resolve().name}"
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    files = sorted(
+        p for p in folder.iterdir() if p.is_file() and (p.name in listed or (not listed and p.name[0] != "."))
+    )
     content = {p.name: str(p) for p in files if p.name != README}
     card = (folder / README).read_text(encoding="utf-8").replace(OWNER, to)
     operations = [
@@ -48,7 +50,9 @@ def publish(folder: Path, to: str, private: bool = False) -> CommitInfo:
         raise UserError(_explain(error, repo_id)) from error
 
 
-def _check(folder: Path) -> None:
+def _check(folder: Path) -> list[str]:
+    """Names of the files that the hub's index lists, after comparing them with it; none without an index."""
+    listed: list[str] = []
     missing = [name for name in (CONFIG, WEIGHTS, README) if not (folder / name).is_file()]
     if missing:
         raise UserError(
@@ -59,9 +63,11 @@ def _check(folder: Path) -> None:
         known = {c.name: c for c in read_index(index.parent)}
         if folder.resolve().name not in known:
             raise WeightsError(f"{index} does not list {folder.resolve().name}: export the run again")
-        for name in known[folder.resolve().name].files:
+        listed = list(known[folder.resolve().name].files)
+        for name in listed:
             known[folder.resolve().name].verified(name)
     load_model(f"local-dir:{folder}")
+    return listed
 
 
 def _explain(error: Exception, repo_id: str) -> str:
@@ -72,5 +78,5 @@ def _explain(error: Exception, repo_id: str) -> str:
         403: "your token has no right to write there: choose another --to, or a token that has it",
         412: "somebody else committed to the repository meanwhile: look at it, then run the command again",
     }
-    fix = fixes.get(status or 0, "nothing was committed; run the command again")
+    fix = fixes.get(status or 0, "no file was committed; run the command again")
     return f"cannot publish {repo_id}: {fix} ({reason})"

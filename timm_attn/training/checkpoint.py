@@ -65,9 +65,9 @@ def save(run: Path, state: State, keep: int) -> Path:
     return final
 
 
-def load_last(run: Path) -> tuple[State | None, list[str]]:
-    """The newest checkpoint of a run that is intact, and what was wrong with newer ones."""
-    complaints = []
+def load_last(run: Path) -> tuple[State | None, dict[Path, str]]:
+    """The newest checkpoint of a run that is intact, and what is wrong with newer ones, by folder."""
+    damaged = {}
     for _, folder in reversed(_folders(run)):
         problem = _problem(folder)
         if problem is None:
@@ -75,9 +75,9 @@ def load_last(run: Path) -> tuple[State | None, list[str]]:
             tensors = load_file(folder / "optimizer.safetensors")
             optimizer = _join_optimizer(tensors, meta["optimizer"])
             model = load_file(folder / "model.safetensors")
-            return State(meta["step"], model, optimizer, meta["progress"]), complaints
-        complaints.append(f"{folder} is damaged ({problem}): passed over")
-    return None, complaints
+            return State(meta["step"], model, optimizer, meta["progress"]), damaged
+        damaged[folder] = problem
+    return None, damaged
 
 
 def _problem(folder: Path) -> str | None:

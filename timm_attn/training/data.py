@@ -42,6 +42,7 @@ class Split:
         pixels: Small images: uint8, N × 3 × H × W. None for larger ones.
         rows: Larger images: the data set's rows, image bytes undecoded. None for small ones.
         column: Name of the image column of ``rows``.
+        named: Whether the classes have names; else ``label_names`` are the numbers up to the greatest label.
     """
 
     data: str
@@ -51,6 +52,7 @@ class Split:
     pixels: Tensor | None = None
     rows: "datasets.Dataset | None" = None
     column: str = "image"
+    named: bool = True
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -87,11 +89,16 @@ def decode(cell: dict[str, Any], where: str) -> Image.Image:
     try:
         source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
         with Image.open(source) as image:
+            if image.mode.startswith("I;16"):  # PIL would clip all but the darkest 255 of 65,536 greys
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise ValueError(f"its pixels are of mode {image.mode}, which has no fixed range")
             return image.convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError, TypeError, ValueError) as error:
         path = (cell or {}).get("path")
         raise DataError(
-            f"corrupt image in {where}{f', path {path}' if path else ''}: {error}. Repair or remove it"
+            f"corrupt or unreadable image in {where}{f', path {path}' if path else ''}: {error}. "
+            "Repair, convert or remove it"
         ) from None
 
 
@@ -102,6 +109,7 @@ def load_split(
     size: tuple[int, int] | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    encoded: bool = False,
 ) -> Split:
     """Read one split.
 
@@ -110,6 +118,7 @@ def load_split(
         role: ``train``, or ``eval`` for the split that is evaluated.
         name: The split's name; found by ``role`` if None.
         size: Width and height in pixels that images are brought to; None keeps small images as they are.
+        encoded: Leave small images encoded, too.
 
     Raises:
         DataError: There is no such data, split or column, or an image or label cannot be used.
@@ -118,16 +127,16 @@ def load_split(
         return _digits(role, name, size or (32, 32))
     rows, name = _rows(data, role, name)
     column, target = _columns(data, rows.features, image_column, label_column)
-    labels, label_names = _labels(data, name, rows, target)
+    labels, label_names, named = _labels(data, name, rows, target)
     import datasets
 
     rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     first = decode(rows[0][column], f"row 0 of {data} ({name})")
     width, height = size or first.size
-    if max(width, height) > SMALL or len(rows) * width * height * 3 > MEMORY:
-        return Split(data, name, labels, label_names, rows=rows, column=column)
+    if encoded or max(width, height) > SMALL or len(rows) * width * height * 3 > MEMORY:
+        return Split(data, name, labels, label_names, rows=rows, column=column, named=named)
     pixels = _pixels(data, name, rows, column, (width, height), resize=size is not None)
-    return Split(data, name, labels, label_names, pixels=pixels)
+    return Split(data, name, labels, label_names, pixels=pixels, named=named)
 
 
 def _digits(role: str, name: str | None, size: tuple[int, int]) -> Split:
@@ -157,7 +166,7 @@ def _rows(data: str, role: str, name: str | None) -> tuple["datasets.Dataset", s
     if not Path(data).is_dir() and (data[0] in "./~\\" or data.count("/") > 1 or Path(data).exists()):
         raise DataError(f"{data} is not a folder: give a folder, a Hugging Face dataset id, or digits")
     try:
-        splits: Any = datasets.load_dataset(data)
+        splits: Any = datasets.load_dataset(str(Path(data).resolve()) if Path(data).is_dir() else data)
     except Exception as error:  # the library raises a dozen types, OSError to ValueError
         if "corresponds to no data" in str(error):
             raise DataError(f"a split of {data} is empty ({error}): fill or remove it") from None
@@ -189,12 +198,21 @@ def _image_column(data: str, features: Any, image: str | None) -> str:
     import datasets
 
     images = [c for c, f in features.items() if isinstance(f, datasets.Image)]
+    if not images:  # parquet files that other libraries wrote: encoded images without the type
+        images = [
+            c for c, f in features.items() if getattr(f, "dtype", "") == "binary" or "bytes" in dict_of(f)
+        ]
     if image is not None and image not in images:
         raise DataError(f"column {image!r} of {data} holds {features[image]}, not images")
     if image is None and len(images) != 1:
         found = f"several image columns ({', '.join(images)})" if images else "no image column"
         raise DataError(f"{data} has {found} among {', '.join(features)}: name one with --image-column")
     return image or images[0]
+
+
+def dict_of(feature: Any) -> dict[str, Any]:
+    """The fields of a struct feature, nothing for others."""
+    return feature if isinstance(feature, dict) else {}
 
 
 def _label_column(data: str, features: Any) -> str:
@@ -207,15 +225,19 @@ def _label_column(data: str, features: Any) -> str:
         candidates = [c for c in LABEL_NAMES if c in candidates][:1]
     if not candidates:
         raise DataError(
-            f"{data} has no clear label column in {', '.join(features)}: name it with --label-column"
+            f"{data} has no clear label column in {', '.join(features)}: name it with --label-column "
+            "(a folder of images needs one folder a class, and at least two)"
         )
     return candidates[0]
 
 
-def _labels(data: str, split: str, rows: "datasets.Dataset", column: str) -> tuple[Tensor, list[str]]:
+def _labels(data: str, split: str, rows: "datasets.Dataset", column: str) -> tuple[Tensor, list[str], bool]:
     import datasets
 
     feature = rows.features[column]
+    missing = rows.data.column(column).null_count
+    if missing:
+        raise DataError(f"{missing} rows of {data} ({split}) have no {column}: remove or label them")
     values = rows.with_format("numpy")[column][:]
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)
@@ -234,7 +256,8 @@ def _labels(data: str, split: str, rows: "datasets.Dataset", column: str) -> tup
             f"label {int(labels[row])} in row {row} of {data} ({split}) is out of range 0 to {len(names) - 1}"
             " (-1 usually marks a split without labels): choose another split or repair the column"
         )
-    return labels, names
+    named = isinstance(feature, datasets.ClassLabel) or np.asarray(values).dtype.kind in "UO"
+    return labels, names, named
 
 
 def _pixels(
@@ -273,6 +296,6 @@ def _decode_batch(
                     f"row {index} of {where} has {image.width}×{image.height} pixels, the first row "
                     f"{size[0]}×{size[1]}: give --img-size to bring all to one size"
                 )
-            image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+            image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
         pixels.append(image.tobytes())
     return {"pixels": pixels}

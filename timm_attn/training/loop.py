@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..weights import sha256
 from . import checkpoint, curves
 from .batches import Batches, Shard, derive_seed
 from .data import Split, load_split
@@ -31,6 +33,7 @@ from .run import (
     RECIPE,
     WEIGHTS,
     environment,
+    last_metrics,
     open_run,
     read_metrics,
     refuse_full_folder,
@@ -71,6 +74,7 @@ def train(model: str, recipe: Recipe, out: str | Path, on_step: OnStep | None = 
         save_recipe(recipe, run / RECIPE)
         counts = {split.name: len(split) for split in (train_split, eval_split)}
         about = environment(model, recipe.data, train_split.label_names, counts, accelerator.num_processes)
+        about["recipe_sha256"] = sha256(run / RECIPE)
         checkpoint.write_json(run / ENVIRONMENT, about)
     accelerator.wait_for_everyone()
     return trainer.run_to_end()
@@ -88,12 +92,17 @@ def resume(run: str | Path, on_step: OnStep | None = None) -> dict[str, Any]:
     run = Path(run)
     about = open_run(run)
     if (run / WEIGHTS).is_file():
-        return read_metrics(run)[-1]
+        return last_metrics(run)
+    if sha256(run / RECIPE) != about["recipe_sha256"]:
+        raise UserError(
+            f"{run / RECIPE} was changed since the run was started: undo that, or start a new run"
+        )
     recipe = load_recipe(run / RECIPE)
     accelerator = _accelerator(recipe)
     train_split, eval_split = _splits(recipe, accelerator)
-    if train_split.label_names != about["label_names"]:
-        raise UserError(f"the classes of {recipe.data} are not those that {run} was started with")
+    counts = {split.name: len(split) for split in (train_split, eval_split)}
+    if train_split.label_names != about["label_names"] or counts != about["images"]:
+        raise UserError(f"{recipe.data} has changed since {run} was started: restore it, or start a new run")
     network = build(about["model"], recipe, train_split)
     trainer = _Trainer(accelerator, about["model"], network, recipe, run, train_split, eval_split, on_step)
     trainer.restore()
@@ -111,14 +120,14 @@ def build(model: str, recipe: Recipe, split: Split) -> nn.Module:
     arguments = recipe.parsed_model_kwargs()
     try:
         network: Any = timm.create_model(model, num_classes=len(split.label_names), in_chans=3, **arguments)
+        size = _image_size(network, recipe, split)
+        with torch.no_grad():
+            shape = tuple(network.eval()(torch.zeros(2, 3, *size)).shape)
+        if shape != (2, len(split.label_names)):
+            raise ValueError(f"its output has shape {shape} for 2 images, not (2, {len(split.label_names)})")
     except Exception as error:  # whatever a constructor of timm raises on odd arguments
         given = f" with {arguments}" if arguments else ""
         raise UserError(f"cannot build {model}{given}: {type(error).__name__}: {error}") from None
-    stock = network.pretrained_cfg
-    if split.pixels is not None:
-        size = tuple(split.pixels.shape[2:])
-    else:
-        size = (recipe.img_size,) * 2 if recipe.img_size else tuple(stock["input_size"][1:])
     network.pretrained_cfg = network.default_cfg = {
         **{
             k: v
@@ -131,13 +140,23 @@ def build(model: str, recipe: Recipe, split: Split) -> nn.Module:
         "mean": recipe.mean,
         "std": recipe.std,
         "num_classes": len(split.label_names),
-        "crop_pct": 1.0 if split.pixels is not None else stock["crop_pct"],
+        # Small images are read whole; those that were resized, bilinearly.
+        **({"crop_pct": 1.0, "interpolation": "bilinear"} if split.pixels is not None else {}),
     }
     return network.to(memory_format=torch.channels_last) if recipe.channels_last else network
 
 
+def _image_size(network: Any, recipe: Recipe, split: Split) -> tuple[int, ...]:
+    """Height and width of the images of a run."""
+    if split.pixels is not None:
+        return tuple(split.pixels.shape[2:])
+    return (recipe.img_size,) * 2 if recipe.img_size else tuple(network.pretrained_cfg["input_size"][1:])
+
+
 def check_model(name: str) -> None:
     """Raise a UserError with the nearest names if timm has no model of this name."""
+    if name.partition(".")[2]:
+        raise UserError(f"training starts from random weights: name {name.partition('.')[0]} without a tag")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = (
@@ -156,12 +175,12 @@ def evaluate(
     top-k for all of them. ``show`` draws a progress bar.
     """
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(4, dtype=_sum_dtype(accelerator.device), device=accelerator.device)
     started = time.perf_counter()
     for images, labels in track(batches.evaluate(), batches.evaluation_steps, show):
         with accelerator.autocast():
             logits = model(images)
-        logits = logits.double()
+        logits = logits.to(sums.dtype)
         ranks = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack(
@@ -178,6 +197,10 @@ def evaluate(
         "images": int(n),
         "eval_images_per_second": n / seconds,
     }
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
 
 
 def make_accelerator(precision: str) -> Accelerator:
@@ -210,22 +233,46 @@ def _splits(recipe: Recipe, accelerator: Accelerator) -> tuple[Split, Split]:
     # The first process of each machine fills the cache of decoded images, the others read it.
     with accelerator.local_main_process_first():
         train_split = load_split(recipe.data, "train", recipe.train_split, **options)
+        # Both the same way: the evaluated images are brought to the size of those trained on.
+        if train_split.pixels is None:
+            options["encoded"] = True
+        else:
+            height, width = train_split.pixels.shape[2:]
+            options["size"] = (width, height)
         eval_split = load_split(recipe.data, "eval", recipe.eval_split, **options)
-    if train_split.label_names != eval_split.label_names:
-        raise UserError(
-            f"the splits {train_split.name} and {eval_split.name} of {recipe.data} differ in classes"
-        )
+    match_classes(eval_split, train_split.label_names)
     return train_split, eval_split
+
+
+def match_classes(split: Split, names: list[str]) -> None:
+    """Give a split the classes of another, or raise a UserError if it has its own."""
+    if not split.named and len(split.label_names) <= len(names):
+        split.label_names = names
+    elif split.label_names != names:
+        raise UserError(
+            f"{split.data} ({split.name}) has the classes {_some(split.label_names)}, not the expected "
+            f"{_some(names)}: choose data with the same classes"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''} ({len(names)})"
 
 
 def _resolve(recipe: Recipe, split: Split) -> Recipe:
     """The recipe with the defaults that depend on the data."""
     if split.pixels is not None:
         mean, std = split.statistics()
+        if recipe.std is None and min(std) < 1e-4:
+            raise UserError(
+                f"the images of {recipe.data} are constant in a channel: repair them, or give --std"
+            )
     else:
         mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     return dataclasses.replace(
         recipe,
+        # A run may be resumed and exported from another folder.
+        data=str(Path(recipe.data).resolve()) if Path(recipe.data).is_dir() else recipe.data,
         mean=recipe.mean or tuple(round(m, 4) for m in mean),
         std=recipe.std or tuple(round(s, 4) for s in std),
         hflip=recipe.hflip if recipe.hflip is not None else recipe.data != "digits",
@@ -274,21 +321,27 @@ class _Trainer:
         assert self.scheduler is not None
         self.criterion = nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
         self.step = 0
-        self.sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # loss, correct, images
+        self.sums = torch.zeros(
+            3, dtype=_sum_dtype(accelerator.device), device=accelerator.device
+        )  # loss, correct, images
         self.metrics: list[dict[str, Any]] = []
         self.drawn = time.perf_counter()
 
     def restore(self) -> None:
         """Take up the newest intact checkpoint, or start anew where there is none."""
-        state, complaints = checkpoint.load_last(self.run)
-        for complaint in complaints:
-            self.accelerator.print(f"warning: {complaint}")
+        state, damaged = checkpoint.load_last(self.run)
+        self.accelerator.wait_for_everyone()
+        for folder, problem in damaged.items():
+            self.accelerator.print(f"warning: {folder} is damaged ({problem}): passed over and removed")
+            if self.accelerator.is_main_process:  # or it would count among those that are kept
+                shutil.rmtree(folder)
         if state is None:
+            self.accelerator.print(f"{self.run} has no intact checkpoint: starting again from step 0")
             return
         self.network.load_state_dict(state.model)
         self.optimizer.load_state_dict(state.optimizer)
         self.step = state.step
-        sums = torch.tensor(state.progress["sums"], dtype=torch.float64, device=self.sums.device)
+        sums = torch.tensor(state.progress["sums"], dtype=self.sums.dtype, device=self.sums.device)
         self.sums = sums if self.accelerator.is_main_process else torch.zeros_like(sums)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.progress["scaler"])
@@ -331,11 +384,7 @@ class _Trainer:
         sums = self.accelerator.reduce(self.sums)
         assert torch.is_tensor(sums)
         loss, correct, images = sums.tolist()
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss} in epoch {epoch + 1}: lower --lr (it was {recipe.lr}), clip with "
-                f"--clip-grad, or try --precision no. {self.run} keeps the checkpoints before it"
-            )
+        self._check_finite(loss / images)
         line = {
             "epoch": epoch + 1,
             "step": self.step,
@@ -369,7 +418,19 @@ class _Trainer:
         self.optimizer.zero_grad()
         return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
+    def _check_finite(self, loss: float) -> None:
+        """Stop a run that has diverged before its checkpoints are replaced; the same on all processes."""
+        state = self.network.state_dict().values()
+        if math.isfinite(loss) and all(bool(t.isfinite().all()) for t in state if t.is_floating_point()):
+            return
+        raise UserError(
+            f"the loss became {loss} or the weights infinite by step {self.step}: lower --lr (it was "
+            f"{self.recipe.lr}), clip with --clip-grad, or try --precision no. The checkpoints in {self.run} "
+            "are of earlier steps"
+        )
+
     def _save(self) -> None:
+        self._check_finite(self.sums[0].item())
         sums = self.accelerator.reduce(self.sums.clone())
         assert torch.is_tensor(sums)
         if self.accelerator.is_main_process:

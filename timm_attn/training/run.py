@@ -56,7 +56,12 @@ def open_run(path: Path, finished: bool = False) -> dict[str, Any]:
         )
     if finished and not (path / WEIGHTS).is_file():
         raise UserError(f"run {path} is not finished: `timm-attn train --resume {path}` goes on with it")
-    return json.loads((path / ENVIRONMENT).read_text(encoding="utf-8"))
+    try:
+        return json.loads((path / ENVIRONMENT).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path / ENVIRONMENT} cannot be read ({error}): restore it, or start a new run"
+        ) from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -65,6 +70,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return (
         [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
     )
+
+
+def last_metrics(path: Path) -> dict[str, Any]:
+    """The metrics of a run's last epoch; a UserError if there are none."""
+    lines = read_metrics(path)
+    if not lines:
+        raise UserError(f"{path / METRICS} is missing or empty: restore it, or start a new run")
+    return lines[-1]
 
 
 def write_metrics(path: Path, lines: list[dict[str, Any]]) -> None:
@@ -76,7 +89,10 @@ def write_metrics(path: Path, lines: list[dict[str, Any]]) -> None:
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old one or the new one."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
+    with open(partial, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
     os.replace(partial, path)
 
 

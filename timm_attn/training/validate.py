@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..weights import WeightsError
 from .batches import Batches, Shard
 from .data import load_split
-from .loop import check_model, evaluate, make_accelerator
+from .loop import check_model, evaluate, make_accelerator, match_classes
 from .recipe import Recipe
 from .run import CONFIG, is_run, open_run
 
@@ -46,14 +46,13 @@ def load_model(name: str) -> Any:
         raise UserError(f"cannot load {name}: {type(error).__name__}: {error}") from None
 
 
-def validate(model: Any, recipe: Recipe, show: bool = False, check_labels: bool = True) -> dict[str, float]:
+def validate(model: Any, recipe: Recipe, show: bool = False) -> dict[str, float]:
     """Measure a model on the evaluation split of a recipe's data; see :func:`evaluate` for the figures.
 
     Args:
         model: From :func:`load_model`.
         recipe: Data, split, columns, batch size, precision, workers.
         show: Draw a progress bar.
-        check_labels: Refuse data whose class names are not the model's.
 
     Raises:
         UserError: The data cannot be used, or its classes are not the model's.
@@ -66,13 +65,12 @@ def validate(model: Any, recipe: Recipe, show: bool = False, check_labels: bool 
             recipe.data, "eval", recipe.eval_split, (width, height), recipe.image_column, recipe.label_column
         )
     names = model.pretrained_cfg.get("label_names")
-    if model.num_classes != len(split.label_names) or (
-        check_labels and names is not None and list(names) != split.label_names
-    ):
-        own = f"{', '.join(names[:3])}, …" if names else "unnamed"
+    if names is not None:
+        match_classes(split, list(names))
+    elif model.num_classes != len(split.label_names):
         raise UserError(
-            f"the model's {model.num_classes} classes ({own}) are not the {len(split.label_names)} of "
-            f"{recipe.data} ({', '.join(split.label_names[:3])}, …): choose data with the same classes"
+            f"the model has {model.num_classes} classes, {recipe.data} has {len(split.label_names)}: "
+            "choose data with the same classes"
         )
     model = model.to(accelerator.device)
     shard = Shard(accelerator.device, accelerator.process_index, accelerator.num_processes)
