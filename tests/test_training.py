@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from timm_attn.errors import UserError
 from timm_attn.training import Recipe, load_model, resume, train, validate
 from timm_attn.training import checkpoint as checkpoints
-from timm_attn.training.loop import evaluate
+from timm_attn.training.evaluation import evaluate
 from timm_attn.training.recipe import load_recipe, recipe_arguments, save_recipe
 from timm_attn.training.run import open_run, read_metrics
 

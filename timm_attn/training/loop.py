@@ -1,7 +1,5 @@
 """The training loop, through Accelerate: one process, many GPUs or many nodes run the same lines."""
 
-import dataclasses
-import difflib
 import math
 import shutil
 import time
@@ -9,13 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
 from rich.console import Console
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
@@ -24,8 +19,9 @@ from ..errors import UserError
 from ..weights import sha256
 from . import checkpoint, curves
 from .batches import Batches, Shard, derive_seed
-from .data import Split, load_split
-from .progress import Bar, track
+from .data import Split
+from .evaluation import evaluate, sum_dtype
+from .progress import Bar
 from .recipe import Recipe, load_recipe, save_recipe
 from .run import (
     CURVES,
@@ -40,6 +36,7 @@ from .run import (
     save_model,
     write_metrics,
 )
+from .setup import build, check_model, load_splits, recipe_accelerator, resolve_recipe
 
 OnStep = Callable[[int], None]
 DRAW_SECONDS = 15.0  # drawing takes about half a second
@@ -62,10 +59,10 @@ def train(model: str, recipe: Recipe, out: str | Path, on_step: OnStep | None = 
     """
     run = Path(out)
     refuse_full_folder(run)
-    accelerator = _accelerator(recipe)
+    accelerator = recipe_accelerator(recipe)
     check_model(model)
-    train_split, eval_split = _splits(recipe, accelerator)
-    recipe = _resolve(recipe, train_split)
+    train_split, eval_split = load_splits(recipe, accelerator)
+    recipe = resolve_recipe(recipe, train_split)
     network = build(model, recipe, train_split)
     trainer = _Trainer(accelerator, model, network, recipe, run, train_split, eval_split, on_step)
     # Only now, so that wrong input leaves nothing behind.
@@ -98,8 +95,8 @@ def resume(run: str | Path, on_step: OnStep | None = None) -> dict[str, Any]:
             f"{run / RECIPE} was changed since the run was started: undo that, or start a new run"
         )
     recipe = load_recipe(run / RECIPE)
-    accelerator = _accelerator(recipe)
-    train_split, eval_split = _splits(recipe, accelerator)
+    accelerator = recipe_accelerator(recipe)
+    train_split, eval_split = load_splits(recipe, accelerator)
     counts = {split.name: len(split) for split in (train_split, eval_split)}
     if train_split.label_names != about["label_names"] or counts != about["images"]:
         raise UserError(f"{recipe.data} has changed since {run} was started: restore it, or start a new run")
@@ -107,176 +104,6 @@ def resume(run: str | Path, on_step: OnStep | None = None) -> dict[str, Any]:
     trainer = _Trainer(accelerator, about["model"], network, recipe, run, train_split, eval_split, on_step)
     trainer.restore()
     return trainer.run_to_end()
-
-
-def build(model: str, recipe: Recipe, split: Split) -> nn.Module:
-    """The network of a recipe, with the configuration that its checkpoint will carry.
-
-    Raises:
-        UserError: timm does not know the model, or the model refuses its arguments.
-    """
-    set_seed(derive_seed(recipe.seed, "init") % 2**32)
-    # create_model drops arguments that are None, so they say nothing here.
-    arguments = recipe.parsed_model_kwargs()
-    try:
-        network: Any = timm.create_model(model, num_classes=len(split.label_names), in_chans=3, **arguments)
-        size = _image_size(network, recipe, split)
-        with torch.no_grad():
-            shape = tuple(network.eval()(torch.zeros(2, 3, *size)).shape)
-        if shape != (2, len(split.label_names)):
-            raise ValueError(f"its output has shape {shape} for 2 images, not (2, {len(split.label_names)})")
-    except Exception as error:  # whatever a constructor of timm raises on odd arguments
-        given = f" with {arguments}" if arguments else ""
-        raise UserError(f"cannot build {model}{given}: {type(error).__name__}: {error}") from None
-    network.pretrained_cfg = network.default_cfg = {
-        **{
-            k: v
-            for k, v in network.pretrained_cfg.items()
-            if k not in ("file", "url", "hf_hub_id", "label_names")
-        },
-        "tag": None,
-        "input_size": (3, *size),
-        "pool_size": None,
-        "mean": recipe.mean,
-        "std": recipe.std,
-        "num_classes": len(split.label_names),
-        # Small images are read whole; those that were resized, bilinearly.
-        **({"crop_pct": 1.0, "interpolation": "bilinear"} if split.pixels is not None else {}),
-    }
-    return network.to(memory_format=torch.channels_last) if recipe.channels_last else network
-
-
-def _image_size(network: Any, recipe: Recipe, split: Split) -> tuple[int, ...]:
-    """Height and width of the images of a run."""
-    if split.pixels is not None:
-        return tuple(split.pixels.shape[2:])
-    return (recipe.img_size,) * 2 if recipe.img_size else tuple(network.pretrained_cfg["input_size"][1:])
-
-
-def check_model(name: str) -> None:
-    """Raise a UserError with the nearest names if timm has no model of this name."""
-    if name.partition(".")[2]:
-        raise UserError(f"training starts from random weights: name {name.partition('.')[0]} without a tag")
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = (
-            f"did you mean {' or '.join(near)}?" if near else "`timm-attn list` shows this package's models"
-        )
-        raise UserError(f"unknown model {name!r}: {hint}")
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: Batches, accelerator: Accelerator, show: bool = False
-) -> dict[str, float]:
-    """Top-1 and top-5 accuracy (%), cross-entropy (nats) and images per second over a whole split.
-
-    Every image counts once, however many processes share the work. With fewer than five classes top-5 is
-    top-k for all of them. ``show`` draws a progress bar.
-    """
-    model.eval()
-    sums = torch.zeros(4, dtype=_sum_dtype(accelerator.device), device=accelerator.device)
-    started = time.perf_counter()
-    for images, labels in track(batches.evaluate(), batches.evaluation_steps, show):
-        with accelerator.autocast():
-            logits = model(images)
-        logits = logits.to(sums.dtype)
-        ranks = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack(
-            [ranks[:, 0].sum(), ranks.sum(), loss, torch.tensor(len(labels), device=loss.device)]
-        )
-    sums = accelerator.reduce(sums)
-    assert torch.is_tensor(sums)
-    top1, top5, loss, n = sums.tolist()
-    seconds = time.perf_counter() - started
-    return {
-        "top1": 100 * top1 / n,
-        "top5": 100 * top5 / n,
-        "loss": loss / n,
-        "images": int(n),
-        "eval_images_per_second": n / seconds,
-    }
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-
-
-def make_accelerator(precision: str) -> Accelerator:
-    """Accelerate's view of this process; several may be made in turn, with different precisions."""
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("precision fp16 needs a GPU: use bf16")
-    # The state is a singleton that refuses another precision; the process group lives elsewhere and stays.
-    AcceleratorState._reset_state()
-    # Without a word from us Accelerate ignores the other processes of a `torchrun` on CPUs.
-    return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
-
-
-def _accelerator(recipe: Recipe) -> Accelerator:
-    accelerator = make_accelerator(recipe.precision)
-    if recipe.batch_size % accelerator.num_processes:
-        raise UserError(
-            f"batch_size {recipe.batch_size} cannot be shared by {accelerator.num_processes} processes: "
-            "make it a multiple"
-        )
-    return accelerator
-
-
-def _splits(recipe: Recipe, accelerator: Accelerator) -> tuple[Split, Split]:
-    size = (recipe.img_size, recipe.img_size) if recipe.img_size else None
-    options: dict[str, Any] = {
-        "size": size,
-        "image_column": recipe.image_column,
-        "label_column": recipe.label_column,
-    }
-    # The first process of each machine fills the cache of decoded images, the others read it.
-    with accelerator.local_main_process_first():
-        train_split = load_split(recipe.data, "train", recipe.train_split, **options)
-        # Both the same way: the evaluated images are brought to the size of those trained on.
-        if train_split.pixels is None:
-            options["encoded"] = True
-        else:
-            height, width = train_split.pixels.shape[2:]
-            options["size"] = (width, height)
-        eval_split = load_split(recipe.data, "eval", recipe.eval_split, **options)
-    match_classes(eval_split, train_split.label_names)
-    return train_split, eval_split
-
-
-def match_classes(split: Split, names: list[str]) -> None:
-    """Give a split the classes of another, or raise a UserError if it has its own."""
-    if not split.named and len(split.label_names) <= len(names):
-        split.label_names = names
-    elif split.label_names != names:
-        raise UserError(
-            f"{split.data} ({split.name}) has the classes {_some(split.label_names)}, not the expected "
-            f"{_some(names)}: choose data with the same classes"
-        )
-
-
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''} ({len(names)})"
-
-
-def _resolve(recipe: Recipe, split: Split) -> Recipe:
-    """The recipe with the defaults that depend on the data."""
-    if split.pixels is not None:
-        mean, std = split.statistics()
-        if recipe.std is None and min(std) < 1e-4:
-            raise UserError(
-                f"the images of {recipe.data} are constant in a channel: repair them, or give --std"
-            )
-    else:
-        mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return dataclasses.replace(
-        recipe,
-        # A run may be resumed and exported from another folder.
-        data=str(Path(recipe.data).resolve()) if Path(recipe.data).is_dir() else recipe.data,
-        mean=recipe.mean or tuple(round(m, 4) for m in mean),
-        std=recipe.std or tuple(round(s, 4) for s in std),
-        hflip=recipe.hflip if recipe.hflip is not None else recipe.data != "digits",
-    )
 
 
 class _Trainer:
@@ -322,7 +149,7 @@ class _Trainer:
         self.criterion = nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
         self.step = 0
         self.sums = torch.zeros(
-            3, dtype=_sum_dtype(accelerator.device), device=accelerator.device
+            3, dtype=sum_dtype(accelerator.device), device=accelerator.device
         )  # loss, correct, images
         self.metrics: list[dict[str, Any]] = []
         self.drawn = time.perf_counter()

@@ -10,9 +10,10 @@ from ..errors import UserError
 from ..weights import WeightsError
 from .batches import Batches, Shard
 from .data import load_split
-from .loop import check_model, evaluate, make_accelerator, match_classes
+from .evaluation import evaluate
 from .recipe import Recipe
 from .run import CONFIG, is_run, open_run
+from .setup import check_model, make_accelerator, match_classes
 
 
 def load_model(name: str) -> Any:
