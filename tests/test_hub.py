@@ -60,7 +60,7 @@ def test_index_agrees_with_files_and_cards(hub):
         for name in checkpoint.files:
             assert checkpoint.verified(name).is_file()
         card = huggingface_hub.ModelCard.load(checkpoint.folder / "README.md")
-        assert card.data.library_name == "timm" and card.data.license == "apache-2.0"
+        assert (card.data["library_name"], card.data.license) == ("timm", "apache-2.0")
         assert card.data.eval_results[0].metric_value == pytest.approx(checkpoint.metrics["top1"], abs=1e-4)
         assert f"| top-1 | {checkpoint.metrics['top1']:.2f} % |" in card.text
         assert "n = 1 (seed 0)" in card.text
