@@ -13,7 +13,7 @@ from tyro.extras import SubcommandApp
 
 from .errors import UserError
 from .fold import FoldError, NothingToFold, example_input, fold, relative_difference
-from .models import model_names, parse_name
+from .models import model_names, parse_name, stock_model
 from .training import Recipe, load_model, validate
 from .training import resume as resume_run
 from .training import train as train_run
@@ -124,8 +124,6 @@ def fold_command(source: Positional[str], /, out: Path | None = None) -> None:
         source: A run folder, a hub folder or a model name with pretrained weights.
         out: Folder to write; <source>/folded by default.
     """
-    from .models import stock_model
-
     model = load_model(source)
     try:
         folded = fold(model)

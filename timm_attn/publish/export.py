@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from ..errors import UserError
-from ..fold import NothingToFold, example_input, fold, relative_difference
+from ..fold import BOUNDS, NothingToFold, example_input, fold, relative_difference
 from ..models import parse_name, stock_model
 from ..training import Recipe, load_model, validate
 from ..training.recipe import load_recipe
@@ -25,8 +26,6 @@ from ..training.run import (
 )
 from ..weights import INDEX, Checkpoint, read_index, sha256
 from .card import card
-
-FOLD_BOUND = 1e-5
 
 
 def export(
@@ -53,8 +52,8 @@ def export(
     last_metrics(run)
     if not tag or not tag.replace("_", "").isalnum():
         raise UserError(f"tag {tag!r} must be letters, digits and underscores, e.g. sgd_c10")
-    recipe = load_recipe(run / RECIPE)
-    recipe = dataclasses.replace(recipe, data=data or recipe.data, precision="no", checkpoint_every=0)
+    trained = load_recipe(run / RECIPE)
+    recipe = dataclasses.replace(trained, data=data or trained.data, precision="no")
     architecture = about["model"]
     backbone, mechanism = _parse(architecture)
     name = f"{architecture}.{tag}"
@@ -80,7 +79,7 @@ def export(
         "mechanism": mechanism,
         "epochs": recipe.epochs,
         "seed": recipe.seed,
-        "precision": load_recipe(run / RECIPE).precision,
+        "precision": trained.precision,
         **{key: about[key] for key in ("images", "git_commit", "packages", "hardware")},
         "siblings": [form[0] for form in forms],
     }
@@ -133,7 +132,7 @@ def _write(
     save_model(model, folder, list(model.pretrained_cfg["label_names"]))
     loaded = load_model(f"local-dir:{folder}")
     difference = relative_difference(load_model(str(run)), loaded, example_input(loaded, 8))
-    if not difference <= FOLD_BOUND:
+    if not difference <= BOUNDS[torch.float32]:
         raise UserError(f"{name} does not compute what {run} computes: relative difference {difference:.3g}")
     metrics = {
         **{k: v for k, v in validate(loaded, recipe).items() if k != "eval_images_per_second"},

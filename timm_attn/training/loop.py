@@ -61,6 +61,9 @@ def train(model: str, recipe: Recipe, out: str | Path, on_step: OnStep | None = 
     refuse_full_folder(run)
     accelerator = recipe_accelerator(recipe)
     check_model(model)
+    architecture, _, tag = model.partition(".")
+    if tag:
+        raise UserError(f"training starts from random weights: name {architecture} without a tag")
     train_split, eval_split = load_splits(recipe, accelerator)
     recipe = resolve_recipe(recipe, train_split)
     network = build(model, recipe, train_split)
@@ -257,9 +260,9 @@ class _Trainer:
         )
 
     def _save(self) -> None:
-        self._check_finite(self.sums[0].item())
         sums = self.accelerator.reduce(self.sums.clone())
         assert torch.is_tensor(sums)
+        self._check_finite(sums[0].item())
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             progress = {"sums": sums.tolist(), "scaler": scaler.state_dict() if scaler is not None else None}

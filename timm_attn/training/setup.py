@@ -143,8 +143,6 @@ def _image_size(network: Any, recipe: Recipe, split: Split) -> tuple[int, ...]:
 
 def check_model(name: str) -> None:
     """Raise a UserError with the nearest names if timm has no model of this name."""
-    if name.partition(".")[2]:
-        raise UserError(f"training starts from random weights: name {name.partition('.')[0]} without a tag")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = (
