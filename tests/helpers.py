@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,15 @@ import torch
 from torch import nn
 
 import timm_attn
-from timm_attn.layers import ASR, DIACell
-from timm_attn.models.resnet_attn import BACKBONES, parse_name
+from timm_attn.layers import FMM
+from timm_attn.models import BACKBONES, MECHANISMS, model_names, parse_name
+from timm_attn.models.blocks import last_norm
 
 ROOT = Path(__file__).parents[1]
+
+
+#: Parameters of timm's ResNets and of the CIFAR ResNets without any attention.
+STOCK = re.compile(r"(conv1|bn1|fc|layer\d+\.\d+\.(conv\d|bn\d|downsample\.\d))\.\w+")
 
 
 @torch.no_grad()
@@ -27,19 +33,46 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     def normal(tensor, std):
         tensor.copy_(torch.randn(tensor.shape, generator=g, dtype=torch.float64) * std)
 
-    for module in model.modules():
+    norms = set()
+    for path, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             normal(module.running_mean, 0.3)
             uniform(module.running_var, 0.5, 2.0)
             uniform(module.weight, 0.5, 1.5)
             normal(module.bias, 0.3)
-        elif isinstance(module, DIACell | ASR | timm.layers.SEModule):
-            for name, parameter in module.named_parameters():
-                if name.endswith(("reduce.bias", "fc1.bias")):
-                    uniform(parameter, 1.0, 3.0)  # of a few hidden units, most must be alive
-                else:
-                    normal(parameter, 1.0 if parameter.ndim < 2 else 2.0 / parameter.shape[1] ** 0.5)
+            norms |= {f"{path}.weight", f"{path}.bias"}
+    for name, parameter in model.named_parameters():
+        if name in norms or STOCK.fullmatch(name):
+            continue
+        if name.endswith(("reduce.bias", "fc1.bias")):
+            uniform(parameter, 1.0, 3.0)  # of a few hidden units, most must be alive
+        elif "conam" in name:
+            normal(parameter, 0.3)  # more would saturate its softmax
+        else:
+            normal(parameter, 1.0 if parameter.ndim < 2 else 2.0 / parameter.shape[1] ** 0.5)
+    if any(isinstance(module, FMM) for module in model.modules()):
+        _calibrate(model, g)
     return model
+
+
+def _calibrate(model: nn.Module, g: torch.Generator) -> None:
+    """Factors about 1 and statistics of noise: with random ones, products grow or lose all precision."""
+    training = model.training
+    for module in model.modules():
+        if isinstance(getattr(module, "fmm", None), FMM):
+            last_norm(module).bias.add_(1)
+            shortcut = module.fmm.norm if module.downsample is None else module.downsample[-1]
+            if hasattr(shortcut, "bias"):
+                shortcut.bias.add_(1)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    weight = model.conv1.weight
+    x = torch.randn(8, weight.shape[1], 64, 64, generator=g, dtype=torch.float64)
+    model.train()(x.to(weight))
+    for norm in norms:
+        norm.momentum = 0.1
+    model.train(training)
 
 
 def narrow(architecture: str, **kwargs) -> nn.Module:
@@ -50,18 +83,14 @@ def narrow(architecture: str, **kwargs) -> nn.Module:
     return timm.create_model(architecture, **{**small, **kwargs})
 
 
-#: One architecture of every mechanism and block type, in both layouts where there are both.
-SMALL = [
-    "resnet20",
-    "resnet164",
-    "resnet20_se",
-    "resnet164_se",
-    *(
-        f"{backbone}_{m}"
-        for m in ("dia", "asr")
-        for backbone in ("resnet20", "resnet164", "resnet18", "resnet50")
-    ),
-]
+def small_names(mechanism: str) -> list[str]:
+    """One architecture of every block type, in both layouts, of a row of the table of mechanisms."""
+    backbones = ("resnet20", "resnet164", "resnet18", "resnet50")
+    found = {parse_name(name): name for name in model_names()}
+    return [found[backbone, mechanism] for backbone in backbones if (backbone, mechanism) in found]
+
+
+SMALL = [name for mechanism in MECHANISMS for name in small_names(mechanism)]
 
 
 def parameters(model: nn.Module) -> int:

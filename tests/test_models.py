@@ -10,8 +10,7 @@ from helpers import SMALL, narrow, parameters, python, randomise
 from safetensors.torch import load_file, save_file
 
 import timm_attn
-from timm_attn.models import parse_name
-from timm_attn.models.resnet_attn import BACKBONES
+from timm_attn.models import BACKBONES, parse_name
 
 COUNTS = {
     ("resnet50_dia", 1000): 28_358_052,

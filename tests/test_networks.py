@@ -6,18 +6,18 @@ from helpers import SMALL, narrow, randomise
 from reference.resnet import forward
 
 from timm_attn.layers import ASR
-from timm_attn.models import parse_name
+from timm_attn.models import BACKBONES, parse_name
 from timm_attn.models.dia import DIAStage
-from timm_attn.models.resnet_attn import BACKBONES
 
 
-def check_network(architecture: str, size: int = 40, **kwargs) -> None:
+def check_network(architecture: str, size: int = 64, patches=None, temperature=1.0, **kwargs) -> None:
     """Logits of a small random network in float64."""
     backbone_name, mechanism = parse_name(architecture)
     backbone = BACKBONES[backbone_name]
     torch.manual_seed(0)
     model = randomise(narrow(architecture, **kwargs).double()).eval()
-    x = torch.randn(3, 3, size, size, dtype=torch.float64)
+    colour = torch.randn(3, 3, 1, 1, dtype=torch.float64)  # else all images have about the same channel means
+    x = colour + torch.randn(3, 3, size, size, dtype=torch.float64)
     layers = [len(model.get_submodule(info["module"])) for info in model.feature_info[1:]]
     expected = forward(
         model.state_dict(),
@@ -26,6 +26,9 @@ def check_network(architecture: str, size: int = 40, **kwargs) -> None:
         block="bottleneck" if backbone.bottleneck else "basic",
         layers=layers,
         mechanism=mechanism or None,
+        mode=kwargs.get("mode", "bn") if mechanism == "fmm" else None,
+        patches=patches or [(4, 4)] * 3 if mechanism == "conam" else None,
+        temperature=temperature,
         groups=backbone.args.get("cardinality", 1),
     )
     assert expected.std() > 1e-3

@@ -13,7 +13,7 @@ from tyro.extras import SubcommandApp
 
 from .errors import UserError
 from .fold import FoldError, NothingToFold, example_input, fold, relative_difference
-from .models import model_names, parse_name, stock_model
+from .models import MECHANISMS, model_names, parse_name, stock_model
 from .training import Recipe, load_model, validate
 from .training import resume as resume_run
 from .training import train as train_run
@@ -214,7 +214,12 @@ def list_command(pattern: Positional[str] = "*", /) -> None:
         if not found and not fnmatch(name, pattern):
             continue
         backbone, mechanism = parse_name(name) if name in model_names() else (name, "")
-        row = (name, backbone, mechanism or "plain", "yes" if mechanism == "asr" else "")
+        row = (
+            name,
+            backbone,
+            mechanism or "plain",
+            "yes" if MECHANISMS[mechanism].folds else "",
+        )
         if not found:
             table.add_row(*row, "", "", "", "")
         for checkpoint in found:

@@ -6,8 +6,6 @@ import torch
 from timm.utils import reparameterize_model  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
-from .layers import ASR
-
 #: Greatest max|Δlogit| ÷ max|logit| that a fold may cause, by dtype. The half-precision bounds are a few
 #: roundings of the network's own arithmetic: folding moves the rounding of γ · v from run time to fold time.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -21,14 +19,20 @@ class NothingToFold(ValueError):
     """The model has no gate that folds."""
 
 
+def _foldable(model: nn.Module) -> int:
+    """Number of modules that are gone after folding."""
+    return sum(hasattr(module, "fold_into") or hasattr(module, "fuse") for module in model.modules())
+
+
 def fold(model: nn.Module, inputs: Tensor | None = None) -> nn.Module:
-    """Fold every gate that does not depend on the input into the norm layer before it.
+    """Fold every gate that does not depend on the input, and drop what acts in training only.
 
     Works on a copy, in eval mode, and compares the two on ``inputs``. timm's ``reparameterize_model``
     gives the same weights without the comparison.
 
     Args:
-        model: A model with ASR gates (https://arxiv.org/abs/2304.06345). Left as it is.
+        model: A model with ASR gates (https://arxiv.org/abs/2304.06345) or SSIA heads
+            (https://arxiv.org/abs/2206.07434). Left as it is.
         inputs: Images B × C × H × W in the model's dtype, for the comparison; by default two fixed random
             images of the size in ``model.pretrained_cfg``.
 
@@ -42,18 +46,18 @@ def fold(model: nn.Module, inputs: Tensor | None = None) -> nn.Module:
     model = getattr(model, "_orig_mod", model)  # of a compiled model
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("a model on the meta device has no weights to fold")
-    gates = sum(isinstance(module, ASR) for module in model.modules())
+    gates = _foldable(model)
     if not gates:
         name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
         raise NothingToFold(
-            f"nothing to fold in {name}: it has no gate that is independent of the image. "
-            "Only ASR folds; the gates of DIA and SE depend on the image"
+            f"nothing to fold in {name}: it has no gate that is independent of the image, and nothing that "
+            "acts in training only. ASR and SSIA fold; what DIA, ConAM, FMM and SE do depends on the image"
         )
     original = deepcopy(model).eval()
     folded = reparameterize_model(original)
-    left = sum(isinstance(module, ASR) for module in folded.modules())
+    left = _foldable(folded)
     if left:
-        raise FoldError(f"{left} of {gates} ASR gates stand where no block folds them")
+        raise FoldError(f"{left} of {gates} gates stand where no block folds them")
     inputs = example_input(model) if inputs is None else inputs
     # On the CPU: GPUs round fp32 convolutions to TF32, by more than the bound.
     error = relative_difference(original.cpu(), deepcopy(folded).cpu(), inputs.cpu())

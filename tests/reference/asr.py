@@ -25,16 +25,66 @@ def se_generator(psi: Tensor, params: dict[str, Tensor]) -> Tensor:
     return torch.stack(v)
 
 
+def ie_generator(psi: Tensor, params: dict[str, Tensor]) -> Tensor:
+    """v = sigmoid(weight psi + bias) channel by channel: psi (1, C), weight and bias (C,); v is (C,)."""
+    (x,) = psi
+    v = []
+    for k, (w, b) in enumerate(zip(params["weight"].to(x.dtype), params["bias"].to(x.dtype), strict=True)):
+        v.append(1 / (1 + torch.exp(-(w * x[k] + b))))
+    assert len(v) == len(x)
+    return torch.stack(v)
+
+
+def eca_generator(psi: Tensor, params: dict[str, Tensor]) -> Tensor:
+    """v = sigmoid(convolution of psi along its channels): psi (1, C), conv.weight (1, 1, k); v is (C,).
+
+    k is odd; the convolution is a cross-correlation, without bias, with zeros beyond both ends.
+    """
+    (x,) = psi
+    ((kernel,),) = params["conv.weight"].to(x.dtype)
+    assert len(kernel) % 2 == 1
+    v = []
+    for k in range(len(x)):
+        z = torch.zeros_like(x[0])
+        for j, w in enumerate(kernel):
+            neighbour = k + j - (len(kernel) - 1) // 2
+            if 0 <= neighbour < len(x):
+                z = z + w * x[neighbour]
+        v.append(1 / (1 + torch.exp(-z)))
+    return torch.stack(v)
+
+
+def srm_generator(psi: Tensor, params: dict[str, Tensor]) -> Tensor:
+    """v = sigmoid(weight_0 psi_0 + weight_1 psi_1): psi (1, C, 2), weight (C, 2); v is (C,)."""
+    (x,) = psi
+    v = []
+    for (x0, x1), (w0, w1) in zip(x, params["weight"].to(x.dtype), strict=True):
+        v.append(1 / (1 + torch.exp(-(w0 * x0 + w1 * x1))))
+    return torch.stack(v)
+
+
+def _generate(params: dict[str, Tensor]) -> Tensor:
+    """v (C,) of the generator that the keys of ``params`` belong to."""
+    if "fc1.weight" in params:
+        return se_generator(params["psi"], params)
+    if "conv.weight" in params:
+        return eca_generator(params["psi"], params)
+    if "bias" in params:
+        return ie_generator(params["psi"], params)
+    return srm_generator(params["psi"], params)
+
+
 def asr_gate(generators: list[dict[str, Tensor]]) -> Tensor:
     """The product of delta >= 1 generators on one layer (arXiv 2304.06345); the result is (C,).
 
-    Every item holds its own ``psi`` (1, C) next to the keys that :func:`se_generator` reads.
+    Every item holds its own ``psi`` next to the keys of its generator: ``fc1.weight`` marks SE,
+    ``conv.weight`` ECA, ``weight`` with ``bias`` IE and ``weight`` alone SRM.
     """
     if not generators:
         raise ValueError("no generators")
-    gate = se_generator(generators[0]["psi"], generators[0])
+    gate = _generate(generators[0])
     for params in generators[1:]:
-        v = se_generator(params["psi"], params)
+        v = _generate(params)
         gate = torch.stack([gate[k] * v[k] for k in range(gate.shape[0])])
     return gate
 

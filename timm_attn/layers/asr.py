@@ -4,17 +4,22 @@ Paper: "Stripe Observation Guided Inference Cost-free Attention Mechanism", Zhon
 ECCV 2024 https://arxiv.org/abs/2304.06345
 
 Trained channel attention hardly depends on the image (the stripe observation). ASR gives the attention
-module a learnable vector ψ in place of the image's channel means: v = T(ψ), y = v · norm(x).
+module a learnable vector ψ in place of the image's channel means: v = T(ψ), y = v · norm(x). The paper's code
+has T = SE; how the other modules take a constant is this package's reading.
 """
 
+import math
 from typing import Any
 
 import torch
+from timm.layers.create_attn import create_attn
 from torch import Tensor, nn
+
+from ..algebra import scale_affine
 
 
 class SEGenerator(nn.Module):
-    """v = σ(fc2 relu(fc1 ψ)): the SE module of the paper fed with a learnt constant.
+    """v = σ(fc2 relu(fc1 ψ)): SE (https://arxiv.org/abs/1709.01507) fed with a learnt constant.
 
     ψ is a single row (1 × C), all 0.1 at the start; the hidden width is round(C / reduction), at least 1.
     """
@@ -34,6 +39,64 @@ class SEGenerator(nn.Module):
         return self.fc2(self.fc1(self.psi).relu()).sigmoid()
 
 
+class IEGenerator(nn.Module):
+    """v = σ(weight · ψ + bias) by channel: instance enhancement (https://arxiv.org/abs/1908.04008).
+
+    Starts as IEBN does, weight 0 and bias −1, so v = 0.269 in every channel.
+    """
+
+    def __init__(self, channels: int, device=None, dtype=None) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.psi = nn.Parameter(torch.full((1, channels), 0.1, **dd))
+        self.weight = nn.Parameter(torch.zeros(channels, **dd))
+        self.bias = nn.Parameter(torch.full((channels,), -1.0, **dd))
+
+    def forward(self) -> Tensor:
+        """The gate v, 1 × C, each entry in (0, 1)."""
+        return (self.weight * self.psi + self.bias).sigmoid()
+
+
+class ECAGenerator(nn.Module):
+    """v = σ(conv ψ): ECA (https://arxiv.org/abs/1910.03151), a convolution along the channels.
+
+    The kernel size grows with log₂ C as in the paper; the convolution pads with zeros and has no bias.
+    """
+
+    def __init__(self, channels: int, device=None, dtype=None) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__()
+        size = int((math.log2(channels) + 1) / 2)
+        size = max(3, size if size % 2 else size + 1)
+        self.psi = nn.Parameter(torch.full((1, channels), 0.1, **dd))
+        self.conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False, **dd)
+
+    def forward(self) -> Tensor:
+        """The gate v, 1 × C, each entry in (0, 1)."""
+        return self.conv(self.psi[:, None])[:, 0].sigmoid()
+
+
+class SRMGenerator(nn.Module):
+    """v = σ(weight₁ · ψ₁ + weight₂ · ψ₂) by channel: SRM (https://arxiv.org/abs/1903.10829).
+
+    ψ (1 × C × 2) stands for each channel's mean and standard deviation. SRM's batch norm is left out: it has
+    no batch to normalise over. Weights start at 0, as SRM's do, so v = 0.5.
+    """
+
+    def __init__(self, channels: int, device=None, dtype=None) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.psi = nn.Parameter(torch.full((1, channels, 2), 0.1, **dd))
+        self.weight = nn.Parameter(torch.zeros(channels, 2, **dd))
+
+    def forward(self) -> Tensor:
+        """The gate v, 1 × C, each entry in (0, 1)."""
+        return (self.weight * self.psi).sum(-1).sigmoid()
+
+
+GENERATORS = {"se": SEGenerator, "ie": IEGenerator, "eca": ECAGenerator, "srm": SRMGenerator}
+
+
 class ASR(nn.Module):
     """δ gates from δ learnt constants, multiplied: x · Π_j T_j(ψ_j), the same for every image.
 
@@ -43,24 +106,61 @@ class ASR(nn.Module):
     Args:
         channels: Width C of the feature map.
         delta: Number δ of generators (the paper's insertion frequency).
-        reduction: Reduction ratio of each SE generator.
+        reduction: Reduction ratio of each SE generator, 16 by default; the others have none.
+        generator: T, one of :data:`GENERATORS`.
+        attention: Another attention module that acts on the gated map and stays when the gate is folded:
+            a name or class that timm's ``create_attn`` takes.
+
+    Raises:
+        ValueError: An option is out of range or does not exist for this generator.
     """
 
-    def __init__(self, channels: int, delta: int = 1, reduction: int = 16, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        delta: int = 1,
+        reduction: int | None = None,
+        generator: str = "se",
+        attention: Any = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
         if delta < 1:
             raise ValueError(f"ASR delta must be at least 1, got {delta}")
-        self.generators = nn.ModuleList(
-            SEGenerator(channels, reduction, device=device, dtype=dtype) for _ in range(delta)
-        )
+        if generator not in GENERATORS:
+            raise ValueError(f"ASR generator must be one of {', '.join(GENERATORS)}, got {generator!r}")
+        if reduction is not None:
+            if generator != "se":
+                raise ValueError(f"the generator {generator!r} has no reduction, got {reduction}")
+            dd["reduction"] = reduction
+        self.generators = nn.ModuleList(GENERATORS[generator](channels, **dd) for _ in range(delta))
+        self.attention = create_attn(attention, channels, device=device, dtype=dtype)
 
     def gate(self) -> Tensor:
         """The gate v, 1 × C: the product over the generators."""
-        v = torch.ones_like(self.generators[0].psi)  # pyright: ignore[reportArgumentType]
-        for generator in self.generators:
+        v = self.generators[0]()
+        for generator in self.generators[1:]:
             v = v * generator()
         return v
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale the channels of x (B × C × H × W)."""
-        return x * self.gate()[:, :, None, None]
+        x = x * self.gate()[:, :, None, None]
+        if self.attention is not None:
+            x = self.attention(x)
+        return x
+
+    @torch.no_grad()
+    def fold_into(self, norm: Any) -> nn.Module | None:
+        """Multiply the gate into weight and bias of the norm layer before it, in place.
+
+        Returns:
+            What takes this module's place: the attention on top, or None.
+        """
+        # The parameters keep their identity, so that optimisers and EMA copies that hold them stay valid.
+        weight, bias = scale_affine(norm.weight, norm.bias, self.gate()[0])
+        norm.weight.copy_(weight)
+        norm.bias.copy_(bias)
+        return self.attention

@@ -2,6 +2,15 @@
 
 from . import resnet_attn
 from .cifar import CifarResNet
+from .mechanisms import BACKBONES, MECHANISMS
 from .resnet_attn import model_names, parse_name, stock_model
 
-__all__ = ["CifarResNet", "model_names", "parse_name", "resnet_attn", "stock_model"]
+__all__ = [
+    "BACKBONES",
+    "MECHANISMS",
+    "CifarResNet",
+    "model_names",
+    "parse_name",
+    "resnet_attn",
+    "stock_model",
+]

@@ -1,80 +1,165 @@
-"""timm's residual blocks with a gate: one that folds (ASR), one that is handed from block to block (DIA)."""
+"""timm's residual blocks, opened where a mechanism acts."""
+
+# What a mixin finds in the block that it is mixed into has no static type.
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
 
 from typing import Any
 
 from timm.models.resnet import BasicBlock, Bottleneck
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..algebra import scale_affine
-from ..layers import ASR
-
-
-def fold_gate(norm: Any, asr: ASR) -> None:
-    """Multiply ASR's gate into the weight and bias of the norm layer before it, in place."""
-    # The parameters keep their identity, so that optimisers and EMA copies that hold them stay valid.
-    weight, bias = scale_affine(norm.weight.data, norm.bias.data, asr.gate().detach()[0])
-    norm.weight.data.copy_(weight)
-    norm.bias.data.copy_(bias)
+from ..layers import FMM
 
 
-class FoldableBasicBlock(BasicBlock):
-    """timm's BasicBlock; an ASR in its attention slot folds into bn2."""
-
-    def reparameterize(self) -> None:
-        """Fold ASR and empty the slot: the hook that ``timm.utils.reparameterize_model`` calls."""
-        if isinstance(self.se, ASR):
-            fold_gate(self.bn2, self.se)
-            self.se = None
+def last_norm(block: Any) -> Any:
+    """The norm layer that ends a block's residual branch."""
+    return block.bn3 if isinstance(block, Bottleneck) else block.bn2
 
 
-class FoldableBottleneck(Bottleneck):
-    """timm's Bottleneck; an ASR in its attention slot folds into bn3."""
+class FoldableMixin:
+    """Lets a module in timm's attention slot fold into the norm layer before it.
 
-    def reparameterize(self) -> None:
-        """Fold ASR and empty the slot: the hook that ``timm.utils.reparameterize_model`` calls."""
-        if isinstance(self.se, ASR):
-            fold_gate(self.bn3, self.se)
-            self.se = None
-
-
-class DIABasicBlock(BasicBlock):
-    """timm's BasicBlock cut in two where DIA gates it: after bn2, before drop path and shortcut.
-
-    ``dia`` is the stage's cell in the first block of a stage and None in the others.
+    Such a module has a method ``fold_into(norm)`` that returns what takes its place in the slot.
     """
 
+    def reparameterize(self) -> None:
+        """The hook that ``timm.utils.reparameterize_model`` calls."""
+        if hasattr(self.se, "fold_into"):
+            self.se = self.se.fold_into(last_norm(self))
+
+
+class FoldableBasicBlock(FoldableMixin, BasicBlock):
+    """timm's BasicBlock; what folds in its attention slot folds into bn2."""
+
+
+class FoldableBottleneck(FoldableMixin, Bottleneck):
+    """timm's Bottleneck; what folds in its attention slot folds into bn3."""
+
+
+class SplitBasicBlock(BasicBlock):
+    """timm's BasicBlock cut in two after the attention slot: ``merge(branch(x), x)``."""
+
     def branch(self, x: Tensor) -> Tensor:
-        """The residual branch up to its last norm layer."""
+        """The residual branch up to its last norm layer and the attention after it."""
         x = self.act1(self.drop_block(self.bn1(self.conv1(x))))
         x = self.aa(x)  # pyright: ignore[reportOptionalCall] (an Identity without anti-aliasing)
-        return self.bn2(self.conv2(x))
+        x = self.bn2(self.conv2(x))
+        if self.se is not None:
+            x = self.se(x)
+        return x
 
     def merge(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """Add the shortcut of the block's input to the gated branch."""
+        """Add the shortcut of the block's input to the branch."""
         if self.drop_path is not None:
             x = self.drop_path(x)
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
         return self.act2(x + shortcut)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merge(self.branch(x), x)
 
-class DIABottleneck(Bottleneck):
-    """timm's Bottleneck cut in two where DIA gates it: after bn3, before drop path and shortcut.
 
-    ``dia`` is the stage's cell in the first block of a stage and None in the others.
-    """
+class SplitBottleneck(Bottleneck):
+    """timm's Bottleneck cut in two after the attention slot: ``merge(branch(x), x)``."""
 
     def branch(self, x: Tensor) -> Tensor:
-        """The residual branch up to its last norm layer."""
+        """The residual branch up to its last norm layer and the attention after it."""
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.drop_block(self.bn2(self.conv2(x))))
         x = self.aa(x)  # pyright: ignore[reportOptionalCall] (an Identity without anti-aliasing)
-        return self.bn3(self.conv3(x))
+        x = self.bn3(self.conv3(x))
+        if self.se is not None:
+            x = self.se(x)
+        return x
 
     def merge(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """Add the shortcut of the block's input to the gated branch."""
+        """Add the shortcut of the block's input to the branch."""
         if self.drop_path is not None:
             x = self.drop_path(x)
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
         return self.act3(x + shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merge(self.branch(x), x)
+
+
+class ConAMMixin:
+    """Puts ``conam`` before the residual branch; the shortcut sees the block's raw input.
+
+    It is an Identity until the network puts a ConAM there.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.conam = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merge(self.branch(self.conam(x)), x)
+
+
+class ConAMBasicBlock(ConAMMixin, SplitBasicBlock):
+    """timm's BasicBlock with ConAM before its branch."""
+
+
+class ConAMBottleneck(ConAMMixin, SplitBottleneck):
+    """timm's Bottleneck with ConAM before its branch."""
+
+
+class FMMMixin:
+    """Multiplies the branch with the shortcut instead of adding it.
+
+    Args:
+        mode: Of :class:`timm_attn.layers.FMM`.
+        pin_bias: Keep the biases of the two factors' norms at their initial values.
+    """
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: Any = None,
+        norm_layer: Any = nn.BatchNorm2d,
+        mode: str = "bn",
+        pin_bias: bool = False,
+        device=None,
+        dtype=None,
+        **kwargs,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(inplanes, planes, stride, downsample, norm_layer=norm_layer, **dd, **kwargs)
+        self.fmm = FMM(planes * self.expansion, mode, norm_layer if downsample is None else None, **dd)
+        self.fmm.init_norms(last_norm(self), None if downsample is None else downsample[-1], pin_bias)
+
+    def zero_init_last(self) -> None:
+        """Start with a constant factor, the counterpart of a residual branch that starts at zero."""
+        # With γ = 0 the factor is β of the last norm, 1. The raw product has β = 0 and would be dead.
+        if self.fmm.mode != "raw":
+            nn.init.zeros_(last_norm(self).weight)
+
+    def multiply(self, f: Tensor, x: Tensor) -> Tensor:
+        """The product of the branch and the shortcut of the block's input."""
+        factor = self.fmm.factor(f)
+        if self.drop_path is not None and self.training:
+            factor = 1 + self.drop_path(factor - 1)  # a dropped path must multiply by 1, not by 0
+        if self.downsample is not None:
+            x = self.downsample(x)
+        return self.fmm(factor, x)
+
+
+class FMMBasicBlock(FMMMixin, SplitBasicBlock):
+    """timm's BasicBlock with a product in place of the sum."""
+
+    def merge(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """Multiply the branch with the shortcut of the block's input."""
+        return self.act2(self.multiply(x, shortcut))
+
+
+class FMMBottleneck(FMMMixin, SplitBottleneck):
+    """timm's Bottleneck with a product in place of the sum."""
+
+    def merge(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """Multiply the branch with the shortcut of the block's input."""
+        return self.act3(self.multiply(x, shortcut))

@@ -9,12 +9,12 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from ..layers import DIACell
-from .blocks import DIABasicBlock, DIABottleneck
+from .blocks import SplitBasicBlock, SplitBottleneck
 from .cifar import CifarResNet
 
 
 def _step(
-    block: DIABasicBlock | DIABottleneck, cell: DIACell, x: Tensor, h: Tensor, c: Tensor
+    block: SplitBasicBlock | SplitBottleneck, cell: DIACell, x: Tensor, h: Tensor, c: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     f, h, c = cell.gate(block.branch(x), h, c)
     return block.merge(f, x), h, c

@@ -4,9 +4,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..models import model_names
+from ..models import MECHANISMS, model_names
+from ..papers import TIMM, Paper
 from ..weights import Checkpoint
-from .papers import PAPERS
 
 TEMPLATE = """---
 {metadata}
@@ -16,7 +16,7 @@ TEMPLATE = """---
 
 {summary} Architecture `{architecture}`, trained on {dataset}{folded_note}.
 
-{origin} [{paper}]({url}) ({authors}; {venue}).
+{origin} [{paper}]({url}) ({authors}; {venue}).{caveat}
 
 ## Use
 
@@ -76,7 +76,7 @@ def card(checkpoint: Checkpoint, recipe: dict[str, Any]) -> str:
         recipe: The resolved recipe it was trained with.
     """
     metrics, details, cfg = checkpoint.metrics, checkpoint.details, checkpoint.pretrained_cfg
-    paper = PAPERS[details["mechanism"]]
+    paper = _paper(checkpoint)
     split = list(details["images"])[-1]  # the one that was evaluated
     fields = [
         "| " + " | ".join(row) + " |" for row in zip(*((k, str(recipe[k])) for k in SETTINGS), strict=True)
@@ -97,6 +97,7 @@ def card(checkpoint: Checkpoint, recipe: dict[str, Any]) -> str:
         url=paper.url,
         authors=paper.authors.replace(" and ", ", "),
         venue=paper.venue,
+        caveat=f"\n{paper.caveat}" if paper.caveat else "",
         usage=_usage(checkpoint),
         split=split,
         trained=(checkpoint.folded_from or checkpoint.name).split(".")[0],
@@ -118,6 +119,11 @@ def card(checkpoint: Checkpoint, recipe: dict[str, Any]) -> str:
     return str(ModelCard(text))
 
 
+def _paper(checkpoint: Checkpoint) -> Paper:
+    mechanism = MECHANISMS.get(checkpoint.details["mechanism"])
+    return mechanism.paper if mechanism else TIMM
+
+
 def _metadata(checkpoint: Checkpoint, split: str) -> ModelCardData:
     dataset = checkpoint.details["dataset"]
     results = [
@@ -132,7 +138,7 @@ def _metadata(checkpoint: Checkpoint, split: str) -> ModelCardData:
         )
         for name, key in (("Top-1 accuracy (%)", "top1"), ("Top-5 accuracy (%)", "top5"))
     ]
-    arxiv = PAPERS[checkpoint.details["mechanism"]].arxiv
+    arxiv = _paper(checkpoint).arxiv
     return ModelCardData(
         license="apache-2.0",
         library_name="timm",

@@ -1,0 +1,31 @@
+"""The contract: light checks on every registered model, all checks on a small network of every kind."""
+
+import contract
+import pytest
+from contract import CHECKS, FOR_EVERY_MODEL, Case
+from helpers import SMALL
+
+import timm_attn
+
+
+def label(value) -> str:
+    return getattr(value, "__name__", str(value)).removeprefix("check_")
+
+
+@pytest.mark.parametrize("check", FOR_EVERY_MODEL, ids=label)
+@pytest.mark.parametrize("case", [Case(name, small=False) for name in timm_attn.model_names()], ids=label)
+def test_every_registered_model(case, check, tmp_path):
+    contract.run(check, case, tmp_path)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=label)
+@pytest.mark.parametrize("case", [Case(name) for name in SMALL], ids=label)
+def test_every_kind(case, check, tmp_path):
+    contract.run(check, case, tmp_path)
+
+
+@pytest.mark.all_models
+@pytest.mark.parametrize("check", CHECKS, ids=label)
+@pytest.mark.parametrize("case", [Case(name, small=False) for name in timm_attn.model_names()], ids=label)
+def test_everything_on_every_registered_model(case, check, tmp_path):
+    contract.run(check, case, tmp_path)

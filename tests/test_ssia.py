@@ -1,0 +1,218 @@
+"""SSIA's loss reaches any training loop, with the gradients of the sum written out."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from helpers import BACKBONES, narrow, parse_name, python, randomise, small_names
+from reference.resnet import forward
+from reference.ssia import ssia_loss
+
+import timm_attn
+from timm_attn.layers import SSIA
+
+NAMES = small_names("ssia")
+TARGETS = ("channel", "last", "spatial")
+
+
+def batch(seed: int = 0, images: int = 6):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(images, 3, 1, 1, generator=g) + torch.randn(images, 3, 64, 64, generator=g)
+    return x.double(), torch.randint(0, 10, (images,), generator=g)
+
+
+def explicit_gradients(model, batches, weight: float, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """Of Σ scale · (cross-entropy + weight · L) over batches, by the reference network and loss."""
+    name = model.pretrained_cfg["architecture"]
+    backbone = BACKBONES[parse_name(name)[0]]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    leaves = {k: state[k].requires_grad_() for k, _ in model.named_parameters()}
+    for x, y in batches:
+        trace: list = []
+        logits = forward(
+            state,
+            x,
+            layout="cifar" if backbone.cifar else "imagenet",
+            block="bottleneck" if backbone.bottleneck else "basic",
+            layers=[len(model.get_submodule(info["module"])) for info in model.feature_info[1:]],
+            mechanism="ssia",
+            trace=trace,
+            train=True,
+        )
+        last = {entry["stage"]: entry["output"] for entry in trace}
+        heads = {k.removeprefix("ssia."): v for k, v in leaves.items() if k.startswith("ssia.")}
+        loss = F.cross_entropy(logits, y) + weight * ssia_loss(list(last.values()), heads, model.ssia.target)
+        (scale * loss).backward()
+    return {k: leaf.grad for k, leaf in leaves.items()}
+
+
+def assert_gradients(model, expected: dict[str, torch.Tensor]) -> None:
+    for key, parameter in model.named_parameters():
+        difference = (parameter.grad - expected[key]).abs().max()
+        assert difference <= 1e-6 * expected[key].abs().max(), (key, difference)
+
+
+def model_of(name: str, **options):
+    return randomise(narrow(name, **options).double()).train()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", NAMES)
+def test_any_loop_trains_it(name, target):
+    model = model_of(name, target=target, aux_weight=0.7)
+    x, y = batch()
+    expected = explicit_gradients(model, [(x, y)], 0.7)
+    F.cross_entropy(model(x), y).backward()
+    assert_gradients(model, expected)
+    assert (model.ssia.loss([torch.rand(2, 8, 4, 4), torch.rand(2, 16, 2, 2)]) if target != "last" else 1) > 0
+
+
+def check_step(options: dict | None = None, weight: float = 1.0) -> None:
+    model = model_of("resnet20_ssia", **(options or {}))
+    x, y = batch()
+    expected = explicit_gradients(model, [(x, y)], weight)
+    F.cross_entropy(model(x), y).backward()
+    assert_gradients(model, expected)
+
+
+def not_detached(self, features):
+    losses = []
+    for s, x in enumerate(features[:-1]):
+        guess, wanted = self.heads[s](x.mean((2, 3))), features[s + 1].mean((2, 3))
+        guess, wanted = (
+            (z - z.mean(1, keepdim=True)) / (z.std(1, correction=0, keepdim=True) + 1e-5)
+            for z in (guess, wanted)
+        )
+        losses.append(1 - F.cosine_similarity(guess, wanted).mean())
+    return torch.stack(losses).mean()
+
+
+def test_a_target_that_is_not_detached_is_told_apart(monkeypatch):
+    check_step()
+    monkeypatch.setattr(SSIA, "loss", not_detached)
+    with pytest.raises(AssertionError):
+        check_step()
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.5])
+def test_another_weight_is_told_apart(wrong):
+    with pytest.raises(AssertionError):
+        check_step(weight=wrong)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_gradient_accumulation(target):
+    model = model_of("resnet20_ssia", target=target)
+    batches = [batch(seed) for seed in range(3)]
+    expected = explicit_gradients(model, batches, 1.0, scale=1 / 3)
+    model.ssia.aux_scale.fill_(1 / 3)
+    for x, y in batches:
+        (F.cross_entropy(model(x), y) / 3).backward()
+    assert_gradients(model, expected)
+
+
+def test_gradient_scaler_with_accumulation():
+    model = model_of("resnet20_ssia")
+    batches = [batch(seed) for seed in range(2)]
+    expected = explicit_gradients(model, batches, 1.0, scale=1 / 2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for x, y in batches:
+        loss = scaler.scale(F.cross_entropy(model(x), y) / 2)
+        model.ssia.aux_scale.fill_(scaler.get_scale() / 2)
+        loss.backward()
+    scaler.unscale_(optimizer)
+    assert_gradients(model, expected)
+
+
+def test_weight_zero_is_the_plain_network_bit_for_bit():
+    models = []
+    for name, options in (("resnet20", {}), ("resnet20_ssia", {"aux_weight": 0.0})):
+        torch.manual_seed(0)
+        model = narrow(name, drop_rate=0.2, **options).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for step in range(3):
+            x, y = batch(step)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x.float()), y).backward()
+            optimizer.step()
+        models.append(model)
+    plain, ssia = models
+    for key, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, ssia.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_eval_mode_it_is_the_stock_network(name):
+    model = randomise(narrow(name)).eval()
+    x = batch()[0].float()
+    arguments = {
+        k: v for k, v in model._model_args.items() if k in ("channels", "layers", "num_classes")
+    }
+    stock = timm.create_model(parse_name(name)[0], **arguments).eval()
+    stock.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("ssia.")})
+    assert torch.equal(model(x), stock(x))
+    assert torch.equal(timm_attn.fold(model)(x), stock(x))
+    assert not any(k.startswith("ssia.aux_scale") for k in model.state_dict())
+
+
+def test_under_autocast_the_loss_is_computed_in_float32():
+    model = randomise(narrow("resnet20_ssia")).train()
+    features = [torch.rand(4, c, 8, 8).bfloat16() for c in (8, 16, 24)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.ssia.loss(features).dtype == torch.float32
+        x, y = batch()
+        F.cross_entropy(model(x.float()), y).backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.ssia.parameters())
+
+
+def test_averages_of_the_weights_can_be_taken_in_training():
+    model = narrow("resnet20_ssia").train()
+    average = timm.utils.ModelEmaV3(model, decay=0.5)
+    x, y = batch()
+    loss = F.cross_entropy(model(x.float()), y)
+    copy.deepcopy(model)
+    loss.backward()
+    average.update(model)
+    assert average.module.ssia.heads[0].weight.shape == model.ssia.heads[0].weight.shape
+
+
+SCRIPT = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import torch, torch.distributed as dist, torch.nn.functional as F
+from helpers import narrow, randomise
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+def make():
+    torch.manual_seed(0)
+    return randomise(narrow("resnet20_ssia", norm_layer="groupnorm", channels=[32, 32, 32]).double()).train()
+model = make()
+parallel = torch.nn.parallel.DistributedDataParallel(model)
+g = torch.Generator().manual_seed(0)
+x, y = torch.randn(4, 3, 32, 32, generator=g).double(), torch.randint(0, 10, (4,), generator=g)
+part = slice(2 * rank, 2 * rank + 2)
+for _ in range(2):  # DDP finds out in the second step that a parameter got no gradient in the first
+    model.zero_grad()
+    F.cross_entropy(parallel(x[part]), y[part]).backward()
+if rank == 0:
+    whole = make()
+    whole.zero_grad()
+    logits = whole(x)
+    F.cross_entropy(logits, y).backward()
+    for (key, p), q in zip(model.named_parameters(), whole.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=lambda m: key + ": " + m)
+    print("equal over", len(list(model.parameters())), "parameters")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_equal_one_with_both_batches(tmp_path):
+    script = tmp_path / "ddp.py"
+    script.write_text(SCRIPT.format(tests=str(__import__("pathlib").Path(__file__).parent)))
+    result = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
+    assert result.returncode == 0, result.stderr
+    assert "equal over" in result.stdout

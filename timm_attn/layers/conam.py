@@ -1,0 +1,84 @@
+"""ConAM: each patch of a feature map weighted by its confidence in agreeing with the whole.
+
+Paper: "ConAM: Confidence Attention Module for Convolutional Neural Networks", Xue, Yuan, Neri
+https://arxiv.org/abs/2110.14369 (withdrawn from arXiv in March 2022; the code is published under Apache-2.0)
+
+It stands before the residual branch of the first block of stages 1 to 3; the shortcut sees the raw map.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ConAM(nn.Module):
+    """One weight a patch, the same for all channels.
+
+    With l_i the mean of patch i, g the mean of the map and one perceptron for both::
+
+        z' = relu(fc2 relu(fc1 z))
+        η  = softmax over the patches of ⟨l'_i, g'⟩ / temperature
+        y  = x (1 + η of the pixel's patch)
+
+    Args:
+        channels: Width C of the feature map.
+        grid: Patches along each side, 4 by default. Where it does not divide the map, neighbouring patches
+            overlap by a pixel, and a pixel takes the weight of the patch whose centre is nearest.
+        patch_size: Side of a patch in pixels, in place of ``grid``; it must divide the map.
+        reduction: The perceptron's hidden width is max(1, C // reduction). The paper gives none.
+        temperature: Divides the inner products, 1 in the paper; ``"sqrt"`` stands for √C.
+
+    Raises:
+        ValueError: An option is out of range, or both ``grid`` and ``patch_size`` are given.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        grid: int | None = None,
+        patch_size: int | None = None,
+        reduction: int = 16,
+        temperature: float | str = 1.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__()
+        if grid is not None and patch_size is not None:
+            raise ValueError(f"ConAM takes grid or patch_size, got grid={grid} and patch_size={patch_size}")
+        for name, value in (("grid", grid), ("patch_size", patch_size), ("reduction", reduction)):
+            if value is not None and value < 1:
+                raise ValueError(f"ConAM {name} must be at least 1, got {value}")
+        scale = channels**0.5 if temperature == "sqrt" else temperature
+        if isinstance(scale, str) or not 0 < scale < float("inf"):
+            raise ValueError(f"ConAM temperature must be a number above 0 or 'sqrt', got {temperature!r}")
+        hidden = max(1, channels // reduction)
+        self.grid = 4 if grid is None else grid
+        self.patch_size = patch_size
+        self.temperature = float(scale)
+        self.fc1 = nn.Linear(channels, hidden, **dd)
+        self.fc2 = nn.Linear(hidden, channels, **dd)
+
+    def confidence(self, x: Tensor) -> Tensor:
+        """η of every patch of x (B × C × H × W): B × rows × columns, summing to 1."""
+        if self.patch_size is not None:
+            # A tracer cannot branch on a size, but records an assertion.
+            torch._assert(
+                x.shape[2] % self.patch_size == 0, "ConAM's patch_size must divide the map's height"
+            )
+            torch._assert(x.shape[3] % self.patch_size == 0, "ConAM's patch_size must divide the map's width")
+            patches = F.avg_pool2d(x, self.patch_size)
+        else:
+            patches = F.adaptive_avg_pool2d(x, (self.grid, self.grid))
+        means = torch.cat([patches.flatten(2), x.mean((2, 3))[:, :, None]], 2).transpose(1, 2)
+        means = self.fc2(self.fc1(means).relu()).relu()
+        agreement = (means[:, :-1] * means[:, -1:]).sum(2) / self.temperature
+        return agreement.softmax(1).view(-1, patches.shape[2], patches.shape[3])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Weight the patches of x (B × C × H × W)."""
+        scale = 1 + self.confidence(x)[:, None]
+        # Mode "nearest" finds the patch in float32 and errs even where the grid divides, at 164 pixels say.
+        return x * F.interpolate(scale, x.shape[2:], mode="nearest-exact")

@@ -1,0 +1,92 @@
+"""FMM: the residual sum replaced by a product of feature maps.
+
+Paper: "Towards Understanding the Effectiveness of Attention Mechanism", Ye, He, Wang, Li
+https://arxiv.org/abs/2106.15067
+
+The paper's text says S(x) ⊙ F(x). Taken literally that explodes in deep networks; the first author's own code
+normalises both factors, with norm biases of 1, and so does the default here.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import register_notrace_function
+from torch import Tensor, nn
+
+#: mode: (the shortcut is normalised, initial bias of the branch's last norm)
+MODES = {"bn": (True, 1.0), "sigmoid": (True, 0.0), "gate": (False, 0.0), "raw": (False, 0.0)}
+
+
+@register_notrace_function
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    if torch.jit.is_scripting():  # which cannot compile what follows
+        return a * b
+    # The product of two maps leaves float16's range long before either of them does.
+    if a.dtype == torch.float16 and torch.is_autocast_enabled(a.device.type):
+        a, b = a.float(), b.float()
+    return a * b
+
+
+class FMM(nn.Module):
+    """Product of a residual branch f, after its last norm, and a shortcut s::
+
+        bn       f ⊙ norm(s)               both factors start with mean 1
+        sigmoid  (σ(f) + 1) ⊙ norm(s)
+        gate     (1 + f) ⊙ s               a sum and a product; no parameters of its own
+        raw      f ⊙ s                     the paper's text; unstable
+
+    The activation follows. A shortcut that changes shape has its own norm already; the others get one here.
+
+    Args:
+        channels: Width C of both factors.
+        mode: One of :data:`MODES`.
+        norm_layer: Makes the norm of an identity shortcut; None where the shortcut has one.
+
+    Raises:
+        ValueError: There is no such mode.
+    """
+
+    def __init__(
+        self, channels: int, mode: str = "bn", norm_layer: Any = None, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"FMM mode must be one of {', '.join(MODES)}, got {mode!r}")
+        self.mode = mode
+        self.norm = nn.Identity()
+        if MODES[mode][0] and norm_layer is not None:
+            self.norm = norm_layer(channels, device=device, dtype=dtype)
+
+    def init_norms(self, branch: Any, shortcut: Any, pin_bias: bool = False) -> None:
+        """Set the biases of the two norms so that both factors start with mean 1.
+
+        Args:
+            branch: Last norm of the residual branch.
+            shortcut: The shortcut's own norm, or None if it is this module's.
+            pin_bias: Keep them there, out of training, as the author's code does.
+
+        Raises:
+            ValueError: The mode does not normalise both factors, so it has no biases to pin.
+        """
+        normalised, branch_bias = MODES[self.mode]
+        if pin_bias and not normalised:
+            raise ValueError(f"pin_bias needs an FMM mode that normalises the shortcut, got {self.mode!r}")
+        nn.init.constant_(branch.bias, branch_bias)
+        if not normalised:
+            return
+        shortcut = self.norm if shortcut is None else shortcut
+        nn.init.ones_(shortcut.bias)
+        for norm in (branch, shortcut):
+            norm.bias.requires_grad_(not pin_bias)
+
+    def factor(self, f: Tensor) -> Tensor:
+        """What the branch output f (B × C × H × W) multiplies the shortcut by."""
+        if self.mode == "sigmoid":
+            return f.sigmoid() + 1
+        if self.mode == "gate":
+            return f + 1
+        return f
+
+    def forward(self, factor: Tensor, shortcut: Tensor) -> Tensor:
+        """The product, B × C × H × W, before the activation."""
+        return _multiply(factor, self.norm(shortcut))

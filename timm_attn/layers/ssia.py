@@ -1,0 +1,129 @@
+"""SSIA: a self-supervised loss by which each stage guides the one below it, in training only.
+
+Paper: "Self-Supervised Implicit Attention: Guided Attention by The Model Itself", Wu, Gong, Zhang
+https://arxiv.org/abs/2206.07434. No code is published; this is a re-implementation from the abstract, and
+the loss is this package's reading of it: the channel means of a stage are what an attention module of the
+stage before would have to compute.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+TARGETS = ("channel", "last", "spatial")
+
+
+class _AttachLoss(torch.autograd.Function):
+    """Passes logits on; in the backward pass the loss gets the gradient ``scale`` beside theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.dtype = loss.dtype
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (scale,) = ctx.saved_tensors
+        return grads[0], scale.to(ctx.dtype), None
+
+
+def _standardise(z: Tensor) -> Tensor:
+    return (z - z.mean(1, keepdim=True)) / (z.std(1, correction=0, keepdim=True) + 1e-5)
+
+
+def _energy(x: Tensor, size: Any) -> Tensor:
+    """Mean square over channels, pooled to ``size`` and of unit norm over the pixels."""
+    return F.normalize(F.adaptive_avg_pool2d(x.square().mean(1), size).flatten(1), dim=1)
+
+
+@register_notrace_module
+class SSIA(nn.Module):
+    """Attaches λ · mean_s L_s to the logits, so that any loop trains it::
+
+        loss = criterion(model(images), labels)    # no other line
+        loss.backward()
+
+    The forward pass returns the logits unchanged; the backward pass adds the gradient of the auxiliary loss.
+    With X_s the output of stage s, GAP the mean over pixels and sg the stop of the gradient::
+
+        channel   L_s = 1 − cos(n(head_s(GAP X_s)), n(sg GAP X_{s+1}))    n standardises over channels
+        last      the same, with sg GAP X_S of the last stage as everybody's target
+        spatial   L_s = ‖a(X_s) − sg a(X_{s+1})‖²    a: energy over channels, unit norm over pixels; no heads
+
+    The backward pass cannot see what a loop multiplies its loss by. A loop that does so sets the buffer
+    ``aux_scale`` to the same factor, before the backward pass: 1 / steps under gradient accumulation, the
+    scale of its gradient scaler, or their product::
+
+        model.ssia.aux_scale.fill_(scaler.get_scale() / steps)
+
+    Args:
+        channels: Widths of the stages, the lowest first.
+        target: One of :data:`TARGETS`.
+        aux_weight: λ.
+
+    Raises:
+        ValueError: There is no such target, λ is negative, or there is only one stage.
+    """
+
+    aux_scale: Tensor
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        target: str = "channel",
+        aux_weight: float = 1.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if target not in TARGETS:
+            raise ValueError(f"SSIA target must be one of {', '.join(TARGETS)}, got {target!r}")
+        if not 0 <= aux_weight < float("inf"):
+            raise ValueError(f"SSIA aux_weight must be 0 or more, got {aux_weight}")
+        if len(channels) < 2:
+            raise ValueError(f"SSIA needs two stages or more, got {len(channels)}")
+        self.target = target
+        self.aux_weight = aux_weight
+        heads: list[nn.Module] = []
+        if target != "spatial":
+            above = channels[1:] if target == "channel" else [channels[-1]] * (len(channels) - 1)
+            # Drawing the heads leaves the random stream as a plain network would.
+            with torch.random.fork_rng(devices=[]):
+                pairs = zip(channels, above, strict=False)
+                heads = [nn.Linear(low, high, device=device, dtype=dtype) for low, high in pairs]
+        self.heads = nn.ModuleList(heads)
+        self.register_buffer("aux_scale", torch.ones((), device=device, dtype=dtype), persistent=False)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Set what a checkpoint does not hold (timm calls it after building on the meta device)."""
+        self.aux_scale.fill_(1.0)
+
+    def loss(self, features: list[Tensor]) -> Tensor:
+        """mean_s L_s, a scalar in float32 or higher, of the stage outputs X_1 … X_S (B × C_s × H_s × W_s)."""
+        losses = []
+        for s, x in enumerate(features[:-1]):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            above = features[-1 if self.target == "last" else s + 1].detach()
+            if self.target == "spatial":
+                difference = _energy(x.to(dtype), above.shape[2:]) - _energy(above.to(dtype), above.shape[2:])
+                losses.append(difference.square().sum(1).mean())
+            else:
+                head: Any = self.heads[s]
+                guess = head(x.mean((2, 3), dtype=dtype).to(head.weight.dtype)).to(dtype)
+                wanted = above.mean((2, 3), dtype=dtype)
+                losses.append(1 - F.cosine_similarity(_standardise(guess), _standardise(wanted)).mean())
+        return torch.stack(losses).mean()
+
+    @torch.jit.unused
+    def forward(self, logits: Tensor, features: list[Tensor]) -> Tensor:
+        """``logits``, with λ · loss attached."""
+        return _AttachLoss.apply(logits, self.aux_weight * self.loss(features), self.aux_scale)  # pyright: ignore
+
+    def fuse(self) -> nn.Module:
+        """What is left at inference: nothing. The hook that timm's ``reparameterize_model`` calls."""
+        return nn.Identity()

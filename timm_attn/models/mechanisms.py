@@ -1,0 +1,307 @@
+"""The two tables that every model comes from: backbones and mechanisms.
+
+A row of :data:`MECHANISMS` says how to put a mechanism into a backbone, what its models are called and where
+it was published. Registration, the command line, cards and tests read the table; see CONTRIBUTING.md for how
+to add a row.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import timm
+from timm.layers import SEModule
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from ..layers import ASR
+from ..papers import Paper
+from . import blocks
+from .cifar import CifarResNet
+from .conam import ConAMCifarResNet, ConAMResNet
+from .dia import DIACifarResNet, DIAResNet
+from .ssia import SSIACifarResNet, SSIAResNet
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A stock network: its blocks per stage and what it passes to timm's ResNet."""
+
+    layers: tuple[int, ...]
+    bottleneck: bool
+    cifar: bool = False
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+BACKBONES = {
+    "resnet18": Backbone((2, 2, 2, 2), bottleneck=False),
+    "resnet34": Backbone((3, 4, 6, 3), bottleneck=False),
+    "resnet50": Backbone((3, 4, 6, 3), bottleneck=True),
+    "resnet101": Backbone((3, 4, 23, 3), bottleneck=True),
+    "resnet152": Backbone((3, 8, 36, 3), bottleneck=True),
+    "resnext50_32x4d": Backbone((3, 4, 6, 3), bottleneck=True, args={"cardinality": 32, "base_width": 4}),
+    "wide_resnet50_2": Backbone((3, 4, 6, 3), bottleneck=True, args={"base_width": 128}),
+    "resnet20": Backbone((3, 3, 3), bottleneck=False, cifar=True),
+    "resnet32": Backbone((5, 5, 5), bottleneck=False, cifar=True),
+    "resnet44": Backbone((7, 7, 7), bottleneck=False, cifar=True),
+    "resnet56": Backbone((9, 9, 9), bottleneck=False, cifar=True),
+    "resnet110": Backbone((18, 18, 18), bottleneck=False, cifar=True),
+    "resnet164": Backbone((18, 18, 18), bottleneck=True, cifar=True),
+}
+
+#: A backbone and keyword arguments of ``create_model`` to the model's class and its arguments. The
+#: mechanism's own options are keyword-only parameters of the function.
+Build = Callable[..., tuple[type[ResNet], dict[str, Any]]]
+
+
+def _same(backbone: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    return backbone, {}
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """A row of the table.
+
+    Attributes:
+        build: Makes the model's class and arguments.
+        paper: Its source.
+        name: A backbone's name to the model's; by default ``<backbone>_<key of the row>``.
+        stock: Name and further arguments of the network that a folded model is, from the backbone's name and
+            the options of this mechanism.
+        folds: Nothing of it is left after :func:`timm_attn.fold`, another attention on top aside.
+        control: It exists on the CIFAR backbones only, since timm has the others.
+    """
+
+    build: Build
+    paper: Paper
+    name: Callable[[str], str] | None = None
+    stock: Callable[[str, dict[str, Any]], tuple[str, dict[str, Any]]] = _same
+    folds: bool = False
+    control: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of ``create_model`` that belong to the mechanism, with their defaults."""
+        parameters = inspect.signature(self.build).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def in_attention_slot(layer: Callable[..., Any]) -> Build:
+    """Put a module after the last norm layer of every block, before the shortcut is added.
+
+    Args:
+        layer: Called as ``layer(channels, device=, dtype=, **options)``; takes and returns B × C × H × W. If
+            its gate does not depend on the input, a method ``fold_into(norm)`` folds it into the norm layer
+            before it.
+    """
+    options = [p for n, p in inspect.signature(layer).parameters.items() if n not in ("device", "dtype")][1:]
+
+    def build(backbone: Backbone, **kwargs) -> tuple[type[ResNet], dict[str, Any]]:
+        _refuse_attn_layer(kwargs)
+        given = {p.name: kwargs.pop(p.name) for p in options if p.name in kwargs}
+        kwargs["block_args"] = {**kwargs.get("block_args", {}), "attn_layer": partial(layer, **given)}
+        kwargs["block"] = blocks.FoldableBottleneck if backbone.bottleneck else blocks.FoldableBasicBlock
+        return CifarResNet if backbone.cifar else ResNet, kwargs
+
+    keyword_only = [p.replace(kind=p.KEYWORD_ONLY) for p in options]
+    build.__signature__ = inspect.Signature(keyword_only)  # pyright: ignore[reportFunctionMemberAccess]
+    return build
+
+
+def _refuse_attn_layer(kwargs: dict[str, Any]) -> None:
+    attn_layer = kwargs.get("block_args", {}).get("attn_layer")
+    if attn_layer is not None:
+        raise ValueError(
+            f"attn_layer {attn_layer!r} has no place beside this mechanism (ASR takes another as attention=…)"
+        )
+
+
+# timm would round the SE paper's hidden width C / 16 up to a multiple of 8: too wide for 16 to 64 channels.
+_cifar_se = partial(SEModule, rd_ratio=1 / 16, rd_divisor=1)
+
+
+def _plain(backbone: Backbone, **kwargs) -> tuple[type[ResNet], dict[str, Any]]:
+    kwargs["block"] = Bottleneck if backbone.bottleneck else BasicBlock
+    return CifarResNet if backbone.cifar else ResNet, kwargs
+
+
+def _se(backbone: Backbone, **kwargs) -> tuple[type[ResNet], dict[str, Any]]:
+    kwargs["block_args"] = {"attn_layer": _cifar_se, **kwargs.get("block_args", {})}
+    return _plain(backbone, **kwargs)
+
+
+_in_slot_asr = in_attention_slot(ASR)
+
+
+def _asr(
+    backbone: Backbone,
+    *,
+    delta: int = 1,
+    generator: str = "se",
+    reduction: int | None = None,
+    attention: str | None = None,
+    **kwargs,
+) -> tuple[type[ResNet], dict[str, Any]]:
+    on_top = _cifar_se if backbone.cifar and attention == "se" else attention
+    own = {"delta": delta, "generator": generator, "reduction": reduction, "attention": on_top}
+    return _in_slot_asr(backbone, **own, **kwargs)
+
+
+def _asr_se(
+    backbone: Backbone, *, delta: int = 1, generator: str = "se", reduction: int | None = None, **kwargs
+) -> tuple[type[ResNet], dict[str, Any]]:
+    return _asr(backbone, delta=delta, generator=generator, reduction=reduction, attention="se", **kwargs)
+
+
+def _asr_stock(backbone: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    attention = options.get("attention")
+    if attention is None:
+        return backbone, {}
+    if attention == "se":
+        name = f"{backbone}_se" if BACKBONES[backbone].cifar else backbone.replace("resne", "seresne")
+        if BACKBONES[backbone].cifar or timm.is_model(name):
+            return name, {}
+    return backbone, {"block_args": {"attn_layer": attention}}
+
+
+def _dia(
+    backbone: Backbone, *, reduction: int | None = None, dia_light: bool = False, **kwargs
+) -> tuple[type[ResNet], dict[str, Any]]:
+    _refuse_attn_layer(kwargs)
+    if dia_light and reduction is not None:
+        raise ValueError(f"dia_light is a reduction of its own: leave out reduction={reduction}")
+    if reduction is None:
+        # The paper's 4 on CIFAR and 20 on ImageNet. "Light" is defined nowhere; 16 and 64 are this package's.
+        reduction = (16 if backbone.cifar else 64) if dia_light else (4 if backbone.cifar else 20)
+    kwargs["reduction"] = reduction
+    kwargs["block"] = blocks.SplitBottleneck if backbone.bottleneck else blocks.SplitBasicBlock
+    return DIACifarResNet if backbone.cifar else DIAResNet, kwargs
+
+
+def _conam(
+    backbone: Backbone,
+    *,
+    grid: int | None = None,
+    patch_size: int | tuple[int, ...] | None = None,
+    reduction: int = 16,
+    temperature: float | str = 1.0,
+    **kwargs,
+) -> tuple[type[ResNet], dict[str, Any]]:
+    kwargs |= {"grid": grid, "patch_size": patch_size, "reduction": reduction, "temperature": temperature}
+    kwargs["block"] = blocks.ConAMBottleneck if backbone.bottleneck else blocks.ConAMBasicBlock
+    return ConAMCifarResNet if backbone.cifar else ConAMResNet, kwargs
+
+
+def _fmm(
+    backbone: Backbone, *, mode: str = "bn", pin_bias: bool = False, **kwargs
+) -> tuple[type[ResNet], dict[str, Any]]:
+    kwargs["block_args"] = {**kwargs.get("block_args", {}), "mode": mode, "pin_bias": pin_bias}
+    kwargs["block"] = blocks.FMMBottleneck if backbone.bottleneck else blocks.FMMBasicBlock
+    return CifarResNet if backbone.cifar else ResNet, kwargs
+
+
+def _ssia(
+    backbone: Backbone, *, target: str = "channel", aux_weight: float = 1.0, **kwargs
+) -> tuple[type[ResNet], dict[str, Any]]:
+    _, kwargs = _plain(backbone, target=target, aux_weight=aux_weight, **kwargs)
+    return SSIACifarResNet if backbone.cifar else SSIAResNet, kwargs
+
+
+_ASR_PAPER = Paper(
+    "Stripe Observation Guided Inference Cost-free Attention Mechanism",
+    "Shanshan Zhong and Zhongzhan Huang and Wushao Wen and Jinghui Qin and Liang Lin",
+    "ECCV 2024",
+    2024,
+    "2304.06345",
+    "Channel attention on a learnt constant, which folds into the norm layer before it: nothing of it is "
+    "left at inference.",
+)
+
+MECHANISMS = {
+    "": Mechanism(
+        _plain,
+        Paper(
+            "Deep Residual Learning for Image Recognition",
+            "Kaiming He and Xiangyu Zhang and Shaoqing Ren and Jian Sun",
+            "CVPR 2016",
+            2016,
+            "1512.03385",
+            "A plain residual network, the control of the networks with attention.",
+        ),
+        name=str,
+        control=True,
+    ),
+    "se": Mechanism(
+        _se,
+        Paper(
+            "Squeeze-and-Excitation Networks",
+            "Jie Hu and Li Shen and Samuel Albanie and Gang Sun and Enhua Wu",
+            "CVPR 2018",
+            2018,
+            "1709.01507",
+            "Channel attention in every block, the control of the newer mechanisms.",
+        ),
+        control=True,
+    ),
+    "dia": Mechanism(
+        _dia,
+        Paper(
+            "DIANet: Dense-and-Implicit Attention Network",
+            "Zhongzhan Huang and Senwei Liang and Mingfu Liang and Haizhao Yang",
+            "AAAI 2020",
+            2020,
+            "1905.10671",
+            "One recurrent attention unit shared by all blocks of a stage.",
+        ),
+    ),
+    "asr": Mechanism(_asr, _ASR_PAPER, stock=_asr_stock, folds=True),
+    "asr_se": Mechanism(
+        _asr_se,
+        _ASR_PAPER,
+        stock=lambda backbone, options: _asr_stock(backbone, {"attention": "se"}),
+        folds=True,
+    ),
+    "conam": Mechanism(
+        _conam,
+        Paper(
+            "ConAM: Confidence Attention Module for Convolutional Neural Networks",
+            "Yu Xue and Ziming Yuan and Ferrante Neri",
+            "arXiv 2021, withdrawn 2022",
+            2021,
+            "2110.14369",
+            "Weights the patches of a feature map by how far they agree with the whole of it.",
+            "The paper was withdrawn from arXiv by its authors (conflict of interest). The formula is that "
+            "of their published code; the hidden width C / 16 is this package's choice.",
+        ),
+    ),
+    "fmm": Mechanism(
+        _fmm,
+        Paper(
+            "Towards Understanding the Effectiveness of Attention Mechanism",
+            "Xiang Ye and Zihang He and Heng Wang and Yong Li",
+            "arXiv 2021",
+            2021,
+            "2106.15067",
+            "FMMNet: the residual sum replaced by a product of feature maps.",
+            "The paper's text multiplies the branch and the shortcut as they are; both are normalised here, "
+            "as in the first author's code, and the branch starts as the constant 1, which is this package's "
+            "choice.",
+        ),
+        name=lambda backbone: backbone.replace("resn", "fmmn"),
+    ),
+    "ssia": Mechanism(
+        _ssia,
+        Paper(
+            "Self-Supervised Implicit Attention: Guided Attention by The Model Itself",
+            "Jinyi Wu and Xun Gong and Zhemin Zhang",
+            "arXiv 2022",
+            2022,
+            "2206.07434",
+            "A self-supervised loss by which each stage guides the one below it, in training only.",
+            "A re-implementation from the abstract: no code is published, and the loss is this package's "
+            "reading.",
+        ),
+        folds=True,
+    ),
+}
