@@ -1,13 +1,20 @@
-"""DIA and ASR against plain computations, and wrong versions of them that must be told apart."""
+"""The layers against plain computations, and wrong versions of them that must be told apart."""
 
 import pytest
+import timm
 import torch
 from helpers import randomise
 from reference.asr import asr_gate, fold_batchnorm, se_generator
+from reference.conam import conam, conam_eta
 from reference.dia import dia_cell
+from reference.fmm import fmm_merge
+from reference.ssia import ssia_loss
 
 from timm_attn.algebra import scale_affine
-from timm_attn.layers import ASR, DIACell, SEGenerator
+from timm_attn.layers import ASR, FMM, SSIA, ConAM, DIACell, SEGenerator
+from timm_attn.layers.asr import GENERATORS
+from timm_attn.layers.fmm import MODES
+from timm_attn.models.blocks import FMMBasicBlock, FMMBottleneck, FMMMixin, last_norm
 
 
 def below(state: dict, prefix: str) -> dict:
@@ -111,11 +118,178 @@ def test_fold_maths_is_the_papers():
     assert scale_affine(weight.bfloat16(), bias.bfloat16(), gate.bfloat16())[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("channels", [10, 64])
+def test_every_generator_is_as_written(generator, channels):
+    asr = randomise(ASR(channels, delta=2, generator=generator, dtype=torch.float64))
+    gate = asr_gate([below(asr.state_dict(), f"generators.{j}.") for j in range(2)])
+    torch.testing.assert_close(asr.gate()[0], gate, rtol=1e-12, atol=1e-14)
+    assert gate.std() > 0.01
+
+
+@pytest.mark.parametrize(("generator", "start"), [("ie", 0.2689), ("srm", 0.5)])
+def test_generators_start_as_published(generator, start):
+    torch.testing.assert_close(
+        ASR(16, generator=generator).gate(), torch.full((1, 16), start), atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize(("channels", "size"), [(16, 3), (64, 3), (256, 5), (512, 5), (2048, 7)])
+def test_eca_kernel_grows_with_the_channels(channels, size):
+    conv = GENERATORS["eca"](channels).conv
+    assert conv.kernel_size == (size,) == timm.layers.EcaModule(channels).conv.kernel_size
+
+
 @pytest.mark.parametrize(
-    "make",
-    [lambda: DIACell(8, 0), lambda: ASR(8, 0), lambda: ASR(8, 1, 0)],
-    ids=["dia r", "asr delta", "asr r"],
+    ("height", "width", "options", "patches"),
+    [
+        (8, 8, {}, (4, 4)),
+        (12, 20, {}, (4, 4)),
+        (164, 4, {}, (4, 4)),
+        (7, 9, {}, (4, 4)),
+        (2, 3, {}, (4, 4)),
+        (9, 9, {"grid": 3, "temperature": 2.0}, (3, 3)),
+        (8, 12, {"patch_size": 4, "reduction": 2}, (2, 3)),
+        (8, 8, {"temperature": "sqrt"}, (4, 4)),
+    ],
+    ids=str,
 )
-def test_options_below_one_are_refused(make):
-    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+def test_conam_is_the_papers(height, width, options, patches):
+    torch.manual_seed(0)
+    layer = ConAM(32, **options, dtype=torch.float64)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(2, 32, height, width, dtype=torch.float64)
+    temperature = 32**0.5 if options.get("temperature") == "sqrt" else options.get("temperature", 1.0)
+    torch.testing.assert_close(layer(x), conam(x, layer.state_dict(), *patches, temperature))
+    eta = layer.confidence(x)
+    torch.testing.assert_close(eta.flatten(1), conam_eta(x, layer.state_dict(), *patches, temperature))
+    assert (eta.flatten(1).std(1) > 1e-3).all()
+
+
+def test_conam_puts_weights_where_the_patches_are():
+    # A ramp from left to right: all rows of patches alike, no two columns.
+    layer = ConAM(16)
+    for parameter in layer.parameters():
+        torch.nn.init.uniform_(parameter, 0.0, 0.2)
+    ramp = torch.linspace(0, 1, 16).expand(1, 16, 16, 16)
+    eta = layer.confidence(ramp)[0]
+    torch.testing.assert_close(eta, eta[:1].expand(4, 4))
+    assert (eta[0].diff() > 0).all()
+    assert torch.equal(layer(ramp)[0, :, :, 0], layer(ramp)[0, :, :1, 0].expand(16, 16))
+
+
+def test_fresh_conam_is_almost_uniform():
+    torch.manual_seed(0)
+    eta = ConAM(256).confidence(torch.rand(8, 256, 16, 16)).flatten(1)
+    entropy = -(eta * eta.log()).sum(1) / torch.tensor(16.0).log()
+    assert (entropy > 0.997).all()
+
+
+def test_conam_leaves_its_input_alone():
+    x = torch.randn(1, 16, 8, 8)
+    before = x.clone()
+    ConAM(16)(x)
+    assert torch.equal(x, before)
+
+
+def test_conam_names_a_patch_that_does_not_divide():
+    with pytest.raises(AssertionError, match="ConAM patch_size must divide the map's width"):
+        ConAM(16, patch_size=4)(torch.rand(1, 16, 8, 10))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fmm_is_as_written(mode):
+    f, s = torch.randn(2, 3, 8, 5, 5, dtype=torch.float64)
+    layer = FMM(8, mode)
+    torch.testing.assert_close(layer(layer.factor(f), s).relu(), fmm_merge(f, s, mode))
+
+
+@pytest.mark.parametrize("block", [FMMBasicBlock, FMMBottleneck])
+@pytest.mark.parametrize(("mode", "start"), [("bn", 1.0), ("gate", 1.0), ("sigmoid", 1.5)])
+def test_a_fresh_fmm_block_multiplies_by_a_constant(block, mode, start):
+    layer = block(8 * block.expansion, 8, mode=mode).eval()
+    layer.zero_init_last()
+    x = torch.rand(2, 8 * block.expansion, 6, 6)
+    expected = start * (layer.fmm.norm(x) if mode != "gate" else x)
+    torch.testing.assert_close(layer(x), expected.relu())
+    pinned = mode != "gate" and block(8, 8 // block.expansion, mode=mode, pin_bias=True)
+    if pinned:
+        assert not last_norm(pinned).bias.requires_grad and not pinned.fmm.norm.bias.requires_grad
+        assert (pinned.fmm.norm.bias == 1).all()
+
+
+def check_dropped_path(block, mode: str) -> None:
+    layer = block(8 * block.expansion, 8, mode=mode, drop_path=timm.layers.DropPath(1.0)).train()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.rand(4, 8 * block.expansion, 6, 6)
+    torch.testing.assert_close(layer(x), layer.fmm.norm(x).relu())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("block", [FMMBasicBlock, FMMBottleneck])
+def test_a_dropped_path_multiplies_by_one(block, mode):
+    check_dropped_path(block, mode)
+
+
+def test_a_dropped_path_that_gives_zero_is_told_apart(monkeypatch):
+    def multiply(self, f, x):
+        return self.fmm(self.drop_path(self.fmm.factor(f)), x)
+
+    monkeypatch.setattr(FMMMixin, "multiply", multiply)
+    with pytest.raises(AssertionError):
+        check_dropped_path(FMMBasicBlock, "bn")
+
+
+def test_under_float16_autocast_a_product_stays_finite():
+    big = torch.full((1, 8, 2, 2), 1000.0, dtype=torch.float16)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert FMM(8, "raw")(big, big).dtype == torch.float32
+        assert (FMM(8, "raw")(big, big) == 1e6).all()
+    assert FMM(8, "raw")(big, big).dtype == torch.float16
+
+
+@pytest.mark.parametrize("target", ["channel", "last", "spatial"])
+def test_ssia_loss_is_as_written(target):
+    torch.manual_seed(0)
+    layer = SSIA([6, 10, 8], target, dtype=torch.float64)
+    shapes = [(3, 6, 9, 9), (3, 10, 5, 5), (3, 8, 3, 2)]
+    features = [torch.randn(shape, dtype=torch.float64).relu().requires_grad_() for shape in shapes]
+    loss, expected = layer.loss(features), ssia_loss(features, layer.state_dict(), target)
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = (torch.autograd.grad(value, features[:2]) for value in (loss, expected))
+    torch.testing.assert_close(ours, theirs)
+    assert torch.autograd.grad(layer.loss(features), features[2], allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DIACell(8, 0), "DIA reduction must be at least 1, got 0"),
+        (lambda: ASR(8, 0), "ASR delta must be at least 1, got 0"),
+        (lambda: ASR(8, 1, 0), "ASR reduction must be at least 1, got 0"),
+        (lambda: ASR(8, generator="spa"), "ASR generator must be one of se, ie, eca, srm, got 'spa'"),
+        (lambda: ASR(8, reduction=4, generator="ie"), "generator 'ie' has no reduction, got 4"),
+        (lambda: ConAM(8, grid=0), "ConAM grid must be at least 1, got 0"),
+        (lambda: ConAM(8, patch_size=0), "ConAM patch_size must be at least 1, got 0"),
+        (lambda: ConAM(8, reduction=0), "ConAM reduction must be at least 1, got 0"),
+        (
+            lambda: ConAM(8, grid=2, patch_size=2),
+            "ConAM takes grid or patch_size, got grid=2 and patch_size=2",
+        ),
+        (lambda: ConAM(8, temperature=0), "ConAM temperature must be a number above 0 or 'sqrt', got 0"),
+        (
+            lambda: ConAM(8, temperature="log"),
+            "ConAM temperature must be a number above 0 or 'sqrt', got 'log'",
+        ),
+        (lambda: FMM(8, "sum"), "FMM mode must be one of bn, sigmoid, gate, raw, got 'sum'"),
+        (lambda: FMMBasicBlock(8, 8, mode="gate", pin_bias=True), "pin_bias needs an FMM mode .* got 'gate'"),
+        (lambda: SSIA([8, 8], "first"), "SSIA target must be one of channel, last, spatial, got 'first'"),
+        (lambda: SSIA([8, 8], aux_weight=-1), "SSIA aux_weight must be 0 or more, got -1"),
+        (lambda: SSIA([8]), "SSIA needs two stages or more, got 1"),
+    ],
+)
+def test_options_out_of_range_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
         make()

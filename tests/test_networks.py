@@ -2,15 +2,17 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import SMALL, narrow, randomise
 from reference.resnet import forward
 
-from timm_attn.layers import ASR
+from timm_attn.layers import ASR, FMM, ConAM
 from timm_attn.models import BACKBONES, parse_name
+from timm_attn.models.blocks import ConAMMixin
 from timm_attn.models.dia import DIAStage
 
 
-def check_network(architecture: str, size: int = 64, patches=None, temperature=1.0, **kwargs) -> None:
+def check_network(architecture: str, size: int = 64, patches=None, **kwargs) -> None:
     """Logits of a small random network in float64."""
     backbone_name, mechanism = parse_name(architecture)
     backbone = BACKBONES[backbone_name]
@@ -28,7 +30,7 @@ def check_network(architecture: str, size: int = 64, patches=None, temperature=1
         mechanism=mechanism or None,
         mode=kwargs.get("mode", "bn") if mechanism == "fmm" else None,
         patches=patches or [(4, 4)] * 3 if mechanism == "conam" else None,
-        temperature=temperature,
+        temperature=kwargs.get("temperature", 1.0),
         groups=backbone.args.get("cardinality", 1),
     )
     assert expected.std() > 1e-3
@@ -53,6 +55,65 @@ def test_asr_network_with_several_generators(delta):
 def test_grouped_convolutions():
     # 4 channels a group in the first stage of resnext50_32x4d at its real width
     check_network("resnext50_32x4d_asr", channels=[64, 64, 64, 64], layers=[1, 1, 1, 1], size=32)
+
+
+@pytest.mark.parametrize("generator", ["ie", "eca", "srm"])
+@pytest.mark.parametrize("architecture", ["resnet20_asr", "resnet50_asr_se"])
+def test_asr_network_with_another_generator(architecture, generator):
+    check_network(architecture, generator=generator, delta=2)
+
+
+@pytest.mark.parametrize("mode", ["bn", "sigmoid", "gate", "raw"])
+@pytest.mark.parametrize("architecture", ["fmmnet20", "fmmnet50"])
+def test_fmm_network_in_another_mode(architecture, mode):
+    check_network(architecture, mode=mode)
+
+
+def test_conam_network_with_another_grid_and_temperature():
+    check_network("resnet20_conam", patches=[(3, 3)] * 3, grid=3, temperature=2.5, reduction=2)
+
+
+def test_conam_network_with_literal_patches():
+    # 64-pixel images: maps of 64, 64 and 32 pixels before the three stages
+    check_network("resnet20_conam", patches=[(8, 8), None, (8, 8)], patch_size=(8, 0, 4))
+    check_network("resnet18_conam", patches=[(8, 8), (4, 4), (2, 2)], patch_size=(2, 4, 4, 0))
+
+
+def test_a_column_of_patches_is_told_from_a_row(monkeypatch):
+    confidence = ConAM.confidence
+    monkeypatch.setattr(ConAM, "confidence", lambda self, x: confidence(self, x).transpose(1, 2))
+    with pytest.raises(AssertionError):
+        check_network("resnet20_conam")
+
+
+def softmax_over_channels(self, x):
+    patches = F.adaptive_avg_pool2d(x, (self.grid, self.grid))
+    means = torch.cat([patches.flatten(2), x.mean((2, 3))[:, :, None]], 2).transpose(1, 2)
+    means = self.fc2(self.fc1(means).relu()).relu()
+    return (means[:, :-1] * means[:, -1:]).softmax(2).sum(2).view(-1, self.grid, self.grid)
+
+
+def test_a_softmax_over_channels_is_told_apart(monkeypatch):
+    monkeypatch.setattr(ConAM, "confidence", softmax_over_channels)
+    with pytest.raises(AssertionError):
+        check_network("resnet20_conam")
+
+
+@pytest.mark.parametrize("architecture", ["resnet20_conam", "resnet50_conam"])
+def test_conam_on_the_shortcut_too_is_told_apart(architecture, monkeypatch):
+    def forward(self, x):
+        x = self.conam(x)
+        return self.merge(self.branch(x), x)
+
+    monkeypatch.setattr(ConAMMixin, "forward", forward)
+    with pytest.raises(AssertionError):
+        check_network(architecture)
+
+
+def test_a_sum_is_told_from_a_product(monkeypatch):
+    monkeypatch.setattr(FMM, "forward", lambda self, factor, shortcut: factor + self.norm(shortcut))
+    with pytest.raises(AssertionError):
+        check_network("fmmnet20")
 
 
 def reset_at_every_block(self, x):

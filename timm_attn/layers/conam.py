@@ -65,10 +65,8 @@ class ConAM(nn.Module):
         """η of every patch of x (B × C × H × W): B × rows × columns, summing to 1."""
         if self.patch_size is not None:
             # A tracer cannot branch on a size, but records an assertion.
-            torch._assert(
-                x.shape[2] % self.patch_size == 0, "ConAM's patch_size must divide the map's height"
-            )
-            torch._assert(x.shape[3] % self.patch_size == 0, "ConAM's patch_size must divide the map's width")
+            torch._assert(x.shape[2] % self.patch_size == 0, "ConAM patch_size must divide the map's height")
+            torch._assert(x.shape[3] % self.patch_size == 0, "ConAM patch_size must divide the map's width")
             patches = F.avg_pool2d(x, self.patch_size)
         else:
             patches = F.adaptive_avg_pool2d(x, (self.grid, self.grid))
