@@ -1,0 +1,115 @@
+"""Pretrained weights as timm's users take them: whole, for other classes, other inputs, or features only."""
+
+import dataclasses
+import json
+
+import pytest
+import timm
+import torch
+from helpers import SMALL, narrow, python, randomise
+from safetensors.torch import load_file, save_file
+
+from timm_attn.weights import Checkpoint, sha256
+
+WAYS = {
+    "whole": {},
+    "classes": {"num_classes": 3},
+    "grey": {"in_chans": 1},
+    "features": {"features_only": True},
+    "pooled": {"num_classes": 0},
+}
+SCRIPT = """
+import json, sys, warnings
+import timm, torch
+import timm_attn
+names, ways = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+for name in names:
+    for way, options in ways.items():
+        try:
+            torch.save(timm.create_model(name, pretrained=True, **options).state_dict(), f"{name}.{way}.pt")
+        except Exception as error:
+            print(json.dumps([name, way, type(error).__name__, str(error)]))
+"""
+
+
+def make_hub(folder, damage=lambda name, state: state):
+    """A hub folder with random weights of a small network of every mechanism and block type."""
+    entries = {}
+    for seed, name in enumerate(SMALL):
+        model = randomise(narrow(name), seed)
+        place = folder / f"{name}.x"
+        place.mkdir(parents=True)
+        path = place / "model.safetensors"
+        save_file(damage(name, model.state_dict()), path)
+        cfg = {**timm.models.get_pretrained_cfg(name).to_dict(), "num_classes": 10, "tag": "x"}
+        arguments = {k: v for k, v in model._model_args.items() if k != "num_classes"}
+        files = {path.name: {"sha256": sha256(path), "size": path.stat().st_size}}
+        entry = dataclasses.asdict(Checkpoint(name, place, name, "x", cfg, arguments, files))
+        entries[place.name] = {k: v for k, v in entry.items() if k not in ("name", "folder")}
+    (folder / "index.json").write_text(json.dumps({"checkpoints": entries}))
+    return folder
+
+
+def create_all(hub, out) -> list:
+    """Create every model in every way in a process of its own; returns what failed."""
+    out.mkdir()
+    result = python(
+        "-c", SCRIPT, json.dumps(SMALL), json.dumps(WAYS), env={"TIMM_ATTN_HUB": str(hub)}, cwd=out
+    )
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    assert create_all(make_hub(folder / "hub"), folder / "out") == []
+    return folder
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_way_takes_the_same_weights(name, loaded):
+    states = {way: torch.load(loaded / "out" / f"{name}.{way}.pt") for way in WAYS}
+    own = load_file(loaded / "hub" / f"{name}.x" / "model.safetensors")
+    body = {k: v for k, v in own.items() if not k.startswith("fc.")}
+    stem = own["conv1.weight"]
+    assert states["whole"].keys() == own.keys()
+    for way, state in states.items():
+        for key, tensor in body.items():
+            if way == "features" and key.startswith("ssia."):
+                continue  # which acts on the logits
+            if way == "grey" and key == "conv1.weight":
+                torch.testing.assert_close(state[key], stem.sum(1, keepdim=True))
+            else:
+                assert torch.equal(state[key], tensor), (way, key)
+    assert torch.equal(states["whole"]["fc.weight"], own["fc.weight"])
+    assert states["classes"]["fc.weight"].shape[0] == 3
+    assert not any(k.startswith("fc.") for way in ("features", "pooled") for k in states[way])
+
+
+def without_last_weight(name, state):
+    last = [key for key in state if not key.startswith("fc.") and key.endswith(".weight")][-1]
+    return {key: tensor for key, tensor in state.items() if key != last}
+
+
+def without_mechanism(name, state):
+    own = [key for key in state if any(part in key for part in (".se.", "dia.", "conam.", "fmm.", "ssia."))]
+    return {key: tensor for key, tensor in state.items() if key != (own or ["bn1.bias"])[0]}
+
+
+def with_another_key(name, state):
+    return {**state, "layer1.0.extra": torch.zeros(1)}
+
+
+@pytest.mark.parametrize("damage", [without_last_weight, without_mechanism, with_another_key])
+def test_a_key_too_few_or_too_many_raises_in_every_way(damage, tmp_path):
+    failures = create_all(make_hub(tmp_path / "hub", damage), tmp_path / "out")
+    assert {(name, way) for name, way, *_ in failures} == {(name, way) for name in SMALL for way in WAYS}
+    word = (
+        "unexpected ['layer1.0.extra'] (1 in all)"
+        if damage is with_another_key
+        else "(1 in all), unexpected []"
+    )
+    for name, way, kind, message in failures:
+        assert kind == "RuntimeError" and word in message, (name, way, kind, message)
+    assert not list((tmp_path / "out").iterdir())
