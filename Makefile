@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Workers of the test suite; one thread each.
 JOBS ?= 2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-all test-timm lint bench clean
 
 # The environment is made once and again whenever pyproject.toml changes.
 .venv.ok: pyproject.toml
@@ -23,8 +23,16 @@ lint: .venv.ok
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
+# Every check of the contract on every registered model in full size: hours.
+test-all: test
+	$(BIN)/python -m pytest -n $(JOBS) -m all_models
+
+# timm's own tests of models over small networks of this package: two minutes.
+test-timm: .venv.ok
+	$(BIN)/python scripts/test_timm.py
+
 bench: .venv.ok
 	$(BIN)/python scripts/bench_import.py
 
 clean:
-	rm -rf .venv .venv.ok demo build dist
+	rm -rf .venv .venv.ok .timm_tests demo build dist

@@ -1,16 +1,13 @@
 """The registry, parameter counts, and what timm's users do with a model."""
 
 import json
-from copy import deepcopy
 
 import pytest
 import timm
 import torch
-from helpers import SMALL, narrow, parameters, python, randomise
-from safetensors.torch import load_file, save_file
+from helpers import narrow, parameters, python
 
 import timm_attn
-from timm_attn.models import BACKBONES, parse_name
 
 COUNTS = {
     ("resnet50_dia", 1000): 28_358_052,
@@ -28,6 +25,14 @@ COUNTS = {
     ("resnet164_se", 100): 1_929_388,
     ("resnet164_dia", 100): 1_946_132,
     ("resnet164_asr", 100): 1_937_452,
+    ("resnet164_asr_se", 100): 2_139_556,
+    ("resnet50_conam", 1000): 25_599_388,
+    ("resnet18_conam", 1000): 11_692_856,
+    ("fmmnet50", 1000): 25_579_560,
+    ("fmmnet18", 1000): 11_691_560,
+    ("fmmnet164", 100): 1_742_516,
+    ("resnet50_ssia", 1000): 28_313_128,
+    ("resnet18_ssia", 1000): 11_862_440,
 }
 
 
@@ -36,8 +41,81 @@ def test_parameter_counts(name, classes):
     assert parameters(timm.create_model(name, num_classes=classes, device="meta")) == COUNTS[name, classes]
 
 
-def test_dia_with_the_reduction_of_the_cifar_runs():
-    assert parameters(timm.create_model("resnet50_dia", reduction=4, device="meta")) == 39_516_072
+#: Parameters with options: the papers' arithmetic, or the width of what an option adds.
+OPTION_COUNTS = [
+    ("resnet50_dia", {"reduction": 4}, 39_516_072),
+    ("resnet50_dia", {"dia_light": True}, 26_458_272),
+    ("resnet18_dia", {"dia_light": True}, 11_751_622),
+    ("resnet164_dia", {"dia_light": True, "num_classes": 100}, 1_784_684),
+    ("resnet50_conam", {"reduction": 1}, 26_222_248),
+    ("resnet50_conam", {"patch_size": (14, 14, 7, 0)}, 25_599_388),
+    ("resnet50_conam", {"patch_size": (0, 0, 0, 0)}, 25_557_032),
+    ("fmmnet50", {"mode": "gate"}, 25_557_032),
+    ("fmmnet50", {"mode": "raw"}, 25_557_032),
+    ("fmmnet50", {"mode": "sigmoid"}, 25_579_560),
+    ("fmmnet50", {"pin_bias": True}, 25_579_560),
+    ("resnet50_ssia", {"target": "spatial"}, 25_557_032),
+    # heads from 256, 512 and 1024 channels to 2048
+    ("resnet50_ssia", {"target": "last"}, 25_557_032 + (256 + 512 + 1024 + 3) * 2048),
+    # 15,104 channels end the blocks of resnet50: 3 × 256 + 4 × 512 + 6 × 1024 + 3 × 2048
+    ("resnet50_asr", {"generator": "ie"}, 25_557_032 + 3 * 15_104),
+    ("resnet50_asr", {"generator": "srm"}, 25_557_032 + 4 * 15_104),
+    ("resnet50_asr", {"generator": "eca"}, 25_557_032 + 15_104 + 13 * 5 + 3 * 7),
+    ("resnet50_asr", {"delta": 2}, 25_557_032 + 2 * 2_546_096),
+    ("resnet50_asr", {"attention": "se"}, 30_634_120),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "count"), OPTION_COUNTS)
+def test_parameter_counts_with_options(name, options, count):
+    assert parameters(timm.create_model(name, **options, device="meta")) == count
+
+
+WRONG_OPTIONS = [
+    ("resnet20_dia", {"reduction": 0}, "DIA reduction must be at least 1, got 0"),
+    ("resnet20_dia", {"dia_light": True, "reduction": 8}, "leave out reduction=8"),
+    ("resnet20_asr", {"generator": "spa"}, "one of se, ie, eca, srm, got 'spa'"),
+    ("resnet20_asr_se", {"delta": 0}, "ASR delta must be at least 1, got 0"),
+    ("resnet20_conam", {"patch_size": (8, 8)}, r"one entry for each of 3 stages, got \(8, 8\)"),
+    ("resnet18_conam", {"patch_size": 0}, "ConAM patch_size must be at least 1, got 0"),
+    ("resnet20_conam", {"temperature": "log"}, "got 'log'"),
+    ("fmmnet20", {"mode": "sum"}, "FMM mode must be one of bn, sigmoid, gate, raw, got 'sum'"),
+    ("fmmnet20", {"mode": "raw", "pin_bias": True}, "pin_bias needs an FMM mode"),
+    ("resnet20_ssia", {"target": "first"}, "one of channel, last, spatial, got 'first'"),
+    ("resnet20_ssia", {"aux_weight": float("nan")}, "aux_weight must be 0 or more, got nan"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), WRONG_OPTIONS)
+def test_options_out_of_range_are_named(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(name, **options)
+
+
+def test_options_of_another_mechanism_are_refused():
+    for name, options in (
+        ("resnet20", {"reduction": 4}),
+        ("resnet20_asr", {"grid": 4}),
+        ("fmmnet20", {"delta": 1}),
+    ):
+        with pytest.raises(TypeError, match=next(iter(options))):
+            timm.create_model(name, **options)
+
+
+def test_asr_with_se_on_top_is_the_option_by_name():
+    for name in ("resnet20_asr", "resnet18_asr"):
+        shapes = {k: v.shape for k, v in timm.create_model(name, attention="se").state_dict().items()}
+        assert shapes == {k: v.shape for k, v in timm.create_model(f"{name}_se").state_dict().items()}
+
+
+def test_pinned_biases_stay_where_they_are():
+    model = narrow("fmmnet20", pin_bias=True).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    pinned = [p for p in model.parameters() if not p.requires_grad]
+    assert len(pinned) == 2 * sum(len(stage) for stage in (model.layer1, model.layer2, model.layer3))
+    assert all((p == 1).all() for p in pinned)
 
 
 def test_every_mechanism_is_on_every_backbone():
@@ -51,126 +129,14 @@ def test_every_mechanism_is_on_every_backbone():
         "wide_resnet50_2",
     ]
     cifar = [f"resnet{depth}" for depth in (20, 32, 44, 56, 110, 164)]
-    expected = {f"{b}_{m}" for b in imagenet for m in ("dia", "asr")}
-    expected |= {b + m for b in cifar for m in ("", "_se", "_dia", "_asr")}
+    own = ("_dia", "_asr", "_asr_se", "_conam", "_ssia")
+    expected = {b + m for b in imagenet + cifar for m in own} | {b + m for b in cifar for m in ("", "_se")}
+    expected |= {f"fmmnet{depth}" for depth in (18, 34, 50, 101, 152, 20, 32, 44, 56, 110, 164)}
+    expected |= {"fmmnext50_32x4d", "wide_fmmnet50_2"}
     assert set(timm_attn.model_names()) == expected
     assert expected <= set(timm.list_models())
     assert set(timm.list_models(module="resnet_attn")) == expected
     assert not expected & set(timm.list_models(module="resnet"))
-
-
-@pytest.mark.parametrize("name", timm_attn.model_names())
-def test_every_model_is_registered_as_timm_wants_it(name):
-    cfg = timm.models.get_pretrained_cfg(name)
-    assert cfg.architecture == name
-    model = timm.create_model(name, device="meta")
-    model.get_submodule(cfg.first_conv)
-    model.get_submodule(cfg.classifier)
-    assert model.num_classes == cfg.num_classes
-    state = model.state_dict(keep_vars=True)
-    assert len({id(tensor) for tensor in state.values()}) == len(state), "aliases in the state dict"
-    assert getattr(timm_attn.models.resnet_attn, name).__name__ == name
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_safetensors_round_trip(name, tmp_path):
-    model = randomise(narrow(name)).eval()
-    save_file(model.state_dict(), tmp_path / "m.safetensors")
-    other = narrow(name).eval()
-    other.load_state_dict(load_file(tmp_path / "m.safetensors"), strict=True)
-    x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(model(x), other(x))
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_every_parameter_gets_a_gradient(name):
-    # Two blocks a stage: DIA's weights on the hidden state see zeros in the first.
-    stages = 3 if BACKBONES[parse_name(name)[0]].cifar else 4
-    options = {"reduction": 2} if parse_name(name)[1] in ("asr", "dia") else {}  # enough hidden units
-    model = randomise(narrow(name, layers=[2] * stages, **options)).train()
-    model(torch.randn(8, 3, 64, 64)).square().sum().backward()
-    for key, parameter in model.named_parameters():
-        assert parameter.grad is not None, key
-        assert parameter.grad.abs().sum() > 0, key
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_gradient_checkpointing_changes_nothing(name):
-    x = torch.randn(2, 3, 64, 64)
-    plain = randomise(narrow(name)).train()
-    checkpointed = deepcopy(plain)
-    checkpointed.set_grad_checkpointing()
-    assert torch.equal(plain(x), checkpointed(x))
-    plain(x).sum().backward()
-    checkpointed(x).sum().backward()
-    for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_features(name):
-    model = narrow(name, features_only=True)
-    reductions = model.feature_info.reduction()
-    assert reductions == ([1, 1, 2, 4] if len(reductions) == 4 else [2, 4, 8, 16, 32])
-    x = torch.randn(1, 3, 64, 64)
-    for feature, channels, reduction in zip(model(x), model.feature_info.channels(), reductions, strict=True):
-        assert feature.shape == (1, channels, 64 // reduction, 64 // reduction)
-    last = narrow(name, features_only=True, out_indices=(-1,))
-    assert len(last(x)) == 1
-    whole = randomise(narrow(name)).eval()
-    final, maps = whole.forward_intermediates(x)
-    assert torch.equal(final, whole.forward_features(x))
-    assert len(maps) == len(reductions)
-    assert torch.equal(whole.forward_head(final), whole(x))
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_head_and_input_options(name):
-    x = torch.randn(2, 3, 32, 32)
-    model = narrow(name, num_classes=0)
-    assert model(x).shape == (2, model.num_features)
-    model = narrow(name, num_classes=0, global_pool="")
-    assert model(x).shape[:2] == (2, model.num_features) and model(x).ndim == 4
-    assert narrow(name, in_chans=1)(x[:, :1]).shape == (2, 10)
-    model = narrow(name)
-    model.reset_classifier(7)
-    assert model(x).shape == (2, 7)
-
-
-@pytest.mark.parametrize("name", [n for n in SMALL if parse_name(n)[1] in ("dia", "asr")])
-def test_compile_export_script_and_bf16(name):
-    model, x = randomise(narrow(name)).eval(), torch.randn(2, 3, 64, 64)
-    expected = model(x)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x), expected)
-    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    torch.testing.assert_close(exported.module()(torch.cat([x, x])), torch.cat([expected, expected]))
-    with pytest.warns(FutureWarning):
-        torch.testing.assert_close(torch.jit.script(model)(x), expected)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert model(x).dtype == torch.bfloat16
-    assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("name", ["resnet20_dia", "resnet18_asr", "resnet20", "resnet18_dia"])
-def test_an_unknown_argument_is_refused(name):
-    with pytest.raises(TypeError, match="nonsense"):
-        timm.create_model(name, nonsense=1)
-
-
-@pytest.mark.parametrize("name", ["resnet20", "resnet20_dia", "resnet20_asr"])
-def test_cifar_networks_have_no_output_stride(name):
-    with pytest.raises(TypeError, match="output_stride"):
-        timm.create_model(name, output_stride=8)
-
-
-@pytest.mark.parametrize("name", ["resnet20_dia", "resnet20"])
-def test_pruning_keeps_what_is_asked_for(name):
-    model = narrow(name).eval()
-    x = torch.randn(1, 3, 32, 32)
-    expected = model.forward_intermediates(x, indices=[1], intermediates_only=True)[0]
-    assert model.prune_intermediate_layers([1]) == [1]
-    assert torch.equal(model(x), expected)
 
 
 def test_import_needs_no_network_and_nothing_heavy():
@@ -199,7 +165,7 @@ def test_scripts_run_with_the_models_registered(tmp_path):
     assert result.stdout.split(maxsplit=1) == ["True", f"{[str(script), '--flag', '1']}\n"], result.stderr
 
 
-@pytest.mark.parametrize("name", ["resnet20_dia", "resnet18_asr"])
+@pytest.mark.parametrize("name", ["resnet20_dia", "resnet18_asr", "resnet18_asr_se"])
 def test_a_second_attention_is_refused(name):
     with pytest.raises(ValueError, match="attn_layer 'se' has no place"):
         timm.create_model(name, block_args={"attn_layer": "se"})
