@@ -21,7 +21,7 @@ lint: .venv.ok
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 # Every check of the contract on every registered model in full size: hours.
 test-all: test

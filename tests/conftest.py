@@ -20,6 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import datasets
+import pytest
 import torch
 
 datasets.disable_progress_bars()
@@ -29,3 +30,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_sessionfinish() -> None:
     shutil.rmtree(_HOME, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Tests of a file share its fixtures and so a worker; those of the contract have none and spread."""
+    for item in items:
+        if item.path.stem != "test_contract":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))

@@ -13,6 +13,7 @@ import torch
 from helpers import STOCK, narrow, parameters, randomise
 from safetensors.torch import load_file, save_file
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.models._features_fx import GraphExtractNet
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 
@@ -264,6 +265,26 @@ def check_script(case: Case) -> None:
     with pytest.warns(FutureWarning):
         scripted = torch.jit.script(model)
     torch.testing.assert_close(scripted(x), model(x))
+
+
+def check_fx(case: Case) -> None:
+    x = case.images(4)
+    model = randomise(case.build())
+    nodes = [info["module"] for info in model.feature_info[1:]] + ["fc"]
+    traced = GraphExtractNet(deepcopy(model), nodes)
+    for training in (False, True):
+        expected = model.train(training)(x)
+        *maps, logits = traced.train(training)(x)
+        torch.testing.assert_close(logits, expected)
+        assert len(maps) == case.stages
+    (logits.square().sum() + 0 * maps[0].sum()).backward()
+    expected.square().sum().backward()
+    gradients = dict(model.named_parameters())
+    if any(key.startswith("ssia.") for key in gradients):
+        return  # its loss is attached after the last node
+    assert len(list(traced.parameters())) == len(gradients)
+    for key, p in traced.graph_module.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[key].grad, msg=lambda m, key=key: f"{key}: {m}")
 
 
 def check_export(case: Case) -> None:

@@ -265,7 +265,6 @@ def test_a_damaged_folder_is_not_published(damage, hub, server, tmp_path):
 # ------------------------------------------------------------------------------------------------- wheel
 
 
-@pytest.mark.slow
 def test_wheel_carries_the_shipped_weights(tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)

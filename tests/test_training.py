@@ -186,7 +186,6 @@ def test_a_failed_checkpoint_leaves_the_one_before(tmp_path, monkeypatch):
     assert steps[0] == 6
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one_run(tmp_path):
     arguments = [
         "resnet20_dia",

@@ -18,7 +18,9 @@ MODES = {"bn": (True, 1.0), "sigmoid": (True, 0.0), "gate": (False, 0.0), "raw":
 
 
 @register_notrace_function
-def _multiply(a: Tensor, b: Tensor) -> Tensor:
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """a · b, outside of float16's range if need be."""
+    # Without a leading underscore: torch.fx does not look at private names.
     if torch.jit.is_scripting():  # which cannot compile what follows
         return a * b
     # The product of two maps leaves float16's range long before either of them does.
@@ -89,4 +91,4 @@ class FMM(nn.Module):
 
     def forward(self, factor: Tensor, shortcut: Tensor) -> Tensor:
         """The product, B × C × H × W, before the activation."""
-        return _multiply(factor, self.norm(shortcut))
+        return multiply(factor, self.norm(shortcut))

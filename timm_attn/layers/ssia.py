@@ -56,8 +56,8 @@ class SSIA(nn.Module):
         spatial   L_s = ‖a(X_s) − sg a(X_{s+1})‖²    a: energy over channels, unit norm over pixels; no heads
 
     The backward pass cannot see what a loop multiplies its loss by. A loop that does so sets the buffer
-    ``aux_scale`` to the same factor, before the forward pass: 1 / steps under gradient accumulation, the scale
-    of its gradient scaler, or their product::
+    ``aux_scale`` to the same factor, before the forward pass: 1 / steps under gradient accumulation, the
+    scale of its gradient scaler, or their product::
 
         model.ssia.aux_scale.fill_(scaler.get_scale() / steps)
 

@@ -11,7 +11,7 @@ import yaml
 
 from ..errors import UserError
 from ..fold import BOUNDS, NothingToFold, example_input, fold, relative_difference
-from ..models import parse_name, stock_model
+from ..models import model_names, parse_name, stock_model
 from ..training import Recipe, load_model, validate
 from ..training.recipe import load_recipe
 from ..training.run import (
@@ -55,7 +55,7 @@ def export(
     trained = load_recipe(run / RECIPE)
     recipe = dataclasses.replace(trained, data=data or trained.data, precision="no")
     architecture = about["model"]
-    backbone, mechanism = _parse(architecture)
+    mechanism = parse_name(architecture)[1] if architecture in model_names() else "timm"
     name = f"{architecture}.{tag}"
     folded_tag = f"{mechanism}_{tag}_folded"
     model = load_model(str(run))
@@ -66,7 +66,8 @@ def export(
         pass
     else:
         stock = stock_model(model, folded)
-        forms.append((f"{backbone}.{folded_tag}", backbone, folded_tag, stock, name))
+        plain = stock.pretrained_cfg["architecture"]
+        forms.append((f"{plain}.{folded_tag}", plain, folded_tag, stock, name))
     for form_name, *_ in forms:
         if (hub / form_name).exists():
             raise UserError(
@@ -103,13 +104,6 @@ def export(
         raise
     _write_index(hub, [*known, *written])
     return written
-
-
-def _parse(architecture: str) -> tuple[str, str]:
-    try:
-        return parse_name(architecture)
-    except KeyError:
-        return architecture, "timm"
 
 
 def _saved_config(folder: Path) -> dict[str, Any]:

@@ -136,6 +136,7 @@ class _Trainer:
         )
         self.model, self.optimizer = accelerator.prepare(network, optimizer)
         self.network = accelerator.unwrap_model(self.model)
+        self.aux_scales = [b for name, b in self.network.named_buffers() if name.endswith("aux_scale")]
         self.scheduler, _ = create_scheduler_v2(
             optimizer,
             recipe.sched,
@@ -239,6 +240,9 @@ class _Trainer:
         # The scheduler is a function of the number of updates done.
         self.scheduler.step_update(self.step)  # pyright: ignore[reportOptionalMemberAccess]
         torch.manual_seed(derive_seed(self.recipe.seed, "step", self.step, self.accelerator.process_index))
+        if self.accelerator.scaler is not None:  # which the loss that a model adds itself does not see
+            for scale in self.aux_scales:
+                scale.fill_(self.accelerator.scaler.get_scale())
         logits = self.model(images)  # prepared by Accelerate: autocast inside, float32 outside
         loss = self.criterion(logits, labels)
         self.accelerator.backward(loss)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def build(model: str, recipe: Recipe, split: Split) -> nn.Module:
         },
         "tag": None,
         "input_size": (3, *size),
-        "pool_size": None,
+        "pool_size": _pool_size(network.pretrained_cfg, size),
         "mean": recipe.mean,
         "std": recipe.std,
         "num_classes": len(split.label_names),
@@ -132,6 +133,16 @@ def build(model: str, recipe: Recipe, split: Split) -> nn.Module:
         **({"crop_pct": 1.0, "interpolation": "bilinear"} if split.pixels is not None else {}),
     }
     return network.to(memory_format=torch.channels_last) if recipe.channels_last else network
+
+
+def _pool_size(cfg: dict[str, Any], size: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Size of the last feature map: timm's configuration has it for images of the default size."""
+    if not cfg.get("pool_size"):
+        return None
+    return tuple(
+        math.ceil(pool * new / old)
+        for pool, new, old in zip(cfg["pool_size"], size, cfg["input_size"][1:], strict=True)
+    )
 
 
 def _image_size(network: Any, recipe: Recipe, split: Split) -> tuple[int, ...]:
