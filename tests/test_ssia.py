@@ -174,6 +174,18 @@ def test_under_autocast_the_loss_is_computed_in_float32():
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.ssia.parameters())
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiled_with_its_backward_pass(target):
+    model = model_of("resnet20_ssia", target=target)
+    x, y = batch()
+    expected = explicit_gradients(model, [(x, y)], 1.0, scale=0.5)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model.ssia.aux_scale.fill_(0.5)
+    (F.cross_entropy(compiled(x), y) * 0.5).backward()
+    assert_gradients(model, expected)
+    torch.compiler.reset()
+
+
 def test_averages_of_the_weights_can_be_taken_in_training():
     model = narrow("resnet20_ssia").train()
     average = timm.utils.ModelEmaV3(model, decay=0.5)
