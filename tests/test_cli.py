@@ -4,6 +4,8 @@ import os
 import subprocess
 
 import pytest
+import timm
+import torch
 from helpers import python
 from test_data import corrupt, empty_split, no_image, out_of_range, write
 
@@ -52,10 +54,19 @@ def test_list(capsys):
 
 
 def test_what_does_not_fold_says_so(tmp_path, capsys):
-    run("train", "resnet20_dia", "--data", "digits", "--epochs", "1", "--out", str(tmp_path / "a"), *FAST)
+    run("train", "resnet20", "--data", "digits", "--epochs", "1", "--out", str(tmp_path / "a"), *FAST)
     run("fold", str(tmp_path / "a"))
-    assert "nothing to fold in resnet20_dia" in capsys.readouterr().out
+    assert "nothing to fold in resnet20:" in capsys.readouterr().out
     assert not (tmp_path / "a" / "folded").exists()
+
+
+def test_norms_are_fused_where_the_attention_stays(tmp_path, capsys):
+    run("train", "fmmnet20", "--data", "digits", "--epochs", "1", "--out", str(tmp_path / "a"), *FAST)
+    run("fold", str(tmp_path / "a"))
+    output = capsys.readouterr().out
+    assert "norms stay: no convolution stands before them" in output and "multiply-adds" in output
+    model = timm.create_model(f"local-dir:{tmp_path}/a/folded", pretrained=True)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in (model.bn1, model.layer1[0].bn1))
 
 
 def test_options_override_a_recipe(tmp_path, monkeypatch, capsys):

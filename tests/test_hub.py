@@ -39,7 +39,8 @@ def test_export_lays_out_repositories(hub):
     folder, _ = hub
     names = {p.name for p in folder.iterdir()}
     folded = "resnet18.asr_sgd_digits_folded"
-    assert names == {"resnet20_dia.sgd_digits", "resnet18_asr.sgd_digits", folded, "index.json"}
+    fused = "resnet20_dia.sgd_digits_folded"
+    assert names == {"resnet20_dia.sgd_digits", fused, "resnet18_asr.sgd_digits", folded, "index.json"}
     for name in names - {"index.json"}:
         assert {"config.json", "model.safetensors", "README.md", "curves.png"} <= {
             p.name for p in (folder / name).iterdir()
@@ -54,7 +55,7 @@ def test_export_lays_out_repositories(hub):
 def test_index_agrees_with_files_and_cards(hub):
     folder, _ = hub
     checkpoints = {c.name: c for c in read_index(folder)}
-    assert len(checkpoints) == 3
+    assert len(checkpoints) == 4
     for checkpoint in checkpoints.values():
         assert set(checkpoint.files) == {p.name for p in checkpoint.folder.iterdir()}
         for name in checkpoint.files:
@@ -64,11 +65,16 @@ def test_index_agrees_with_files_and_cards(hub):
         assert card.data.eval_results[0].metric_value == pytest.approx(checkpoint.metrics["top1"], abs=1e-4)
         assert f"| top-1 | {checkpoint.metrics['top1']:.2f} % |" in card.text
         assert "n = 1 (seed 0)" in card.text
-    trained, folded = checkpoints["resnet18_asr.sgd_digits"], checkpoints["resnet18.asr_sgd_digits_folded"]
-    assert folded.folded_from == trained.name
-    assert folded.metrics["parameters"] < trained.metrics["parameters"]
-    assert 0 < folded.metrics["logit_difference"] <= 1e-5
-    assert folded.metrics["top1"] == trained.metrics["top1"]
+    for trained, folded in (
+        ("resnet18_asr.sgd_digits", "resnet18.asr_sgd_digits_folded"),
+        ("resnet20_dia.sgd_digits", "resnet20_dia.sgd_digits_folded"),
+    ):
+        trained, folded = checkpoints[trained], checkpoints[folded]
+        assert folded.folded_from == trained.name
+        assert folded.metrics["parameters"] < trained.metrics["parameters"]
+        assert 0 < folded.metrics["logit_difference"] <= 1e-5
+        assert folded.metrics["top1"] == trained.metrics["top1"]
+    assert checkpoints["resnet20_dia.sgd_digits_folded"].model_args["folded"] is True
 
 
 def test_names_find_weights_without_network(hub):
@@ -79,12 +85,16 @@ def refuse(*a, **k): raise AssertionError("network")
 socket.socket.connect = socket.getaddrinfo = refuse
 import timm, timm_attn, torch
 x = torch.randn(2, 3, 16, 16)
-for name, run in (("resnet20_dia", "dia"), ("resnet18_asr", "asr"), ("resnet18_asr.sgd_digits", "asr")):
+for name, run in (("resnet20_dia", "dia"), ("resnet20_dia.sgd_digits", "dia"), ("resnet18_asr", "asr"), ("resnet18_asr.sgd_digits", "asr")):
     model = timm.create_model(name, pretrained=True).eval()
     assert torch.equal(model(x), timm.create_model("local-dir:{runs}/" + run, pretrained=True).eval()(x))
     assert model.pretrained_cfg["input_size"] == [3, 16, 16] or model.pretrained_cfg["input_size"] == (3, 16, 16)
 assert "resnet20_dia.sgd_digits" in timm.list_models("resnet20_dia*", pretrained=True)
 assert timm.models.get_pretrained_cfg("resnet20_dia").tag == "sgd_digits"
+fused = timm.create_model("resnet20_dia.sgd_digits_folded", pretrained=True).eval()
+whole = timm.create_model("resnet20_dia", pretrained=True).eval()
+assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fused.modules())
+torch.testing.assert_close(fused(x), whole(x), rtol=1e-4, atol=1e-4)
 ten, five = (timm.create_model("resnet20_dia", pretrained=True, **k) for k in ({{}}, dict(num_classes=5, in_chans=1)))
 assert torch.equal(ten.layer3[2].conv2.weight, five.layer3[2].conv2.weight) and five(x[:, :1]).shape == (2, 5)
 features = timm.create_model("resnet20_dia", pretrained=True, features_only=True)

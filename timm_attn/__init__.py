@@ -5,7 +5,18 @@ Importing this package registers its models, so that ``timm.create_model("resnet
 
 from . import models
 from .fold import FoldError, NothingToFold, fold
+from .graft import graft
 from .models import model_names
+from .models.grafting import GraftError
 from .version import __version__
 
-__all__ = ["FoldError", "NothingToFold", "__version__", "fold", "model_names", "models"]
+__all__ = [
+    "FoldError",
+    "GraftError",
+    "NothingToFold",
+    "__version__",
+    "fold",
+    "graft",
+    "model_names",
+    "models",
+]

@@ -12,7 +12,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from tyro.extras import SubcommandApp
 
 from .errors import UserError
-from .fold import FoldError, NothingToFold, example_input, fold, relative_difference
+from .fold import FoldError, NothingToFold, example_input, fold, verify_fold
 from .models import MECHANISMS, model_names, parse_name, stock_model
 from .training import Recipe, load_model, validate
 from .training import resume as resume_run
@@ -118,7 +118,7 @@ def validate_command(
 
 @app.command(name="fold")
 def fold_command(source: Positional[str], /, out: Path | None = None) -> None:
-    """Fold a model's gates into its backbone and write the plain network.
+    """Write a model's deployed form: the plain network, or the same one with norms fused.
 
     Args:
         source: A run folder, a hub folder or a model name with pretrained weights.
@@ -131,7 +131,7 @@ def fold_command(source: Positional[str], /, out: Path | None = None) -> None:
         console.print(str(reason))
         return
     stock = stock_model(model, folded)
-    error = relative_difference(model, stock, example_input(model, 8))
+    report = verify_fold(model, stock, example_input(model, 8))
     if out is None:
         if not Path(source).is_dir():
             raise UserError(f"name a folder for the folded {source} with --out")
@@ -140,12 +140,17 @@ def fold_command(source: Positional[str], /, out: Path | None = None) -> None:
         raise UserError(f"{out} is not empty: choose another --out, or remove it")
     out.mkdir(parents=True, exist_ok=True)
     save_model(stock, out, list(model.pretrained_cfg.get("label_names") or []))
-    table = Table("", "architecture", "parameters")
-    for name, network in (("trained", model), ("folded", stock)):
-        parameters = sum(p.numel() for p in network.parameters())
-        table.add_row(name, network.pretrained_cfg["architecture"], f"{parameters:,}")
+    table = Table("", "architecture", "parameters", "multiply-adds", "bytes")
+    for i, (name, network) in enumerate((("trained", model), ("folded", stock))):
+        costs = (report.parameters[i], report.multiply_adds[i], report.bytes[i])
+        table.add_row(name, network.pretrained_cfg["architecture"], *(f"{cost:,}" for cost in costs))
     console.print(table)
-    console.print(f"max|Δlogit| / max|logit| = {error:.1e} on 8 random images; written to {out}")
+    if report.separate_norms:
+        console.print(f"{len(report.separate_norms)} norms stay: no convolution stands before them")
+    console.print(
+        f"max|Δlogit| = {report.max_absolute:.1e}, max|Δlogit| / max|logit| = {report.max_relative:.1e}, "
+        f"the same class for {report.top1_agreement:g} % of {report.images} random images; written to {out}"
+    )
 
 
 @app.command

@@ -1,10 +1,16 @@
 """Trained form to deployed form: fold what folds, and prove it on the spot."""
 
 from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.utils import reparameterize_model  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .models import MECHANISMS, model_names, parse_name
+from .models.deployed import fuse_conv_norms, separate_norms
 
 #: Greatest max|Δlogit| ÷ max|logit| that a fold may cause, by dtype. The half-precision bounds are a few
 #: roundings of the network's own arithmetic: folding moves the rounding of γ · v from run time to fold time.
@@ -16,7 +22,93 @@ class FoldError(RuntimeError):
 
 
 class NothingToFold(ValueError):
-    """The model has no gate that folds."""
+    """The model has nothing that folds."""
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What folding did. Pairs are before and after.
+
+    Attributes:
+        max_absolute: max|Δlogit|.
+        max_relative: max|Δlogit| ÷ max|logit|.
+        top1_agreement: Share of the images to which both give the same class, in %.
+        images: Number of images compared.
+        parameters: Number of parameters.
+        multiply_adds: Of convolutions and matrix products, for one image.
+        bytes: Of parameters and persistent buffers.
+        separate_norms: Paths of batch norms that stay, as no convolution can take them in.
+    """
+
+    max_absolute: float
+    max_relative: float
+    top1_agreement: float
+    images: int
+    parameters: tuple[int, int]
+    multiply_adds: tuple[int, int]
+    bytes: tuple[int, int]
+    separate_norms: tuple[str, ...]
+
+
+def fold(model: nn.Module, inputs: Tensor | None = None) -> nn.Module:
+    """Make the deployed form of a model of this package, and compare the two.
+
+    Gates that do not depend on the image go into the norm layer before them (ASR), and what acts in
+    training only goes (SSIA): the stock network is left. Where the mechanism depends on the image (DIA, ConAM, FMM,
+    SE) it stays, and batch norms are fused into the convolutions before them; that form is built by
+    ``timm.create_model(..., folded=True)``.
+
+    Works on a copy, in eval mode. Compares the two on fixed random images and on ``inputs``.
+
+    Args:
+        model: Left as it is.
+        inputs: Images B × C × H × W in the model's dtype, compared besides two fixed random images of the size
+            in ``model.pretrained_cfg``.
+
+    Returns:
+        The folded model in eval mode.
+
+    Raises:
+        NothingToFold: The model is a plain network, or folded already.
+        FoldError: max|Δlogit| ÷ max|logit| is above :data:`BOUNDS` or not finite.
+    """
+    original, folded = _fold(model)
+    bound = BOUNDS[next(model.parameters()).dtype]
+    for images in (example_input(model), inputs):
+        if images is None:
+            continue
+        # On the CPU: GPUs round fp32 convolutions to TF32, by more than the bound.
+        error = relative_difference(original.cpu(), deepcopy(folded).cpu(), images.cpu())
+        if not error <= bound:  # also true of NaN
+            raise FoldError(
+                f"folding changed the output: max|Δlogit| / max|logit| = {error:.3g}, allowed {bound:g}"
+            )
+    return folded
+
+
+def _fold(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Copies of a model in eval mode, as it is and folded."""
+    model = getattr(model, "_orig_mod", model)  # of a compiled model
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("a model on the meta device has no weights to fold")
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
+    gates = _foldable(model)
+    original = deepcopy(model).eval()
+    if gates:
+        folded = reparameterize_model(original)
+        left = _foldable(folded)
+        if left:
+            raise FoldError(f"{left} of {gates} gates stand where no block folds them")
+        return original, folded
+    folded = deepcopy(original)
+    if name in model_names() and MECHANISMS[parse_name(name)[1]].fuses and fuse_conv_norms(folded):
+        if hasattr(folded, "_model_args"):
+            folded._model_args = {**folded._model_args, "folded": True}  # pyright: ignore
+        return original, folded
+    raise NothingToFold(
+        f"nothing to fold in {name}: it has no gate that is independent of the image, nothing that acts in "
+        "training only, and no attention whose network has norms left to fuse"
+    )
 
 
 def _foldable(model: nn.Module) -> int:
@@ -24,49 +116,51 @@ def _foldable(model: nn.Module) -> int:
     return sum(hasattr(module, "fold_into") or hasattr(module, "fuse") for module in model.modules())
 
 
-def fold(model: nn.Module, inputs: Tensor | None = None) -> nn.Module:
-    """Fold every gate that does not depend on the input, and drop what acts in training only.
-
-    Works on a copy, in eval mode, and compares the two on ``inputs``. timm's ``reparameterize_model``
-    gives the same weights without the comparison.
+@torch.no_grad()
+def verify_fold(model: nn.Module, folded: nn.Module, inputs: Tensor) -> FoldReport:
+    """Compare a model and its folded form in eval mode.
 
     Args:
-        model: A model with ASR gates (https://arxiv.org/abs/2304.06345) or SSIA heads
-            (https://arxiv.org/abs/2206.07434). Left as it is.
-        inputs: Images B × C × H × W in the model's dtype, for the comparison; by default two fixed random
-            images of the size in ``model.pretrained_cfg``.
-
-    Returns:
-        The folded model in eval mode. Its state dict has the stock backbone's keys.
-
-    Raises:
-        NothingToFold: The model has no gate that folds.
-        FoldError: max|Δlogit| ÷ max|logit| is above :data:`BOUNDS` or not finite.
+        model: The model before folding.
+        folded: After.
+        inputs: Images B × C × H × W in the models' dtype and on their device.
     """
-    model = getattr(model, "_orig_mod", model)  # of a compiled model
-    if any(p.is_meta for p in model.parameters()):
-        raise ValueError("a model on the meta device has no weights to fold")
-    gates = _foldable(model)
-    if not gates:
-        name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
-        raise NothingToFold(
-            f"nothing to fold in {name}: it has no gate that is independent of the image, and nothing that "
-            "acts in training only. ASR and SSIA fold; what DIA, ConAM, FMM and SE do depends on the image"
-        )
-    original = deepcopy(model).eval()
-    folded = reparameterize_model(original)
-    left = _foldable(folded)
-    if left:
-        raise FoldError(f"{left} of {gates} gates stand where no block folds them")
-    inputs = example_input(model) if inputs is None else inputs
-    # On the CPU: GPUs round fp32 convolutions to TF32, by more than the bound.
-    error = relative_difference(original.cpu(), deepcopy(folded).cpu(), inputs.cpu())
-    bound = BOUNDS[next(model.parameters()).dtype]
-    if not error <= bound:  # also true of NaN
-        raise FoldError(
-            f"folding changed the output: max|Δlogit| / max|logit| = {error:.3g}, allowed {bound:g}"
-        )
-    return folded
+    modes = model.training, folded.training
+    a, b = (_logits(m, inputs) for m in (model, folded))
+    costs = [_costs(m, inputs[:1]) for m in (model, folded)]
+    for m, mode in zip((model, folded), modes, strict=True):
+        m.train(mode)
+    parameters, multiply_adds, size = zip(*costs, strict=True)
+    difference = (a - b).abs().max().item()
+    return FoldReport(
+        max_absolute=difference,
+        max_relative=difference / a.abs().max().item() if difference else 0.0,
+        top1_agreement=100 * (a.argmax(1) == b.argmax(1)).double().mean().item(),
+        images=len(inputs),
+        parameters=parameters,
+        multiply_adds=multiply_adds,
+        bytes=size,
+        separate_norms=tuple(separate_norms(folded)),
+    )
+
+
+def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    logits = model.eval()(inputs)
+    if not torch.is_tensor(logits):
+        raise ValueError(f"the output must be one tensor, got {type(logits).__name__}: give the model itself")
+    return logits.double()
+
+
+def _costs(model: nn.Module, image: Tensor) -> tuple[int, int, int]:
+    """Parameters, multiply-adds for one image, bytes."""
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    tensors: Any = model.state_dict().values()
+    return (
+        sum(p.numel() for p in model.parameters()),
+        counter.get_total_flops() // 2,
+        sum(t.numel() * t.element_size() for t in tensors),
+    )
 
 
 def example_input(model: nn.Module, batch_size: int = 2) -> Tensor:
@@ -81,9 +175,7 @@ def example_input(model: nn.Module, batch_size: int = 2) -> Tensor:
 
 @torch.no_grad()
 def relative_difference(model: nn.Module, other: nn.Module, inputs: Tensor) -> float:
-    """max|Δlogit| ÷ max|logit| of two models in eval mode on the same images."""
-    a, b = model.eval()(inputs), other.eval()(inputs)
-    if not torch.is_tensor(a):
-        raise ValueError(f"the output must be one tensor, got {type(a).__name__}: give the model itself")
-    difference = (a.double() - b.double()).abs().max().item()
-    return difference / a.double().abs().max().item() if difference else 0.0
+    """max|Δlogit| ÷ max|logit| of two models, which are put in eval mode, on the same images."""
+    a, b = _logits(model, inputs), _logits(other, inputs)
+    difference = (a - b).abs().max().item()
+    return difference / a.abs().max().item() if difference else 0.0

@@ -17,7 +17,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ..layers import ASR
 from ..papers import Paper
-from . import blocks
+from . import blocks, grafting
 from .cifar import CifarResNet
 from .conam import ConAMCifarResNet, ConAMResNet
 from .dia import DIACifarResNet, DIAResNet
@@ -69,7 +69,11 @@ class Mechanism:
         name: A backbone's name to the model's; by default ``<backbone>_<key of the row>``.
         stock: Name and further arguments of the network that a folded model is, from the backbone's name and
             the options of this mechanism.
+        graft: Gives stock weights the mechanism without changing what they compute, or the reason why that
+            cannot be.
         folds: Nothing of it is left after :func:`timm_attn.fold`, another attention on top aside.
+        fuses: It depends on the image; its folded form (``folded=True``) is the same network with norms fused
+            into convolutions.
         control: It exists on the CIFAR backbones only, since timm has the others.
     """
 
@@ -77,7 +81,9 @@ class Mechanism:
     paper: Paper
     name: Callable[[str], str] | None = None
     stock: Callable[[str, dict[str, Any]], tuple[str, dict[str, Any]]] = _same
+    graft: grafting.Graft | str = "nobody has said how"
     folds: bool = False
+    fuses: bool = False
     control: bool = False
 
     @property
@@ -230,6 +236,7 @@ MECHANISMS = {
             "A plain residual network, the control of the networks with attention.",
         ),
         name=str,
+        graft="it is the stock network",
         control=True,
     ),
     "se": Mechanism(
@@ -242,6 +249,8 @@ MECHANISMS = {
             "1709.01507",
             "Channel attention in every block, the control of the newer mechanisms.",
         ),
+        graft="its gate would have to be undone, for a control that is trained from the start",
+        fuses=True,
         control=True,
     ),
     "dia": Mechanism(
@@ -254,12 +263,15 @@ MECHANISMS = {
             "1905.10671",
             "One recurrent attention unit shared by all blocks of a stage.",
         ),
+        graft=grafting.dia,
+        fuses=True,
     ),
-    "asr": Mechanism(_asr, _ASR_PAPER, stock=_asr_stock, folds=True),
+    "asr": Mechanism(_asr, _ASR_PAPER, stock=_asr_stock, graft=grafting.asr, folds=True),
     "asr_se": Mechanism(
         _asr_se,
         _ASR_PAPER,
         stock=lambda backbone, options: _asr_stock(backbone, {"attention": "se"}),
+        graft=grafting.asr,
         folds=True,
     ),
     "conam": Mechanism(
@@ -274,6 +286,8 @@ MECHANISMS = {
             "The paper was withdrawn from arXiv by its authors (conflict of interest). The formula is that "
             "of their published code; the hidden width C / 16 is this package's choice.",
         ),
+        graft=grafting.conam,
+        fuses=True,
     ),
     "fmm": Mechanism(
         _fmm,
@@ -289,6 +303,8 @@ MECHANISMS = {
             "choice.",
         ),
         name=lambda backbone: backbone.replace("resn", "fmmn"),
+        graft="a product of feature maps cannot represent the sum x + F(x)",
+        fuses=True,
     ),
     "ssia": Mechanism(
         _ssia,
@@ -302,6 +318,7 @@ MECHANISMS = {
             "A re-implementation from the abstract: no code is published, and the loss is this package's "
             "reading.",
         ),
+        graft=grafting.nothing_to_scale,
         folds=True,
     ),
 }

@@ -15,6 +15,7 @@ this file must not be called ``resnet``.
 """
 
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import timm
@@ -23,8 +24,12 @@ from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cf
 from torch import Tensor, nn
 
 from .. import weights
+from .deployed import folded
+from .grafting import graft_state
 from .mechanisms import BACKBONES, MECHANISMS
 
+#: Tags of weights that are made from those of a stock network begin with this.
+GRAFT = "graft_"
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
 
@@ -57,7 +62,7 @@ def parse_name(architecture: str) -> tuple[str, str]:
 
 
 def stock_model(model: Any, folded: nn.Module) -> Any:
-    """The stock backbone with the weights of a folded model, built from its name as anybody would.
+    """A folded model built from its name, as anybody would: the stock network where there is one.
 
     Args:
         model: The model before folding, made by ``timm.create_model``.
@@ -67,10 +72,13 @@ def stock_model(model: Any, folded: nn.Module) -> Any:
     backbone, key = parse_name(cfg["architecture"])
     mechanism = MECHANISMS[key]
     options = {k: v for k, v in model._model_args.items() if k in mechanism.options}
-    arguments = {k: v for k, v in model._model_args.items() if k not in options}
+    arguments: dict[str, Any] = {k: v for k, v in model._model_args.items() if k not in options}
     name, extra = mechanism.stock(backbone, options)
-    block_args = {**arguments.get("block_args", {}), **extra.get("block_args", {})}
-    arguments |= {"block_args": block_args} if block_args else {}
+    if mechanism.fuses:
+        name, extra, arguments = cfg["architecture"], {"folded": True}, dict(model._model_args)
+    elif "block_args" in extra:
+        extra["block_args"] = {**arguments.get("block_args", {}), **extra["block_args"]}
+    arguments |= extra
     stock: Any = timm.create_model(name, **{**arguments, "num_classes": model.num_classes})
     stock.to(next(folded.parameters())).load_state_dict(folded.state_dict())
     stock.pretrained_cfg = stock.default_cfg = {**cfg, "architecture": name}
@@ -78,18 +86,22 @@ def stock_model(model: Any, folded: nn.Module) -> Any:
 
 
 def checkpoint_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Pass a checkpoint on unchanged if its keys are the model's, the classifier's aside.
+    """Pass on a checkpoint whose keys are the model's, the classifier's aside; graft stock weights.
 
     timm loads in part, in silence, when the head is adapted or ``features_only`` is asked for; this does not.
 
     Raises:
         RuntimeError: A key outside the classifier is missing or unexpected.
+        GraftError: The tag asks for a graft, and the weights are not those of the stock network.
     """
 
     def keys(names) -> set[str]:
         return {name for name in names if not name.startswith("fc.")}
 
     have, want = keys(state_dict), keys(model.state_dict())
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    if have != want and str(cfg.get("tag")).startswith(GRAFT):
+        return graft_state(state_dict, model, MECHANISMS[parse_name(cfg["architecture"])[1]].graft)
     if have != want:
         missing, unexpected = sorted(want - have), sorted(have - want)
         raise RuntimeError(
@@ -99,20 +111,45 @@ def checkpoint_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
     return state_dict
 
 
+def _grafts(variant: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a model is to be made from stock weights, which timm itself fetches."""
+    cfg = kwargs.get("pretrained_cfg") or default_cfgs[variant].default
+    tag = cfg if isinstance(cfg, str) else cfg.get("tag") if isinstance(cfg, dict) else cfg.tag
+    return str(tag).startswith(GRAFT)
+
+
 def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
     backbone_name, mechanism = _VARIANTS[variant]
     backbone = BACKBONES[backbone_name]
-    saved = weights.resolve(variant, kwargs) if pretrained else {}
+    saved = weights.resolve(variant, kwargs) if pretrained and not _grafts(variant, kwargs) else {}
     kwargs = {"layers": backbone.layers, **backbone.args, **kwargs, **saved}
-    model_cls, kwargs = MECHANISMS[mechanism].build(backbone, **kwargs)
+    deployed = kwargs.pop("folded", False)
+    build, kwargs = MECHANISMS[mechanism].build(backbone, **kwargs)
+    if deployed:
+        if not MECHANISMS[mechanism].fuses:
+            raise ValueError(
+                f"{variant} has no folded form of its own: folded, it is "
+                f"{MECHANISMS[mechanism].stock(backbone_name, {})[0]}"
+            )
+        build = partial(folded, build)
     if backbone.cifar:
         kwargs["feature_cfg"] = {"out_indices": (0, 1, 2, 3)}
     model: Any = build_model_with_cfg(
-        model_cls, variant, pretrained, pretrained_filter_fn=checkpoint_filter, **kwargs
+        build, variant, pretrained, pretrained_filter_fn=checkpoint_filter, **kwargs
     )
     # timm adds what create_model was given; a folded or exported copy needs what the weights brought, too.
     model._model_args = {name: value for name, value in saved.items() if name != "pretrained_cfg_overlay"}
     return model
+
+
+def _graft_cfgs(variant: str) -> dict[str, dict[str, Any]]:
+    """timm's default checkpoint of the stock backbone, under the name of the variant it is grafted into."""
+    backbone, mechanism = _VARIANTS[variant]
+    if BACKBONES[backbone].cifar or isinstance(MECHANISMS[mechanism].graft, str) or mechanism == "asr_se":
+        return {}
+    stock: Any = timm.models.get_pretrained_cfg(backbone)
+    fields = {k: v for k, v in stock.to_dict().items() if k not in ("architecture", "tag", "url")}
+    return {f"{variant}.{GRAFT}{stock.tag}": fields}
 
 
 def _cfg(cifar: bool) -> dict[str, Any]:
@@ -146,7 +183,8 @@ default_cfgs = generate_default_cfgs(
         tag: {name: value for name, value in cfg.items() if name in _FIELDS}
         for variant, (backbone, _) in _VARIANTS.items()
         for tag, cfg in (
-            weights.pretrained_cfgs(variant) or {variant: _cfg(BACKBONES[backbone].cifar)}
+            (weights.pretrained_cfgs(variant) | _graft_cfgs(variant))
+            or {variant: _cfg(BACKBONES[backbone].cifar)}
         ).items()
     }
 )

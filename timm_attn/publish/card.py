@@ -84,7 +84,10 @@ def card(checkpoint: Checkpoint, recipe: dict[str, Any]) -> str:
     fields.insert(1, "|---" * len(SETTINGS) + "|")
     note = ""
     if checkpoint.folded_from:
-        note = f"; the folded form of `{checkpoint.folded_from}`, a plain network with the same output"
+        form = "a plain network"
+        if checkpoint.model_args.get("folded"):
+            form = "the same network with batch norms fused into the convolutions"
+        note = f"; the folded form of `{checkpoint.folded_from}`, {form} with the same output"
     text = TEMPLATE.format(
         metadata=_metadata(checkpoint, split).to_yaml(),
         name=checkpoint.name,

@@ -57,7 +57,6 @@ def export(
     architecture = about["model"]
     mechanism = parse_name(architecture)[1] if architecture in model_names() else "timm"
     name = f"{architecture}.{tag}"
-    folded_tag = f"{mechanism}_{tag}_folded"
     model = load_model(str(run))
     forms: list[tuple[str, str, str, Any, str | None]] = [(name, architecture, tag, model, None)]
     try:
@@ -67,6 +66,7 @@ def export(
     else:
         stock = stock_model(model, folded)
         plain = stock.pretrained_cfg["architecture"]
+        folded_tag = f"{tag}_folded" if plain == architecture else f"{mechanism}_{tag}_folded"
         forms.append((f"{plain}.{folded_tag}", plain, folded_tag, stock, name))
     for form_name, *_ in forms:
         if (hub / form_name).exists():

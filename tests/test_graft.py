@@ -1,0 +1,183 @@
+"""Grafting: a variant that computes what its stock backbone computes, and learns from there."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from helpers import BACKBONES, MECHANISMS, SMALL, parse_name, randomise
+from timm.models.resnet import BasicBlock, Bottleneck
+
+import timm_attn
+from timm_attn import algebra
+from timm_attn.fold import BOUNDS, relative_difference
+from timm_attn.models.blocks import last_norm
+
+GRAFTED = [name for name in SMALL if not isinstance(MECHANISMS[parse_name(name)[1]].graft, str)]
+OPTIONS = {
+    "dia": [{"reduction": 2}, {"dia_light": True}],
+    "asr": [{"delta": 2}, {"generator": "ie"}, {"generator": "eca"}, {"generator": "srm"}],
+    "asr_se": [{"delta": 2}],
+    "conam": [{"grid": 3}, {"reduction": 1}, {"temperature": "sqrt"}],
+    "ssia": [{"target": "spatial"}, {"target": "last"}],
+}
+
+
+def sizes(name: str) -> dict:
+    stages = len(BACKBONES[parse_name(name)[0]].layers)
+    return {"channels": [8, 16, 24, 32][:stages], "layers": [2, 2, 2, 2][:stages]}
+
+
+def stock_of(name: str, seed: int = 0, dtype=torch.float32, **kwargs):
+    """The stock network of an architecture, small, with random statistics, affines and classifier."""
+    backbone, mechanism = parse_name(name)
+    stock, extra = MECHANISMS[mechanism].stock(backbone, {})
+    torch.manual_seed(seed)
+    model = timm.create_model(stock, **sizes(name), **extra, **{"num_classes": 10, **kwargs})
+    return randomise(model, seed).to(dtype).eval()
+
+
+def images(dtype=torch.float32):
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(4, 3, 1, 1, generator=g) + torch.randn(4, 3, 64, 64, generator=g)
+    return x.to(dtype)
+
+
+def smallest_branch(model, x) -> float:
+    """The least norm of a residual branch ÷ norm of its block's output."""
+    ratios, hooks = [], []
+
+    def attach(block):
+        norms = {}
+        keep = lambda m, i, out: norms.__setitem__("branch", out.norm().item())  # noqa: E731
+        hooks.append((block.se or last_norm(block)).register_forward_hook(keep))
+        compare = lambda m, i, out: ratios.append(norms["branch"] / out.norm().item())  # noqa: E731
+        hooks.append(block.register_forward_hook(compare))
+
+    for module in model.modules():
+        if isinstance(module, BasicBlock | Bottleneck):
+            attach(module)
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return min(ratios)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", GRAFTED)
+def test_the_function_is_preserved(name, dtype):
+    stock, x = stock_of(name, dtype=dtype), images(dtype)
+    assert smallest_branch(stock, x) > 0.1  # else the mechanism's place would not matter
+    variant = timm_attn.graft(name, stock, **sizes(name))
+    assert variant.pretrained_cfg["architecture"] == name
+    assert relative_difference(stock, variant, x) <= BOUNDS[dtype]
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "options"), [(m, o) for m, options in OPTIONS.items() for o in options]
+)
+def test_with_options_too(mechanism, options):
+    name = f"resnet20_{mechanism}"
+    stock, x = stock_of(name, dtype=torch.float64), images(torch.float64)
+    variant = timm_attn.graft(name, stock, **sizes(name), **options)
+    assert relative_difference(stock, variant, x) <= BOUNDS[torch.float64]
+
+
+@pytest.mark.parametrize("name", GRAFTED)
+def test_what_is_new_learns_within_three_steps(name):
+    torch.manual_seed(0)
+    # Of one or two hidden units all may be dead.
+    options = {"reduction": 1} if "reduction" in MECHANISMS[parse_name(name)[1]].options else {}
+    variant = timm_attn.graft(name, stock_of(name), **sizes(name), **options).train()
+    optimizer = torch.optim.SGD(variant.parameters(), lr=0.05)
+    learnt = set()
+    x, y = images(), torch.tensor([0, 1, 2, 3])
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(variant(x), y).backward()
+        learnt |= {
+            key for key, p in variant.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+        }
+        optimizer.step()
+    assert {key for key, _ in variant.named_parameters()} - learnt == set()
+
+
+@pytest.mark.parametrize("name", ["resnet20_dia", "resnet20_asr", "resnet20_conam"])
+def test_a_scale_left_out_breaks_the_bound(name, monkeypatch):
+    monkeypatch.setattr(algebra, "scale_affine", lambda weight, bias, gate: (weight, bias))
+    fused = algebra.graft_conam
+    monkeypatch.setattr(
+        timm_attn.models.grafting,
+        "graft_conam",
+        lambda state, layer, conv, patches: {
+            **fused(state, layer, conv, patches),
+            f"{conv}.weight": state[f"{conv}.weight"],
+        },
+    )
+    with pytest.raises(
+        timm_attn.GraftError, match=r"does not compute what its source computes: max\|Δlogit\|"
+    ):
+        timm_attn.graft(name, stock_of(name), **sizes(name))
+
+
+def test_every_kind_of_source(tmp_path):
+    name = "resnet18_dia"
+    stock, x = stock_of(name), images()
+    expected = stock(x)
+    timm.models.save_for_hf(stock, tmp_path, safe_serialization=True)
+    for source in (stock, stock.state_dict(), f"local-dir:{tmp_path}", torch.compile(stock, backend="eager")):
+        variant = timm_attn.graft(name, source, **sizes(name)).eval()
+        torch.testing.assert_close(variant(x), expected)
+    shipped = timm_attn.graft("resnet20_asr", "resnet20.sgd5_c10")
+    assert (
+        shipped.training and shipped.pretrained_cfg["std"] == timm.get_pretrained_cfg("resnet20.sgd5_c10").std
+    )
+
+
+def test_another_number_of_classes_and_of_channels():
+    stock = stock_of("resnet20_dia", in_chans=1)
+    variant = timm_attn.graft("resnet20_dia", stock, num_classes=3, **sizes("resnet20_dia"))
+    assert variant(torch.randn(2, 1, 32, 32)).shape == (2, 3)
+    assert torch.equal(variant.conv1.weight, stock.conv1.weight)
+
+
+def test_the_source_is_left_as_it_is():
+    stock = stock_of("resnet20_asr").train()
+    before = {key: tensor.clone() for key, tensor in stock.state_dict().items()}
+    assert timm_attn.graft("resnet20_asr", stock, **sizes("resnet20_asr")).training and stock.training
+    assert all(torch.equal(tensor, before[key]) for key, tensor in stock.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "fmmnet20",
+            {},
+            r"fmmnet20 cannot be grafted: a product of feature maps cannot represent the sum x \+ F\(x\)",
+        ),
+        (
+            "resnet20_conam",
+            {"patch_size": (8, 8, 4)},
+            "ConAM with patch_size=8 cannot be grafted: the number of patches",
+        ),
+        ("resnet20", {}, "resnet20 cannot be grafted: it is the stock network"),
+    ],
+)
+def test_what_cannot_be_grafted_says_why(name, options, message):
+    with pytest.raises(timm_attn.GraftError, match=message):
+        timm_attn.graft(name, stock_of("resnet20_dia"), **sizes(name), **options)
+
+
+def test_weights_of_another_network_are_refused():
+    stock = stock_of("resnet20_dia")
+    with pytest.raises(timm_attn.GraftError, match="resnet20_dia cannot take these weights: .*missing"):
+        timm_attn.graft("resnet20_dia", stock)  # three blocks a stage, not two
+    state = {k: v for k, v in stock.state_dict().items() if k != "layer1.0.bn2.bias"}
+    with pytest.raises(timm_attn.GraftError, match="not that of resnet20: (?s:.*)layer1.0.bn2.bias"):
+        timm_attn.graft("resnet20_dia", state, **sizes("resnet20_dia"))
+    with pytest.raises(timm_attn.GraftError, match="has no fc.weight"):
+        timm_attn.graft("resnet20_dia", {})
+    with pytest.raises(timm_attn.GraftError, match=r"missing \['layer1.0.se.attention"):
+        timm_attn.graft("resnet20_asr_se", stock_of("resnet20_asr"), **sizes("resnet20_asr"))
+    with pytest.raises(KeyError):
+        timm_attn.graft("resnet50", stock)
