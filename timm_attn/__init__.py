@@ -4,7 +4,7 @@ Importing this package registers its models, so that ``timm.create_model("resnet
 """
 
 from . import models
-from .fold import FoldError, NothingToFold, fold
+from .fold import FoldError, FoldReport, NothingToFold, fold, verify_fold
 from .graft import graft
 from .models import model_names
 from .models.grafting import GraftError
@@ -12,6 +12,7 @@ from .version import __version__
 
 __all__ = [
     "FoldError",
+    "FoldReport",
     "GraftError",
     "NothingToFold",
     "__version__",
@@ -19,4 +20,5 @@ __all__ = [
     "graft",
     "model_names",
     "models",
+    "verify_fold",
 ]

@@ -13,7 +13,7 @@ from tyro.extras import SubcommandApp
 
 from .errors import UserError
 from .fold import FoldError, NothingToFold, example_input, fold, verify_fold
-from .models import MECHANISMS, model_names, parse_name, stock_model
+from .models import MECHANISMS, graft_tags, model_names, parse_name, stock_model
 from .training import Recipe, load_model, validate
 from .training import resume as resume_run
 from .training import train as train_run
@@ -216,7 +216,8 @@ def list_command(pattern: Positional[str] = "*", /) -> None:
     names = [*model_names(), *(name for name in weights if name not in model_names())]
     for name in names:
         found = [c for c in weights.get(name, []) if fnmatch(c.name, pattern)]
-        if not found and not fnmatch(name, pattern):
+        grafts = [tag for tag in graft_tags(name) if fnmatch(f"{name}.{tag}", pattern)]
+        if not found and not grafts and not fnmatch(name, pattern):
             continue
         backbone, mechanism = parse_name(name) if name in model_names() else (name, "")
         row = (
@@ -225,8 +226,10 @@ def list_command(pattern: Positional[str] = "*", /) -> None:
             mechanism or "plain",
             "yes" if MECHANISMS[mechanism].folds else "",
         )
-        if not found:
+        if not found and not grafts:
             table.add_row(*row, "", "", "", "")
+        for tag in grafts:
+            table.add_row(*row, tag, "grafted, not trained with attention", "", "")
         for checkpoint in found:
             metrics = checkpoint.metrics
             figures = (f"{metrics['top1']:.2f}", str(metrics["n"])) if metrics else ("", "")

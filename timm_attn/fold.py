@@ -54,16 +54,16 @@ def fold(model: nn.Module, inputs: Tensor | None = None) -> nn.Module:
     """Make the deployed form of a model of this package, and compare the two.
 
     Gates that do not depend on the image go into the norm layer before them (ASR), and what acts in
-    training only goes (SSIA): the stock network is left. Where the mechanism depends on the image (DIA, ConAM, FMM,
-    SE) it stays, and batch norms are fused into the convolutions before them; that form is built by
-    ``timm.create_model(..., folded=True)``.
+    training only goes (SSIA): the stock network is left. Where the mechanism depends on the image (DIA,
+    ConAM, FMM, SE) it stays, and batch norms are fused into the convolutions before them; that form is
+    built by ``timm.create_model(..., folded=True)``.
 
     Works on a copy, in eval mode. Compares the two on fixed random images and on ``inputs``.
 
     Args:
         model: Left as it is.
-        inputs: Images B × C × H × W in the model's dtype, compared besides two fixed random images of the size
-            in ``model.pretrained_cfg``.
+        inputs: Images B × C × H × W in the model's dtype, compared besides two fixed random images of the
+            size in ``model.pretrained_cfg``.
 
     Returns:
         The folded model in eval mode.

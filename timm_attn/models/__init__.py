@@ -3,12 +3,13 @@
 from . import resnet_attn
 from .cifar import CifarResNet
 from .mechanisms import BACKBONES, MECHANISMS
-from .resnet_attn import model_names, parse_name, stock_model
+from .resnet_attn import graft_tags, model_names, parse_name, stock_model
 
 __all__ = [
     "BACKBONES",
     "MECHANISMS",
     "CifarResNet",
+    "graft_tags",
     "model_names",
     "parse_name",
     "resnet_attn",

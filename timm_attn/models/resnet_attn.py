@@ -52,6 +52,12 @@ def model_names() -> list[str]:
     return list(_VARIANTS)
 
 
+def graft_tags(architecture: str) -> list[str]:
+    """Tags under which timm's own weights of the stock network are grafted into an architecture."""
+    tags = default_cfgs[architecture].tags if architecture in default_cfgs else []
+    return [tag for tag in tags if tag.startswith(GRAFT)]
+
+
 def parse_name(architecture: str) -> tuple[str, str]:
     """Backbone and mechanism ('' for a plain network) of an architecture of this package.
 
@@ -113,7 +119,7 @@ def checkpoint_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
 
 def _grafts(variant: str, kwargs: dict[str, Any]) -> bool:
     """Whether a model is to be made from stock weights, which timm itself fetches."""
-    cfg = kwargs.get("pretrained_cfg") or default_cfgs[variant].default
+    cfg = kwargs.get("pretrained_cfg") or timm.models.get_pretrained_cfg(variant)
     tag = cfg if isinstance(cfg, str) else cfg.get("tag") if isinstance(cfg, dict) else cfg.tag
     return str(tag).startswith(GRAFT)
 
@@ -145,7 +151,9 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
 def _graft_cfgs(variant: str) -> dict[str, dict[str, Any]]:
     """timm's default checkpoint of the stock backbone, under the name of the variant it is grafted into."""
     backbone, mechanism = _VARIANTS[variant]
-    if BACKBONES[backbone].cifar or isinstance(MECHANISMS[mechanism].graft, str) or mechanism == "asr_se":
+    row = MECHANISMS[mechanism]
+    # Of SE networks, which ASR with SE on top grows from, timm has too few checkpoints.
+    if BACKBONES[backbone].cifar or isinstance(row.graft, str) or row.stock(backbone, {})[0] != backbone:
         return {}
     stock: Any = timm.models.get_pretrained_cfg(backbone)
     fields = {k: v for k, v in stock.to_dict().items() if k not in ("architecture", "tag", "url")}

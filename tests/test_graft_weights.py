@@ -1,0 +1,115 @@
+"""Graft tags: timm's own checkpoints, served by a Hub on loopback, become those of a variant."""
+
+import pytest
+import timm
+import torch
+from helpers import MECHANISMS, parse_name, python, randomise
+from hub_server import HubServer
+from safetensors.torch import save
+
+import timm_attn
+
+NAMES = [
+    f"{backbone}_{mechanism}"
+    for backbone in (
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "resnet152",
+        "resnext50_32x4d",
+        "wide_resnet50_2",
+    )
+    for mechanism in ("dia", "asr", "conam", "ssia")
+]
+SMALL = {"channels": [32, 32, 64, 64], "layers": [2, 1, 1, 1]}
+SCRIPT = f"""
+import sys, timm, timm_attn, torch
+SMALL = {SMALL!r}
+x = torch.load("x.pt")
+for name in sys.argv[1:]:
+    backbone = timm_attn.models.parse_name(name)[0]
+    stock = timm.create_model(backbone, pretrained=True, **SMALL).eval()
+    tag = stock.pretrained_cfg["tag"]
+    model = timm.create_model(name, pretrained=True, **SMALL).eval()
+    assert model.pretrained_cfg["tag"] == "graft_" + tag, model.pretrained_cfg
+    by_tag = timm.create_model(f"{{name}}.graft_{{tag}}", pretrained=True, **SMALL).eval()
+    for field in ("mean", "std", "input_size", "crop_pct", "interpolation", "num_classes", "test_input_size"):
+        assert model.pretrained_cfg[field] == stock.pretrained_cfg[field], field
+    expected = stock(x)
+    for other in (model, by_tag):
+        assert (other(x) - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+    five = timm.create_model(name, pretrained=True, num_classes=5, **SMALL).eval()
+    assert five(x).shape == (4, 5)
+    assert (five.forward_features(x) - stock.forward_features(x)).abs().max() < 1e-4 * stock.forward_features(x).abs().max()
+    grey = timm.create_model(name, pretrained=True, in_chans=1, **SMALL).eval()
+    stock_grey = timm.create_model(backbone, pretrained=True, in_chans=1, **SMALL).eval()
+    assert (grey(x[:, :1]) - stock_grey(x[:, :1])).abs().max() <= 1e-5 * expected.abs().max()
+    maps = timm.create_model(name, pretrained=True, features_only=True, **SMALL).eval()(x)
+    for a, b in zip(maps, stock.forward_intermediates(x, intermediates_only=True)):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+    print(name)
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    with HubServer() as hub:
+        for backbone in {parse_name(name)[0] for name in NAMES}:
+            torch.manual_seed(0)
+            stock = randomise(timm.create_model(backbone, **SMALL))
+            repo = timm.get_pretrained_cfg(backbone).hf_hub_id
+            hub.put_files(repo, {"model.safetensors": save(stock.state_dict())})
+        yield hub
+
+
+def test_every_backbone_and_mechanism_has_a_graft():
+    tags = set(timm.list_models("*.graft_*", pretrained=True))
+    assert {name.split(".")[0] for name in tags} == set(NAMES)
+    for tag in tags:
+        stock = timm.get_pretrained_cfg(parse_name(tag.split(".")[0])[0])
+        assert tag.endswith(f".graft_{stock.tag}")
+        assert timm.get_pretrained_cfg(tag).hf_hub_id == stock.hf_hub_id
+
+
+def test_grafts_compute_what_timms_checkpoints_compute(server, tmp_path):
+    torch.save(torch.randn(4, 3, 1, 1) + torch.randn(4, 3, 64, 64), tmp_path / "x.pt")
+    env = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}
+    result = python("-W", "ignore", "-c", SCRIPT, *NAMES, cwd=tmp_path, env=env)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.split() == NAMES
+
+
+def test_a_grafted_model_that_was_trained_on_loads_back(server, tmp_path):
+    code = f"""
+import timm, timm_attn, torch
+model = timm.create_model("resnet18_dia", pretrained=True, num_classes=5, **{SMALL!r})
+with torch.no_grad():
+    model.layer1[0].dia.x_expand.weight.normal_()
+timm.models.save_for_hf(model.eval(), "saved", safe_serialization=True)
+again = timm.create_model("local-dir:saved", pretrained=True).eval()
+x = torch.randn(2, 3, 64, 64)
+assert torch.equal(model(x), again(x))
+"""
+    env = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}
+    result = python("-W", "ignore", "-c", code, cwd=tmp_path, env=env)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.parametrize("way", [{}, {"num_classes": 5}, {"features_only": True}, {"in_chans": 1}])
+def test_weights_of_another_network_are_refused(way, tmp_path):
+    from safetensors.torch import save_file
+
+    state = timm.create_model("resnet18", **SMALL).state_dict()
+    del state["layer1.0.bn2.bias"]
+    save_file(state, tmp_path / "w.safetensors")
+    overlay = {"file": str(tmp_path / "w.safetensors")}
+    with pytest.raises(timm_attn.GraftError, match=r"missing \['layer1.0.bn2.bias'\]"):
+        timm.create_model(
+            "resnet18_asr.graft_a1_in1k", pretrained=True, pretrained_cfg_overlay=overlay, **SMALL, **way
+        )
+
+
+def test_mechanisms_that_cannot_be_grafted_have_no_tag():
+    assert isinstance(MECHANISMS["fmm"].graft, str)
+    assert not timm.list_models("fmmnet*", pretrained=True)
