@@ -119,7 +119,7 @@ def checkpoint_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
 
 def _grafts(variant: str, kwargs: dict[str, Any]) -> bool:
     """Whether a model is to be made from stock weights, which timm itself fetches."""
-    cfg = kwargs.get("pretrained_cfg") or timm.models.get_pretrained_cfg(variant)
+    cfg: Any = kwargs.get("pretrained_cfg") or timm.models.get_pretrained_cfg(variant)
     tag = cfg if isinstance(cfg, str) else cfg.get("tag") if isinstance(cfg, dict) else cfg.tag
     return str(tag).startswith(GRAFT)
 
