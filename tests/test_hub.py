@@ -158,8 +158,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(hub, tmp_path):
 
 
 def test_no_weights_is_an_error_with_the_fix():
-    with pytest.raises(WeightsError, match="no pretrained weights for resnet152_dia .*TIMM_ATTN_HUB"):
-        timm.create_model("resnet152_dia", pretrained=True)
+    with pytest.raises(WeightsError, match="no pretrained weights for fmmnet152 .*TIMM_ATTN_HUB"):
+        timm.create_model("fmmnet152", pretrained=True)
 
 
 def test_export_refuses_what_is_there_and_leaves_nothing_of_a_failure(hub, tmp_path, monkeypatch):

@@ -161,6 +161,8 @@ def export(
     hub: Path = Path("hub"),
     dataset: str | None = None,
     data: str | None = None,
+    onnx: bool = False,
+    torch_export: bool = False,
 ) -> None:
     """Write a finished run as hub folders, with cards: the trained form and, where it folds, the folded one.
 
@@ -170,11 +172,13 @@ def export(
         hub: Hub folder to write into.
         dataset: What cards call the data set, e.g. uoft-cs/cifar10.
         data: Where the data lies, if it is not where the run had it.
+        onnx: Write model.onnx too, with a dynamic batch size, compared in onnxruntime.
+        torch_export: Write model.pt2 too, for torch.export.load.
     """
     from .publish import export as export_run
 
     table = Table("folder", "parameters", "top-1", "logit difference")
-    for checkpoint in export_run(run, tag, hub, dataset, data):
+    for checkpoint in export_run(run, tag, hub, dataset, data, onnx, torch_export):
         metrics = checkpoint.metrics
         table.add_row(
             str(checkpoint.folder),

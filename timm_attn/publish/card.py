@@ -24,7 +24,7 @@ TEMPLATE = """---
 {usage}
 ```
 
-From this folder: `timm.create_model("local-dir:PATH", pretrained=True)`.
+From this folder: `timm.create_model("local-dir:PATH", pretrained=True)`.{runtimes}
 
 ## Measured
 
@@ -65,6 +65,7 @@ The weights are under Apache-2.0; the images they were trained on have terms of 
 {bibtex}
 ```
 """
+RUNTIMES = {"model.onnx": "ONNX runtimes", "model.pt2": "`torch.export.load`"}
 SETTINGS = ("opt", "lr", "momentum", "weight_decay", "batch_size", "sched", "warmup_epochs", "smoothing")
 
 
@@ -102,6 +103,7 @@ def card(checkpoint: Checkpoint, recipe: dict[str, Any]) -> str:
         venue=paper.venue,
         caveat=f"\n{paper.caveat}" if paper.caveat else "",
         usage=_usage(checkpoint),
+        runtimes=_runtimes(checkpoint),
         split=split,
         trained=(checkpoint.folded_from or checkpoint.name).split(".")[0],
         settings="\n".join(fields),
@@ -151,6 +153,15 @@ def _metadata(checkpoint: Checkpoint, split: str) -> ModelCardData:
         model_name=checkpoint.name,
         eval_results=results,
     )
+
+
+def _runtimes(checkpoint: Checkpoint) -> str:
+    lines = [
+        f"\n`{name}`, for {RUNTIMES[name]}: images in, logits out, any batch size; max abs logit difference "
+        f"/ max abs logit against PyTorch {difference:.1e}."
+        for name, difference in checkpoint.details.get("runtimes", {}).items()
+    ]
+    return "".join(f"\n{line}" for line in lines)
 
 
 def _usage(checkpoint: Checkpoint) -> str:

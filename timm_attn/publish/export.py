@@ -26,10 +26,17 @@ from ..training.run import (
 )
 from ..weights import INDEX, Checkpoint, read_index, sha256
 from .card import card
+from .deploy import ONNX, PROGRAM, write_onnx, write_program
 
 
 def export(
-    run: Path, tag: str, hub: Path, dataset: str | None = None, data: str | None = None
+    run: Path,
+    tag: str,
+    hub: Path,
+    dataset: str | None = None,
+    data: str | None = None,
+    onnx: bool = False,
+    torch_export: bool = False,
 ) -> list[Checkpoint]:
     """Write ``hub/<architecture>.<tag>`` and, where the model folds, its folded form beside it.
 
@@ -42,11 +49,13 @@ def export(
         hub: The hub folder.
         dataset: What cards call the data set; by default its Hub id or the folder's name.
         data: Where the data lies now, if not where the run had it.
+        onnx: Write ``model.onnx`` too.
+        torch_export: Write ``model.pt2`` too, for ``torch.export.load``.
 
     Raises:
         UserError: The run is not one or not finished, the tag is not a name, a checkpoint of that name is
             there, or the data cannot be read. Nothing is written then.
-        FoldError: The folded model differs from the trained one.
+        FoldError: The folded model, or a file for another runtime, differs from the trained one.
     """
     about = open_run(run, finished=True)
     last_metrics(run)
@@ -83,6 +92,7 @@ def export(
         "precision": trained.precision,
         **{key: about[key] for key in ("images", "git_commit", "packages", "hardware")},
         "siblings": [form[0] for form in forms],
+        "runtimes": [name for name, wanted in ((ONNX, onnx), (PROGRAM, torch_export)) if wanted],
     }
     written, partials = [], []
     try:
@@ -104,6 +114,10 @@ def export(
         raise
     _write_index(hub, [*known, *written])
     return written
+
+
+def _about(path: Path) -> dict[str, Any]:
+    return {"sha256": sha256(path), "size": path.stat().st_size}
 
 
 def _saved_config(folder: Path) -> dict[str, Any]:
@@ -135,6 +149,8 @@ def _write(
         "parameters": sum(p.numel() for p in loaded.parameters()),
         "logit_difference": difference,
     }
+    writers = {ONNX: write_onnx, PROGRAM: write_program}
+    details = {**details, "runtimes": {f: writers[f](loaded, folder / f) for f in details["runtimes"]}}
     shutil.copy(run / CURVES, folder / CURVES)
     shutil.copy(run / METRICS, folder / METRICS)
     resolved = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
@@ -156,7 +172,7 @@ def _write(
         details=details,
     )
     (folder / "README.md").write_text(card(checkpoint, resolved), encoding="utf-8")
-    files = {p.name: {"sha256": sha256(p), "size": p.stat().st_size} for p in sorted(folder.iterdir())}
+    files = {p.name: _about(p) for p in sorted(folder.iterdir())}
     return dataclasses.replace(checkpoint, files=files)
 
 

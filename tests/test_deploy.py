@@ -1,0 +1,65 @@
+"""Files for other runtimes: compared before they are kept, and of a folded network exactly the stock one's."""
+
+from collections import Counter
+
+import huggingface_hub
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from helpers import narrow, parse_name, randomise
+
+import timm_attn
+from timm_attn.models import MECHANISMS, stock_model
+from timm_attn.publish import deploy, export
+from timm_attn.training import Recipe, train
+from timm_attn.weights import read_index
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet20_asr", "resnet50_asr", "resnet18_asr_se", "resnet20_ssia", "resnet18_ssia"]
+)
+def test_a_folded_network_has_the_stock_networks_operations(name, tmp_path):
+    model = randomise(narrow(name)).eval()
+    folded = stock_model(model, timm_attn.fold(model, torch.randn(2, 3, 64, 64)))
+    backbone, mechanism = parse_name(name)
+    stock_name, extra = MECHANISMS[mechanism].stock(backbone, {})
+    sizes = {k: v for k, v in model._model_args.items() if k in ("channels", "layers", "num_classes")}
+    stock = timm.create_model(stock_name, **sizes, **extra)
+    counts = []
+    for network, path in ((folded, tmp_path / "a.onnx"), (stock, tmp_path / "b.onnx")):
+        assert deploy.write_onnx(network, path) <= deploy.BOUND
+        counts.append(Counter(node.op_type for node in onnx.load(path).graph.node))
+    assert counts[0] == counts[1]
+    deploy.write_onnx(narrow(name.replace("ssia", "dia")), tmp_path / "c.onnx")
+    assert Counter(node.op_type for node in onnx.load(tmp_path / "c.onnx").graph.node) != counts[1]
+
+
+@pytest.mark.parametrize(("write", "name"), [(deploy.write_onnx, "m.onnx"), (deploy.write_program, "m.pt2")])
+def test_a_file_that_computes_something_else_is_not_kept(write, name, tmp_path, monkeypatch):
+    model = randomise(narrow("resnet20_dia")).eval()
+    assert write(model, tmp_path / name) <= deploy.BOUND
+    compare = deploy._compare
+    monkeypatch.setattr(deploy, "_compare", lambda m, path, run: compare(m, path, lambda x: run(x) * 1.001))
+    with pytest.raises(timm_attn.FoldError, match=f"{name} does not compute what the network computes"):
+        write(model, tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
+def test_export_writes_them_beside_the_weights(tmp_path):
+    recipe = Recipe(data="digits", img_size=16, batch_size=256, epochs=1, model_kwargs=("channels=[8,8,8]",))
+    train("resnet20_conam", recipe, tmp_path / "run")
+    export(tmp_path / "run", "x", tmp_path / "hub", onnx=True, torch_export=True)
+    checkpoints = {c.name: c for c in read_index(tmp_path / "hub")}
+    assert set(checkpoints) == {"resnet20_conam.x", "resnet20_conam.x_folded"}
+    x = torch.randn(3, 3, 16, 16)
+    for name, checkpoint in checkpoints.items():
+        expected = timm.create_model(f"local-dir:{checkpoint.folder}", pretrained=True).eval()(x).detach()
+        session = onnxruntime.InferenceSession(checkpoint.verified("model.onnx"))
+        (logits,) = session.run(None, {"images": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
+        program = torch.export.load(checkpoint.verified("model.pt2"))
+        torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-4)
+        card = huggingface_hub.ModelCard.load(checkpoint.folder / "README.md").text
+        assert "`model.onnx`, for ONNX runtimes" in card and "`model.pt2`" in card, name
