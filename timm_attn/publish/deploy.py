@@ -55,7 +55,7 @@ def write_onnx(model: nn.Module, path: Path) -> float:
 
 @torch.no_grad()
 def write_program(model: nn.Module, path: Path) -> float:
-    """Write a network in eval mode with ``torch.export``, with a dynamic batch size, and run what was written.
+    """Write a network in eval mode with ``torch.export``, with a dynamic batch size, and run what is written.
 
     Returns:
         Greatest max|Δlogit| ÷ max|logit| over batches of one and of five images.
@@ -63,7 +63,8 @@ def write_program(model: nn.Module, path: Path) -> float:
     Raises:
         FoldError: The difference is above :data:`BOUND`; the file is removed.
     """
-    program = torch.export.export(model.eval(), (example_input(model),), dynamic_shapes=_dynamic_batch())
+    images = (example_input(model),)
+    program = torch.export.export(model.eval(), images, dynamic_shapes=_dynamic_batch())
     torch.export.save(program, path)
     return _compare(model, path, torch.export.load(path).module())
 
