@@ -242,6 +242,7 @@ def test_twenty_random_states_fold(architecture):
     for seed in range(20):
         for dtype in (torch.float32, torch.float64):
             model = randomise(narrow(architecture).to(dtype), seed).eval()
+            model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 48, 48)}
             timm_attn.fold(model, torch.randn(2, 3, 32, 32, dtype=dtype))
 
 
