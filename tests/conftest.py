@@ -33,7 +33,7 @@ def pytest_sessionfinish() -> None:
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Tests of a file share its fixtures and so a worker; those of the contract have none and spread."""
+    """Tests of a file share its fixtures and so a worker; those that have none spread."""
     for item in items:
-        if item.path.stem != "test_contract":
+        if item.path.stem not in ("test_contract", "test_fold"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
