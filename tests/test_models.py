@@ -5,7 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from helpers import narrow, parameters, python
+from helpers import narrow, parameters, python, randomise
 
 import timm_attn
 
@@ -90,6 +90,14 @@ WRONG_OPTIONS = [
 def test_options_out_of_range_are_named(name, options, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model(name, **options)
+
+
+@pytest.mark.parametrize("generator", ["se", "ie", "eca", "srm"])
+def test_several_generators_can_be_scripted(generator):
+    model = randomise(narrow("resnet20_asr", generator=generator, delta=2)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with pytest.warns(FutureWarning):
+        torch.testing.assert_close(torch.jit.script(model)(x), model(x))
 
 
 def test_options_of_another_mechanism_are_refused():

@@ -135,6 +135,15 @@ def test_a_scale_that_comes_too_late_is_an_error():
         loss.backward()
 
 
+def test_logits_may_be_changed_in_place():
+    model = model_of("resnet20_ssia")
+    x, y = batch()
+    logits = model(x)
+    logits.div_(2)
+    F.cross_entropy(logits, y).backward()
+    assert model.ssia.heads[0].weight.grad.abs().sum() > 0
+
+
 def test_weight_zero_is_the_plain_network_bit_for_bit():
     models = []
     for name, options in (("resnet20", {}), ("resnet20_ssia", {"aux_weight": 0.0})):

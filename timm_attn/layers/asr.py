@@ -140,10 +140,8 @@ class ASR(nn.Module):
 
     def gate(self) -> Tensor:
         """The gate v, 1 × C: the product over the generators."""
-        v = self.generators[0]()
-        for generator in self.generators[1:]:
-            v = v * generator()
-        return v
+        gates = [generator() for generator in self.generators]  # TorchScript unrolls this, not an index
+        return torch.stack(gates).prod(0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale the channels of x (B × C × H × W)."""

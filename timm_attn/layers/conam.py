@@ -72,8 +72,11 @@ class ConAM(nn.Module):
             patches = F.adaptive_avg_pool2d(x, (self.grid, self.grid))
         means = torch.cat([patches.flatten(2), x.mean((2, 3))[:, :, None]], 2).transpose(1, 2)
         means = self.fc2(self.fc1(means).relu()).relu()
+        # The sum over C channels may leave float16's range, and scores in bfloat16 are coarse.
+        dtype = torch.promote_types(means.dtype, torch.float32)
+        means = means.to(dtype)
         agreement = (means[:, :-1] * means[:, -1:]).sum(2) / self.temperature
-        return agreement.softmax(1).view(-1, patches.shape[2], patches.shape[3])
+        return agreement.softmax(1).to(x.dtype).view(-1, patches.shape[2], patches.shape[3])
 
     def forward(self, x: Tensor) -> Tensor:
         """Weight the patches of x (B × C × H × W)."""

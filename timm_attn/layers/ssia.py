@@ -24,7 +24,7 @@ class _AttachLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(scale)
         ctx.dtype = loss.dtype
-        return logits.view_as(logits)
+        return logits.clone()  # a loop may change them in place, which a view would refuse
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -61,7 +61,9 @@ class SSIA(nn.Module):
 
         model.ssia.aux_scale.fill_(scaler.get_scale() / steps)
 
-    Changing it between the forward and the backward pass makes autograd raise RuntimeError.
+    Changing it between the forward and the backward pass makes autograd raise RuntimeError (in eager mode).
+    After folding or pruning there is no SSIA left, and no ``aux_scale``. The loss is attached by the
+    network's ``forward``; ``forward_head(forward_features(x))`` gives the plain logits.
 
     Args:
         channels: Widths of the stages, the lowest first.
@@ -102,7 +104,10 @@ class SSIA(nn.Module):
         self.register_buffer("aux_scale", torch.ones((), device=device, dtype=dtype), persistent=False)
 
     def init_non_persistent_buffers(self) -> None:
-        """Set what a checkpoint does not hold (timm calls it after building on the meta device)."""
+        """Set what a checkpoint does not hold; ``timm.models.reinit_non_persistent_buffers`` calls it.
+
+        Needed after building on the meta device and ``to_empty``.
+        """
         self.aux_scale.fill_(1.0)
 
     def loss(self, features: list[Tensor]) -> Tensor:
