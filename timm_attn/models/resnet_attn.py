@@ -125,18 +125,16 @@ def _grafts(variant: str, kwargs: dict[str, Any]) -> bool:
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
-    backbone_name, mechanism = _VARIANTS[variant]
-    backbone = BACKBONES[backbone_name]
+    backbone_name, key = _VARIANTS[variant]
+    backbone, mechanism = BACKBONES[backbone_name], MECHANISMS[key]
     saved = weights.resolve(variant, kwargs) if pretrained and not _grafts(variant, kwargs) else {}
     kwargs = {"layers": backbone.layers, **backbone.args, **kwargs, **saved}
     deployed = kwargs.pop("folded", False)
-    build, kwargs = MECHANISMS[mechanism].build(backbone, **kwargs)
+    build, kwargs = mechanism.build(backbone, **kwargs)
     if deployed:
-        if not MECHANISMS[mechanism].fuses:
-            raise ValueError(
-                f"{variant} has no folded form of its own: folded, it is "
-                f"{MECHANISMS[mechanism].stock(backbone_name, {})[0]}"
-            )
+        if not mechanism.fuses:
+            stock = mechanism.stock(backbone_name, {})[0]
+            raise ValueError(f"{variant} has no folded form of its own: folded, it is {stock}")
         build = partial(folded, build)
     if backbone.cifar:
         kwargs["feature_cfg"] = {"out_indices": (0, 1, 2, 3)}
@@ -153,7 +151,7 @@ def _graft_cfgs(variant: str) -> dict[str, dict[str, Any]]:
     backbone, mechanism = _VARIANTS[variant]
     row = MECHANISMS[mechanism]
     # Of SE networks, which ASR with SE on top grows from, timm has too few checkpoints.
-    if BACKBONES[backbone].cifar or isinstance(row.graft, str) or row.stock(backbone, {})[0] != backbone:
+    if BACKBONES[backbone].cifar or isinstance(row.graft, str) or row.stock(backbone, {}) != (backbone, {}):
         return {}
     stock: Any = timm.models.get_pretrained_cfg(backbone)
     fields = {k: v for k, v in stock.to_dict().items() if k not in ("architecture", "tag", "url")}
