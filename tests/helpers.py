@@ -93,6 +93,18 @@ def small_names(mechanism: str) -> list[str]:
 SMALL = [name for mechanism in MECHANISMS for name in small_names(mechanism)]
 
 
+#: timm's ResNets that every mechanism must be on, written out: the package's own table is what is tested.
+IMAGENET = [
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+]
+
+
 def parameters(model: nn.Module) -> int:
     """Number of parameters."""
     return sum(p.numel() for p in model.parameters())

@@ -3,25 +3,13 @@
 import pytest
 import timm
 import torch
-from helpers import MECHANISMS, parse_name, python, randomise
+from helpers import IMAGENET, MECHANISMS, parse_name, python, randomise
 from hub_server import HubServer
 from safetensors.torch import save
 
 import timm_attn
 
-NAMES = [
-    f"{backbone}_{mechanism}"
-    for backbone in (
-        "resnet18",
-        "resnet34",
-        "resnet50",
-        "resnet101",
-        "resnet152",
-        "resnext50_32x4d",
-        "wide_resnet50_2",
-    )
-    for mechanism in ("dia", "asr", "conam", "ssia")
-]
+NAMES = [f"{backbone}_{mechanism}" for backbone in IMAGENET for mechanism in ("dia", "asr", "conam", "ssia")]
 SMALL = {"channels": [32, 32, 64, 64], "layers": [2, 1, 1, 1]}
 SCRIPT = f"""
 import sys, timm, timm_attn, torch

@@ -5,7 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from helpers import narrow, parameters, python, randomise
+from helpers import IMAGENET, narrow, parameters, python, randomise
 
 import timm_attn
 
@@ -127,18 +127,9 @@ def test_pinned_biases_stay_where_they_are():
 
 
 def test_every_mechanism_is_on_every_backbone():
-    imagenet = [
-        "resnet18",
-        "resnet34",
-        "resnet50",
-        "resnet101",
-        "resnet152",
-        "resnext50_32x4d",
-        "wide_resnet50_2",
-    ]
     cifar = [f"resnet{depth}" for depth in (20, 32, 44, 56, 110, 164)]
     own = ("_dia", "_asr", "_asr_se", "_conam", "_ssia")
-    expected = {b + m for b in imagenet + cifar for m in own} | {b + m for b in cifar for m in ("", "_se")}
+    expected = {b + m for b in IMAGENET + cifar for m in own} | {b + m for b in cifar for m in ("", "_se")}
     expected |= {f"fmmnet{depth}" for depth in (18, 34, 50, 101, 152, 20, 32, 44, 56, 110, 164)}
     expected |= {"fmmnext50_32x4d", "wide_fmmnet50_2"}
     assert set(timm_attn.model_names()) == expected
