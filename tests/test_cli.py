@@ -95,9 +95,7 @@ def test_bad_input_is_one_message(tmp_path, capsys, monkeypatch):
     assert "is not a run folder" in fails(capsys, "export", "nowhere", "--tag", "x")
     assert "unknown model 'resnet20_dai'" in fails(capsys, "validate", "resnet20_dai", "--data", "digits")
     assert "unknown model 'resnet20_dai.x'" in fails(capsys, "validate", "resnet20_dai.x", "--data", "digits")
-    assert "no pretrained weights for resnet152_asr" in fails(
-        capsys, "validate", "resnet152_asr", "--data", "digits"
-    )
+    assert "no pretrained weights for fmmnet152" in fails(capsys, "validate", "fmmnet152", "--data", "digits")
     assert "is no hub folder" in fails(capsys, "publish", str(tmp_path), "--to", "me")
     assert not (tmp_path / "out").exists()
 
