@@ -118,7 +118,6 @@ def environment(
 ) -> dict[str, Any]:
     """Where and with what a run was made."""
     packages = ("torch", "timm", "timm-attn", "accelerate", "datasets", "huggingface-hub", "safetensors")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "model": model,
         "data": Path(data).name if Path(data).is_dir() else data,
@@ -129,8 +128,14 @@ def environment(
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
         "processes": processes,
-        "hardware": gpus or f"{_cpu()}, {torch.get_num_threads()} threads",
+        "hardware": hardware(),
     }
+
+
+def hardware() -> str:
+    """The GPUs by name, or the processor and the number of threads."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(gpus) or f"{_cpu()}, {torch.get_num_threads()} threads"
 
 
 def _cpu() -> str:

@@ -1,0 +1,260 @@
+"""Time networks against their baselines, in turn in one process: ratios, since machines are shared and noisy.
+
+    python scripts/bench.py infer --out hub/results/bench_infer.csv
+
+Every round times each network once, from another one on each time; a ratio compares two times of the same
+round. The CSV has the column names of timm's results, and one row for each network, condition and baseline.
+Conditions that the file has already are not run again.
+"""
+
+import argparse
+import csv
+import itertools
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import timm_attn
+from timm_attn.models.deployed import fuse_conv_norms
+from timm_attn.training.run import hardware
+
+console = Console()
+
+
+def fused(name: str, **kwargs: Any) -> nn.Module:
+    """A network whose norms are fused into its convolutions, timm's own networks too."""
+    model = timm.create_model(name, **kwargs).eval()
+    fuse_conv_norms(model)
+    return model
+
+
+def pytorchcv(name: str) -> nn.Module:
+    """A network of pytorchcv."""
+    from pytorchcv.model_provider import get_model
+
+    return get_model(name)
+
+
+INFER: dict[str, Callable[[], nn.Module]] = {
+    "resnet50": lambda: timm.create_model("resnet50"),
+    "seresnet50": lambda: timm.create_model("seresnet50"),
+    "ecaresnet50d": lambda: timm.create_model("ecaresnet50d"),
+    "pytorchcv diaresnet50b": lambda: pytorchcv("diaresnet50b"),
+    "resnet50_dia": lambda: timm.create_model("resnet50_dia"),
+    "resnet50_dia reduction=4": lambda: timm.create_model("resnet50_dia", reduction=4),
+    "resnet50_conam": lambda: timm.create_model("resnet50_conam"),
+    "fmmnet50": lambda: timm.create_model("fmmnet50"),
+    "resnet50 fused": lambda: fused("resnet50"),
+    "seresnet50 fused": lambda: fused("seresnet50"),
+    "resnet50_dia folded": lambda: timm.create_model("resnet50_dia", folded=True),
+    "resnet50_conam folded": lambda: timm.create_model("resnet50_conam", folded=True),
+    "fmmnet50 folded": lambda: timm.create_model("fmmnet50", folded=True),
+}
+#: Besides the ratio over the plain network: (network, baseline).
+INFER_PAIRS = [
+    ("resnet50_dia", "seresnet50"),
+    ("resnet50_dia folded", "seresnet50 fused"),
+    ("resnet50_conam folded", "seresnet50 fused"),
+    ("resnet50_dia reduction=4", "pytorchcv diaresnet50b"),
+]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """How networks are run: batch size, precision, memory format, eager or compiled."""
+
+    batch_size: int
+    precision: str
+    channels_last: bool
+    compiled: bool
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        return {
+            "infer_batch_size": self.batch_size,
+            "precision": self.precision,
+            "memory_format": "channels_last" if self.channels_last else "contiguous",
+            "compiled": int(self.compiled),
+        }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU has been given to do."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Seconds that a call takes: the fastest of a few, as others use the machine too."""
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        started = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def rounds(calls: dict[str, Callable[[], Any]], n: int, repeats: int, device: torch.device) -> dict:
+    """``{name: [seconds in round 1, ...]}``; a first round, which warms up, is thrown away."""
+    names, times = list(calls), {name: [] for name in calls}
+    for i in track(range(n + 1), "rounds", console=console, transient=True):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            times[name].append(seconds(calls[name], device, repeats))
+    return {name: values[1:] for name, values in times.items()}
+
+
+def ratios(times: dict[str, list[float]], name: str, baseline: str) -> dict[str, Any]:
+    """The columns that compare a network with its baseline, round by round."""
+    values = [a / b for a, b in zip(times[name], times[baseline], strict=True)]
+    return {
+        "baseline": baseline,
+        "ratio_min": round(min(values), 4),
+        "ratio_median": round(statistics.median(values), 4),
+        "ratio_max": round(max(values), 4),
+        "rounds": len(values),
+    }
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """Hardware and versions."""
+    return {
+        "hardware": hardware(),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name.replace("-", "_"): version(name) for name in ("torch", "timm", "timm-attn")},
+    }
+
+
+def write(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    """Append rows to a CSV file."""
+    if path is None:
+        return
+    new = not path.is_file()
+    with path.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def done(path: Path | None, condition: Condition) -> bool:
+    """Whether the file has a condition already."""
+    if path is None or not path.is_file():
+        return False
+    wanted = {key: str(value) for key, value in condition.columns.items()}
+    with path.open(newline="") as stream:
+        return any(wanted.items() <= row.items() for row in csv.DictReader(stream))
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """Draw the ratios of one condition."""
+    table = Table("network", "over", "min", "median", "max", "per second", title=title)
+    for row in rows:
+        table.add_row(
+            row["model"],
+            row["baseline"],
+            *(f"{row[f'ratio_{key}']:.3f}" for key in ("min", "median", "max")),
+            f"{row['infer_samples_per_sec']:.2f}",
+        )
+    console.print(table)
+
+
+@torch.no_grad()
+def infer(arguments: argparse.Namespace) -> None:
+    """Latency at batch 1 and throughput at larger batches, in eval mode."""
+    device = torch.device(arguments.device)
+    size = arguments.img_size
+    models = {name: INFER[name]().eval().to(device) for name in arguments.models or INFER}
+    baselines = [(name, "resnet50") for name in models if name != "resnet50"]
+    pairs = [*baselines, *(pair for pair in INFER_PAIRS if set(pair) <= set(models))]
+    macs = {}
+    for name, model in models.items():
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 3, size, size, device=device))
+        macs[name] = counter.get_total_flops() / 2e9
+    counts = {name: sum(p.numel() for p in model.parameters()) / 1e6 for name, model in models.items()}
+    conditions = itertools.product(
+        arguments.batch_sizes, arguments.precisions, arguments.channels_last, arguments.compiled
+    )
+    for condition in (Condition(*values) for values in conditions):
+        if done(arguments.out, condition):
+            console.print(f"{condition}: in {arguments.out} already")
+            continue
+        calls = {name: _forward(model, condition, size, device) for name, model in models.items()}
+        repeats = arguments.repeats if condition.batch_size == 1 else 1
+        times = rounds(calls, arguments.rounds, repeats, device)
+        rows = []
+        for name, baseline in [("resnet50", "resnet50"), *pairs]:
+            step = statistics.median(times[name])
+            rows.append(
+                {
+                    "model": name,
+                    "infer_samples_per_sec": round(condition.batch_size / step, 3),
+                    "infer_step_time": round(1000 * step, 3),
+                    "infer_img_size": size,
+                    "infer_gmacs": round(macs[name], 3),
+                    "param_count": round(counts[name], 3),
+                    **condition.columns,
+                    **ratios(times, name, baseline),
+                    **surroundings(device),
+                }
+            )
+        write(arguments.out, rows)
+        show(str(condition), rows)
+        torch.compiler.reset()
+
+
+def _forward(model: nn.Module, condition: Condition, size: int, device: torch.device) -> Callable:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[condition.precision]
+    layout = torch.channels_last if condition.channels_last else torch.contiguous_format
+    model.to(dtype=dtype, memory_format=layout)  # pyright: ignore[reportCallIssue]
+    images: Tensor = torch.randn(condition.batch_size, 3, size, size, device=device, dtype=dtype)
+    images = images.to(memory_format=layout)
+    network = torch.compile(model) if condition.compiled else model
+    return lambda: network(images)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("infer", help=infer.__doc__)
+    command.set_defaults(run=infer)
+    command.add_argument("--models", nargs="+", choices=INFER)
+    command.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 32])
+    command.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    command.add_argument("--channels-last", nargs="+", type=int, choices=[0, 1], default=[0, 1])
+    command.add_argument("--compiled", nargs="+", type=int, choices=[0, 1], default=[0, 1])
+    command.add_argument("--img-size", type=int, default=224)
+    command.add_argument(
+        "--repeats", type=int, default=5, help="calls a round at batch 1; the fastest counts"
+    )
+    for command in commands.choices.values():
+        command.add_argument("--rounds", type=int, default=7)
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        command.add_argument("--out", type=Path, help="CSV file to append to")
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+assert timm_attn.__version__  # the models are registered
+
+if __name__ == "__main__":
+    main()
