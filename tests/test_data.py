@@ -1,6 +1,7 @@
 """Reading data: columns, splits, sizes, and what is wrong with a data set."""
 
 import io
+from itertools import islice
 
 import datasets
 import numpy as np
@@ -8,8 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_attn.training.batches import Batches, Shard, crop_and_flip
-from timm_attn.training.data import DataError, load_split
+from timm_attn.training import pixels
+from timm_attn.training.augment import crop_and_flip
+from timm_attn.training.batches import Batch, Batches, Shard
+from timm_attn.training.data import load_split
+from timm_attn.training.images import DataError
 from timm_attn.training.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -45,14 +49,20 @@ def write(
     return str(folder)
 
 
+def epoch(batches: Batches, number: int, first: int = 0) -> list[Batch]:
+    """The batches of an epoch from one of its steps on."""
+    parts = batches.recipe.accumulation
+    return list(islice(batches.train(number * batches.steps + first), (batches.steps - first) * parts))
+
+
 def test_parquet_is_read_bit_for_bit(tmp_path):
     data = write(tmp_path / "d")
     split = load_split(data, "train")
     assert split.label_names == ["a", "b", "c"]
     assert split.labels.tolist() == [0, 1, 2, 0, 1, 2]
-    assert split.pixels.shape == (6, 3, 8, 8)
+    assert split.pixels.shape == (6, 8, 8, 3)
     for i in range(6):
-        assert np.array_equal(split.pixels[i].permute(1, 2, 0).numpy(), np.asarray(picture(i)))
+        assert np.array_equal(split.pixels[i].numpy(), np.asarray(picture(i)))
 
 
 @pytest.mark.parametrize(("image", "label"), [("img", "fine_label"), ("picture", "kind")])
@@ -92,61 +102,59 @@ def test_larger_images_stay_encoded(tmp_path):
     assert split.pixels is None and split.image(3).size == (80, 70)
     assert np.array_equal(np.asarray(split.image(3)), np.asarray(picture(3, (80, 70))))
     small = load_split(data, "train", size=(16, 16))
-    assert small.pixels.shape == (4, 3, 16, 16)
+    assert small.pixels.shape == (4, 16, 16, 3)
 
 
 def test_larger_images_are_augmented_by_image_and_epoch(tmp_path):
     split = load_split(write(tmp_path / "d", images=[picture(i, (80, 80)) for i in range(4)]), "train")
     recipe = Recipe(data="d", batch_size=2, workers=0, hflip=True)
     batches = Batches(split, recipe, CONFIG, Shard(CPU))
-    first, again = (torch.cat([x for x, _ in batches.train(0)]) for _ in range(2))
+    first, again = (torch.cat([b.images for b in epoch(batches, 0)]) for _ in range(2))
     assert first.shape == (4, 3, 8, 8)
     assert torch.equal(first, again)
-    assert not torch.equal(first, torch.cat([x for x, _ in batches.train(1)]))
-    ((late, _),) = batches.train(0, first=1)
-    assert torch.equal(late, first[2:])
-    assert sum(len(y) for _, y in batches.evaluate()) == 4
+    assert not torch.equal(first, torch.cat([b.images for b in epoch(batches, 1)]))
+    (late,) = epoch(batches, 0, first=1)
+    assert torch.equal(late.images, first[2:])
+    assert sum(len(b.labels) for b in batches.evaluate()) == 4
 
 
 def test_digits_split_is_fixed():
     train, test = load_split("digits", "train"), load_split("digits", "eval")
     assert (len(train), len(test)) == (1437, 360)
-    assert train.pixels.shape[1:] == (3, 32, 32) and train.pixels.dtype == torch.uint8
+    assert train.pixels.shape[1:] == (32, 32, 3) and train.pixels.dtype == torch.uint8
     assert test.labels.bincount().tolist() == [35, 36, 35, 37, 37, 37, 37, 36, 33, 37]
     mean, std = train.statistics()
     pixels = train.pixels.double() / 255
-    assert mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-9)
-    assert std == pytest.approx(pixels.permute(1, 0, 2, 3).flatten(1).std(1, correction=0).tolist(), abs=1e-9)
+    assert mean == pytest.approx(pixels.mean((0, 1, 2)).tolist(), abs=1e-9)
+    assert std == pytest.approx(pixels.flatten(0, 2).std(0, correction=0).tolist(), abs=1e-9)
 
 
 def test_crop_and_flip_against_a_loop():
-    images = torch.arange(4 * 3 * 5 * 6).view(4, 3, 5, 6)
+    images = torch.arange(4 * 3 * 5 * 6).view(4, 5, 6, 3)
     flip = torch.tensor([True, False, True, False])
     offsets = torch.tensor([[0, 0], [4, 1], [2, 2], [3, 4]])
     result = crop_and_flip(images, 2, flip, offsets)
     for i in range(4):
-        padded = torch.nn.functional.pad(images[i], (2, 2, 2, 2))
+        padded = torch.nn.functional.pad(images[i], (0, 0, 2, 2, 2, 2))
         row, column = offsets[i].tolist()
-        expected = padded[:, row : row + 5, column : column + 6]
-        assert torch.equal(result[i], expected.flip(-1) if flip[i] else expected)
+        expected = padded[row : row + 5, column : column + 6]
+        assert torch.equal(result[i], expected.flip(1) if flip[i] else expected)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_batch_of_one_process(processes):
     split = load_split("digits", "train", size=(8, 8))
     recipe = Recipe(data="digits", batch_size=64, hflip=True, crop_padding=1)
-    whole = list(Batches(split, recipe, CONFIG, Shard(CPU)).train(3))
-    parts = [
-        list(Batches(split, recipe, CONFIG, Shard(CPU, r, processes)).train(3)) for r in range(processes)
-    ]
-    for step, (images, labels) in enumerate(whole):
-        assert torch.equal(images, torch.cat([part[step][0] for part in parts]))
-        assert torch.equal(labels, torch.cat([part[step][1] for part in parts]))
+    whole = epoch(Batches(split, recipe, CONFIG, Shard(CPU)), 3)
+    parts = [epoch(Batches(split, recipe, CONFIG, Shard(CPU, r, processes)), 3) for r in range(processes)]
+    for step, batch in enumerate(whole):
+        assert torch.equal(batch.images, torch.cat([part[step].images for part in parts]))
+        assert torch.equal(batch.labels, torch.cat([part[step].labels for part in parts]))
     seen = torch.cat(
         [
-            y
+            b.labels
             for r in range(processes)
-            for _, y in Batches(split, recipe, CONFIG, Shard(CPU, r, processes)).evaluate()
+            for b in Batches(split, recipe, CONFIG, Shard(CPU, r, processes)).evaluate()
         ]
     )
     assert seen.bincount().tolist() == split.labels.bincount().tolist()
@@ -156,10 +164,122 @@ def test_epochs_differ_and_use_every_image_once():
     split = load_split("digits", "train", size=(8, 8))
     split.labels = torch.arange(len(split))
     batches = Batches(split, Recipe(data="digits", batch_size=100), CONFIG, Shard(CPU))
-    first, second = (torch.cat([y for _, y in batches.train(epoch)]) for epoch in (0, 1))
+    first, second = (torch.cat([b.labels for b in epoch(batches, n)]) for n in (0, 1))
     assert len(first) == 1400 == len(first.unique())
     assert not torch.equal(first, second)
-    assert torch.equal(first[300:], torch.cat([y for _, y in batches.train(0, first=3)]))
+    assert torch.equal(first[300:], torch.cat([b.labels for b in epoch(batches, 0, first=3)]))
+
+
+AUGMENTED = {"data": "digits", "batch_size": 16, "hflip": True, "crop_padding": 1, "reprob": 0.5}
+
+
+@pytest.mark.parametrize("aa", [None, "rand-m9-mstd0.5-inc1"])
+@pytest.mark.parametrize(("processes", "accumulation"), [(2, 1), (1, 4), (2, 2)])
+def test_augmentation_depends_neither_on_processes_nor_on_accumulation(processes, accumulation, aa):
+    split = load_split("digits", "train", size=(8, 8)).select(torch.arange(32), "train")
+    recipe = Recipe(**AUGMENTED, aa=aa, workers=0)
+    parted = Recipe(**AUGMENTED, aa=aa, workers=0, accumulation=accumulation)
+    whole = epoch(Batches(split, recipe, CONFIG, Shard(CPU)), 1)
+    by_rank = [epoch(Batches(split, parted, CONFIG, Shard(CPU, r, processes)), 1) for r in range(processes)]
+    for step, batch in enumerate(whole):
+        here = slice(step * accumulation, (step + 1) * accumulation)
+        assert torch.equal(batch.images, torch.cat([b.images for parts in by_rank for b in parts[here]]))
+        assert torch.equal(batch.labels, torch.cat([b.labels for parts in by_rank for b in parts[here]]))
+
+
+def test_worker_processes_change_nothing(tmp_path):
+    large = load_split(write(tmp_path / "d", images=[picture(i, (80, 80)) for i in range(4)]), "train")
+    small = load_split("digits", "train", size=(8, 8)).select(torch.arange(4), "train")
+    for split in (large, small):
+        batches = [
+            Batches(
+                split, Recipe(**{**AUGMENTED, "batch_size": 2}, aa="augmix-m3", workers=w), CONFIG, Shard(CPU)
+            )
+            for w in (0, 2)
+        ]
+        for a, b in zip(*(epoch(b, 0) for b in batches), strict=True):
+            assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+
+
+def test_erased_images_are_a_share():
+    split = load_split("digits", "train", size=(8, 8))
+    plain, erased = (
+        torch.cat([b.images for b in epoch(Batches(split, Recipe(**fields), CONFIG, Shard(CPU)), 0)])
+        for fields in ({**AUGMENTED, "reprob": 0.0}, AUGMENTED)
+    )
+    changed = (plain != erased).flatten(1).any(1).double().mean()
+    assert 0.4 < changed < 0.6
+
+
+def test_decoded_images_are_kept_by_content(tmp_path, monkeypatch):
+    data = write(tmp_path / "d")
+    first = load_split(data, "train")
+    decoded = []
+    decode = pixels.decode
+    monkeypatch.setattr(pixels, "decode", lambda *arguments: decoded.append(1) or decode(*arguments))
+    elsewhere = write(tmp_path / "elsewhere")
+    assert torch.equal(load_split(elsewhere, "train").pixels, first.pixels) and not decoded
+    write(tmp_path / "elsewhere", images=[picture(9), *(picture(i) for i in range(1, 6))])
+    changed = load_split(elsewhere, "train").pixels
+    assert len(decoded) == 6 and np.array_equal(changed[0].numpy(), np.asarray(picture(9)))
+
+
+@pytest.mark.parametrize("harm", ["truncate", "remove"])
+def test_a_damaged_cache_is_made_again(harm, tmp_path, monkeypatch):
+    monkeypatch.setattr(pixels, "_folder", lambda: tmp_path / "cache")
+    data = write(tmp_path / "d")
+    load_split(data, "train")
+    (file,) = (tmp_path / "cache").iterdir()
+    if harm == "truncate":
+        file.write_bytes(file.read_bytes()[:300])
+        with pytest.warns(UserWarning, match="is damaged and made again"):
+            split = load_split(data, "train")
+    else:
+        file.unlink()
+        split = load_split(data, "train")
+    assert np.array_equal(split.pixels[3].numpy(), np.asarray(picture(3)))
+    assert [f.name for f in (tmp_path / "cache").iterdir()] == [file.name]
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(pixels, "_folder", lambda: tmp_path / "file" / "cache")
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        assert len(load_split(write(tmp_path / "d"), "train")) == 6
+
+
+def spoiled(size=(8, 8)):
+    """Six images, of which 0 and 4 are corrupt."""
+    images = [encode(picture(i, size)) for i in range(6)]
+    for i in (0, 4):
+        images[i] = {"bytes": images[i]["bytes"][:60], "path": None}
+    return images
+
+
+def test_corrupt_small_images_are_left_out_when_asked(tmp_path):
+    data = write(tmp_path / "d", images=spoiled())
+    split = load_split(data, "train", skip_corrupt=True)
+    assert split.labels.tolist() == [1, 2, 0, 2] and split.skipped == 2
+    assert np.array_equal(split.pixels[2].numpy(), np.asarray(picture(3)))
+    with pytest.raises(DataError, match="row 0 .*--on-corrupt skip"):
+        load_split(data, "train")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_corrupt_larger_images_are_skipped_and_counted_when_asked(workers, tmp_path):
+    data = write(tmp_path / "d", images=spoiled((80, 80)))
+    split = load_split(data, "train", skip_corrupt=True)
+    recipe = Recipe(data="d", batch_size=3, workers=workers, on_corrupt="skip")
+    batches = Batches(split, recipe, CONFIG, Shard(CPU))
+    trained = epoch(batches, 0)
+    assert [len(b.labels) for b in trained] == [3, 3] and sum(b.skipped for b in trained) == 2
+    # The next image takes the place of a corrupt one: 1 for 0, 5 for 4.
+    assert torch.cat([b.labels for b in trained]).bincount().tolist() == [1, 2, 3]
+    evaluated = list(batches.evaluate())
+    assert torch.cat([b.labels for b in evaluated]).tolist() == [1, 2, 0, 2]
+    assert sum(b.skipped for b in evaluated) == 2
+    with pytest.raises(DataError, match="^corrupt or unreadable image in row [04] of"):
+        epoch(Batches(split, Recipe(data="d", batch_size=3, workers=workers), CONFIG, Shard(CPU)), 0)
 
 
 # ---------------------------------------------------------------------------------------------- bad input
@@ -266,7 +386,7 @@ def test_sixteen_bit_greys_are_scaled_not_clipped(tmp_path):
     for name in ("a", "b"):
         (tmp_path / "d" / "train" / name).mkdir(parents=True)
         Image.fromarray(grey).save(tmp_path / "d" / "train" / name / "1.png")
-    pixels = load_split(str(tmp_path / "d"), "train").pixels[0, 0]
+    pixels = load_split(str(tmp_path / "d"), "train").pixels[0, :, :, 0]
     assert np.array_equal(pixels.numpy(), grey // 257)
     Image.fromarray(np.random.rand(8, 8).astype(np.float32)).save(tmp_path / "d" / "train" / "a" / "2.tiff")
     with pytest.raises(DataError, match="mode F, which has no fixed range"):
@@ -281,7 +401,7 @@ def test_parquet_without_the_image_type(tmp_path):
     table = pyarrow.table({"picture": [encode(picture(i))["bytes"] for i in range(3)], "label": [0, 1, 0]})
     parquet.write_table(table, tmp_path / "d" / "train-0.parquet")
     split = load_split(str(tmp_path / "d"), "train")
-    assert np.array_equal(split.pixels[2].permute(1, 2, 0).numpy(), np.asarray(picture(2)))
+    assert np.array_equal(split.pixels[2].numpy(), np.asarray(picture(2)))
     assert split.label_names == ["0", "1"] and not split.named
 
 

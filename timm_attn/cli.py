@@ -1,9 +1,11 @@
 """The command ``timm-attn``."""
 
+import errno
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
@@ -14,11 +16,12 @@ from tyro.extras import SubcommandApp
 from .errors import UserError
 from .fold import FoldError, NothingToFold, example_input, fold, verify_fold
 from .models import MECHANISMS, graft_tags, model_names, parse_name, stock_model
-from .training import Recipe, load_model, validate
+from .training import Recipe, load_model, resume_seeds, train_seeds, validate
 from .training import resume as resume_run
 from .training import train as train_run
-from .training.recipe import recipe_arguments
+from .training.recipe_file import recipe_arguments
 from .training.run import is_run, save_model
+from .training.seeds import is_seeds
 from .weights import WeightsError, checkpoints
 
 app = SubcommandApp()
@@ -31,9 +34,10 @@ if not console.is_terminal:
 def train(
     model: Positional[str | None] = None,
     /,
-    recipe: Path | None = None,
+    recipe: str | None = None,
     resume: Path | None = None,
     out: Path | None = None,
+    seeds: tuple[int, ...] = (),
     options: OmitArgPrefixes[Recipe] = Recipe(),  # noqa: B008 (frozen)
 ) -> None:
     """Train a model and write a run folder, or go on with one.
@@ -42,31 +46,59 @@ def train(
 
     Args:
         model: Model name, e.g. resnet20_dia.
-        recipe: YAML file with any of the options below; options on the command line override it.
+        recipe: Name of a recipe of the package, or a YAML file with any of the options below; options on the
+            command line override it.
         resume: Go on with this run folder. Takes no other argument.
         out: Run folder to make; runs/<model>_<data>_s<seed> by default.
+        seeds: Train once with each of these, in seed-<seed> of the run folder.
     """
     if recipe is not None:
         raise UserError("give --recipe once")  # main() has put the fields of the first into the options
     if resume is not None:
-        if model is not None or out is not None or options != Recipe():
+        if model is not None or out is not None or seeds or options != Recipe():
             raise UserError("--resume goes on with the recipe of the run: give it no other arguments")
         run = resume
     else:
         if model is None:
             raise UserError("name a model to train, e.g. `timm-attn train resnet20_dia --data digits`")
         data = Path(options.data).name or "data"
-        run = out or Path("runs") / f"{model}_{data}_s{options.seed}"
+        run = out or Path("runs") / f"{model}_{data}{'' if seeds else f'_s{options.seed}'}"
     try:
         if model is None:
-            resume_run(run)
+            results = resume_seeds(run) if is_seeds(run) else resume_run(run)
+        elif seeds:
+            results = train_seeds(model, options, run, seeds)
         else:
-            train_run(model, options, run)
-    except KeyboardInterrupt:
-        hint = f"`timm-attn train --resume {run}` goes on" if is_run(run) else "nothing was written"
-        raise UserError(f"stopped; {hint}") from None
+            results = train_run(model, options, run)
+    except KeyboardInterrupt as reason:
+        hint = f"`timm-attn train --resume {run}` goes on" if is_run(run) or is_seeds(run) else "no run yet"
+        why = f" by {reason}, a checkpoint is written" if str(reason) else ""
+        raise Stopped(f"stopped{why}; {hint}") from None
     if PartialState().is_main_process:
-        console.print(f"run folder: {run}")
+        _print_results(run, results)
+
+
+def _print_results(run: Path, results: dict[str, Any]) -> None:
+    table = Table("run folder", "split", "epoch", "top-1", "top-5", "loss", "n", "best epoch")
+    best = results.get("best_epoch")
+    figures = [results[key] for key in ("top1", "top5", "loss")]
+    table.add_row(
+        str(run),
+        results["split"],
+        str(results["epoch"]),
+        *(_figure(value, digits) for value, digits in zip(figures, (2, 2, 4), strict=True)),
+        str(figures[0]["n"] if "seeds" in results else 1),
+        f"{best['top1']:.2f} on {best['split']} in epoch {best['epoch']}" if best else "",
+    )
+    console.print(table)
+
+
+def _figure(value: Any, digits: int) -> str:
+    """A number, or mean ± standard deviation of several runs."""
+    if not isinstance(value, dict):
+        return f"{value:.{digits}f}"
+    std = "" if value["std"] is None else f" ± {value['std']:.{digits}f}"
+    return f"{value['mean']:.{digits}f}{std}"
 
 
 @app.command(name="validate")
@@ -248,9 +280,29 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         app.cli(prog="timm-attn", args=_expand_recipe(arguments), sort_subcommands=False)
-    except (UserError, WeightsError, FoldError, OSError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
+    except Stopped as reason:
+        _complain("", str(reason))
+        sys.exit(130)  # what a shell expects after Ctrl-C
+    except (UserError, WeightsError, FoldError) as error:
+        _complain("error: ", str(error))
         sys.exit(2)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = ": make room on the disk, then go on with `timm-attn train --resume RUN`" if full else ""
+        _complain("error: ", f"{error}{hint}")
+        sys.exit(2)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        detail = str(error).partition("\n")[0]
+        _complain("error: ", f"out of memory ({detail}): lower --batch-size or raise --accumulation")
+        sys.exit(2)
+
+
+def _complain(kind: str, message: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]{kind}[/]{escape(message)}")
+
+
+class Stopped(Exception):
+    """A command was stopped by the user."""
 
 
 def _expand_recipe(arguments: list[str]) -> list[str]:

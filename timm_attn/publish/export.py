@@ -13,14 +13,14 @@ from ..errors import UserError
 from ..fold import BOUNDS, NothingToFold, example_input, fold, relative_difference
 from ..models import model_names, parse_name, stock_model
 from ..training import Recipe, load_model, validate
-from ..training.recipe import load_recipe
+from ..training.recipe_file import load_recipe
 from ..training.run import (
     CONFIG,
     CURVES,
     METRICS,
     RECIPE,
-    last_metrics,
     open_run,
+    read_results,
     replace_file,
     save_model,
 )
@@ -58,7 +58,7 @@ def export(
         FoldError: The folded model, or a file for another runtime, differs from the trained one.
     """
     about = open_run(run, finished=True)
-    last_metrics(run)
+    read_results(run)
     if not tag or not tag.replace("_", "").isalnum():
         raise UserError(f"tag {tag!r} must be letters, digits and underscores, e.g. sgd_c10")
     trained = load_recipe(run / RECIPE)
@@ -145,7 +145,7 @@ def _write(
     metrics = {
         **{k: v for k, v in validate(loaded, recipe).items() if k != "eval_images_per_second"},
         "n": 1,
-        "epoch": last_metrics(run)["epoch"],
+        "epoch": read_results(run)["epoch"],
         "parameters": sum(p.numel() for p in loaded.parameters()),
         "logit_difference": difference,
     }

@@ -1,36 +1,33 @@
 """Batches on the device: order and augmentation as functions of (seed, epoch, step or image).
 
-They are drawn for the global batch and then cut by process, so that a run resumes exactly and does not depend
-on the number of processes.
+They are drawn for the global batch and then cut by process and by accumulation step, so that a run resumes
+exactly and depends neither on the number of processes nor on accumulation.
 """
 
-import hashlib
-import random
-from collections.abc import Iterator
+import itertools
+import signal
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from timm.data import create_transform
 from torch import Tensor
 
 from ..errors import UserError
+from .augment import AutoAugment, crop_and_flip, erase, generator, seed_everything
 from .data import Split
+from .images import DataError
 from .recipe import Recipe
 
-Batch = tuple[Tensor, Tensor]
 
+class Batch(NamedTuple):
+    """Images B × 3 × H × W and labels (B,) on the device, and how many images stand in for corrupt ones."""
 
-def derive_seed(*parts: Any) -> int:
-    """A 63-bit seed from a tuple of numbers and strings, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
-
-
-def generator(*parts: Any) -> torch.Generator:
-    """A CPU generator seeded by :func:`derive_seed`."""
-    return torch.Generator().manual_seed(derive_seed(*parts))
+    images: Tensor
+    labels: Tensor
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,24 +44,13 @@ class Shard:
         return batch[self.rank * part : (self.rank + 1) * part]
 
 
-def crop_and_flip(images: Tensor, padding: int, flip: Tensor, offsets: Tensor) -> Tensor:
-    """Shift each image inside a border of zeros and mirror some.
+class Key(NamedTuple):
+    """What a part of a batch is made from; ``epoch`` is None in evaluation."""
 
-    Args:
-        images: B × C × H × W, any dtype.
-        padding: Width of the border, in pixels.
-        flip: bool, shape (B,): which images are mirrored left to right.
-        offsets: int64, B × 2, from 0 to 2 · padding: row and column of the crop in the padded image.
-    """
-    height, width = images.shape[2:]
-    padded = F.pad(images, (padding,) * 4) if padding else images
-    rows = offsets[:, :1] + torch.arange(height, device=images.device)
-    columns = torch.arange(width, device=images.device).expand(len(images), -1)
-    columns = offsets[:, 1:] + torch.where(flip[:, None], width - 1 - columns, columns)
-    # Channels last while gathering: one index then moves a whole pixel.
-    pixels = padded.permute(0, 2, 3, 1)
-    batch = torch.arange(len(images), device=images.device)[:, None, None]
-    return pixels[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    epoch: int | None
+    indices: Tensor
+    flip: Tensor | None = None
+    offsets: Tensor | None = None
 
 
 class Batches:
@@ -84,6 +70,7 @@ class Batches:
         self.mean = torch.tensor(config["mean"], device=shard.device).view(1, 3, 1, 1) * 255
         self.std = torch.tensor(config["std"], device=shard.device).view(1, 3, 1, 1) * 255
         self.format = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        self._order = -1, torch.empty(0)  # epoch and permutation
 
     @property
     def steps(self) -> int:
@@ -95,19 +82,37 @@ class Batches:
             )
         return len(self.split) // self.recipe.batch_size
 
-    def train(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """This process's training batches of an epoch, from step ``first`` on."""
-        seed, size = self.recipe.seed, self.recipe.batch_size
-        order = torch.randperm(len(self.split), generator=generator(seed, "order", epoch))
-        batches = order[: self.steps * size].view(self.steps, size)[first:]
+    def train(self, step: int = 0) -> Generator[Batch, None, None]:
+        """Training batches of this process from a step of the run on, without end.
+
+        Every step is ``accumulation`` batches.
+        """
+        keys = itertools.chain.from_iterable(map(self._keys, itertools.count(step)))
         if self.pixels is None:
-            yield from self._loader([self.shard.cut(b) for b in batches], epoch)
-            return
-        for step, indices in enumerate(batches, start=first):
-            flip, offsets = self._draw(epoch, step)
-            index = self.shard.cut(indices).to(self.shard.device)
-            images = crop_and_flip(self.pixels[index], self.recipe.crop_padding, flip, offsets)
-            yield self._normalise(images), self.labels[index]
+            yield from self._loader(_Rows(self.split, self.recipe, self.config, training=True), keys)
+        elif self.recipe.aa:
+            dataset = _Pixels(self.split, self.recipe, self.config)
+            # Keys are read ahead by the workers' queue, and again here.
+            keys, again = itertools.tee(keys)
+            for key, batch in zip(again, self._loader(dataset, keys), strict=False):
+                yield batch._replace(images=self._augment(batch.images, key))
+        else:
+            for key in keys:
+                index = key.indices.to(self.shard.device)
+                yield Batch(self._augment(self.pixels[index], key), self.labels[index])
+
+    def _keys(self, step: int) -> Iterator[Key]:
+        """What the parts of a step's batch are made from."""
+        recipe, (epoch, place) = self.recipe, divmod(step, self.steps)
+        if self._order[0] != epoch:
+            g = generator(recipe.seed, "order", epoch)
+            self._order = epoch, torch.randperm(len(self.split), generator=g)
+        indices = self._order[1][place * recipe.batch_size : (place + 1) * recipe.batch_size]
+        g = generator(recipe.seed, "augment", epoch, place)
+        offsets = torch.randint(0, 2 * recipe.crop_padding + 1, (recipe.batch_size, 2), generator=g)
+        flip = torch.rand(recipe.batch_size, generator=g) < (0.5 if recipe.hflip else 0.0)
+        parts = (self.shard.cut(t).chunk(recipe.accumulation) for t in (indices, flip, offsets))
+        return (Key(epoch, *part) for part in zip(*parts, strict=True))
 
     @property
     def evaluation_steps(self) -> int:
@@ -116,57 +121,121 @@ class Batches:
 
     def _evaluation_indices(self) -> tuple[Tensor, ...]:
         indices = torch.arange(self.shard.rank, len(self.split), self.shard.processes)
-        return indices.split(max(1, self.recipe.batch_size // self.shard.processes))
+        return indices.split(
+            max(1, self.recipe.batch_size // self.shard.processes // self.recipe.accumulation)
+        )
 
     def evaluate(self) -> Iterator[Batch]:
-        """This process's share of the split, each image once, in order and without augmentation."""
+        """This process's share of the split, each image once, in order and without augmentation.
+
+        Corrupt images that are skipped are left out, and counted.
+        """
         batches = self._evaluation_indices()
         if self.pixels is None:
-            yield from self._loader(list(batches), epoch=None)
+            dataset = _Rows(self.split, self.recipe, self.config, training=False)
+            yield from self._loader(dataset, (Key(None, b) for b in batches))
             return
         for index in batches:
             index = index.to(self.shard.device)
-            yield self._normalise(self.pixels[index]), self.labels[index]
+            yield Batch(self._normalise(self.pixels[index]), self.labels[index])
 
-    def _draw(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        recipe = self.recipe
-        g = generator(recipe.seed, "augment", epoch, step)
-        offsets = torch.randint(0, 2 * recipe.crop_padding + 1, (recipe.batch_size, 2), generator=g)
-        flip = torch.rand(recipe.batch_size, generator=g) < (0.5 if recipe.hflip else 0.0)
-        return tuple(self.shard.cut(t).to(self.shard.device, non_blocking=True) for t in (flip, offsets))  # pyright: ignore[reportReturnType]
+    def _augment(self, images: Tensor, key: Key) -> Tensor:
+        assert key.flip is not None and key.offsets is not None
+        flip, offsets = (t.to(self.shard.device, non_blocking=True) for t in (key.flip, key.offsets))
+        images = self._normalise(crop_and_flip(images, self.recipe.crop_padding, flip, offsets))
+        if self.recipe.reprob:
+            erase(images, key.indices, self.recipe.reprob, self.recipe.seed, key.epoch)
+        return images
 
     def _normalise(self, images: Tensor) -> Tensor:
-        return images.float().sub_(self.mean).div_(self.std).contiguous(memory_format=self.format)
+        images = images.permute(0, 3, 1, 2).float().sub_(self.mean).div_(self.std)
+        return images.contiguous(memory_format=self.format)
 
-    def _loader(self, batches: list[Tensor], epoch: int | None) -> Iterator[Batch]:
-        device = self.shard.device
+    def _loader(self, dataset: "_Rows | _Pixels", keys: Iterable[Key]) -> Iterator[Batch]:
+        device, workers = self.shard.device, self.recipe.workers
         loader = torch.utils.data.DataLoader(
-            _Rows(self.split, self.recipe, self.config, epoch),
-            batch_sampler=[b.tolist() for b in batches],
-            num_workers=self.recipe.workers,
+            dataset,
+            # Lists: each tensor on its way to a worker would take a file descriptor.
+            sampler=((key.epoch, key.indices.tolist()) for key in keys),  # pyright: ignore[reportArgumentType]
+            batch_size=None,
+            num_workers=workers,
             pin_memory=device.type == "cuda",
+            worker_init_fn=_init_worker,
         )
-        for images, labels in loader:
-            images = images.to(device, memory_format=self.format, non_blocking=True)
-            yield images, labels.to(device, non_blocking=True)
+        for item in loader:
+            if isinstance(item, DataError):
+                raise item
+            images, labels, skipped = item
+            if images.dtype != torch.uint8:
+                images = images.contiguous(memory_format=self.format)
+            yield Batch(
+                images.to(device, non_blocking=True), labels.to(device, non_blocking=True), int(skipped)
+            )
+
+
+def _init_worker(worker: int) -> None:
+    """Leave signals to the main process, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Rows(torch.utils.data.Dataset):
-    """Larger images through timm's transforms, seeded for each image."""
+    """Batches of larger images through timm's transforms, seeded for each image."""
 
-    def __init__(self, split: Split, recipe: Recipe, config: dict[str, Any], epoch: int | None) -> None:
-        self.split, self.seed, self.epoch = split, recipe.seed, epoch
+    def __init__(self, split: Split, recipe: Recipe, config: dict[str, Any], training: bool) -> None:
+        self.split, self.seed, self.skip = split, recipe.seed, recipe.on_corrupt == "skip"
+        training_only: dict[str, Any] = {
+            "scale": recipe.crop_scale,
+            "auto_augment": recipe.aa,
+            "re_prob": recipe.reprob,
+            "re_mode": "pixel",
+            "hflip": 0.5 if recipe.hflip else 0.0,
+            "color_jitter": recipe.color_jitter,
+        }
         self.transform: Any = create_transform(
-            **config,
-            is_training=epoch is not None,
-            hflip=0.5 if recipe.hflip else 0.0,
-            color_jitter=None,  # pyright: ignore[reportArgumentType]
+            **config, is_training=training, **(training_only if training else {})
         )
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if self.epoch is not None:
-            seed = derive_seed(self.seed, "image", self.epoch, index)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.manual_seed(seed)
-        return self.transform(self.split.image(index)), int(self.split.labels[index])
+    def __getitem__(self, key: tuple[int | None, list[int]]) -> tuple[Tensor, Tensor, int] | DataError:
+        epoch, indices = key
+        images, labels, skipped = [], [], 0
+        for index in indices:
+            try:
+                row, image = self._image(index, replace=epoch is not None)
+            except DataError as error:
+                if not self.skip:
+                    return error  # raised by the main process, without the worker's traceback
+                skipped += 1
+                continue
+            skipped += row != index
+            seed_everything(self.seed, "image", epoch, index)
+            images.append(self.transform(image))
+            labels.append(self.split.labels[row])
+        if not images:
+            return torch.empty(0, 3, 1, 1), torch.empty(0, dtype=torch.int64), skipped
+        return torch.stack(images), torch.stack(labels), skipped
+
+    def _image(self, index: int, replace: bool) -> tuple[int, Any]:
+        """An image, or where it is corrupt and training goes on without it, the next that is not."""
+        tries = len(self.split) if self.skip and replace else 1
+        for row in range(index, index + tries):
+            try:
+                return row % len(self.split), self.split.image(row % len(self.split))
+            except DataError:
+                if row == index + tries - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+
+class _Pixels(torch.utils.data.Dataset):
+    """Batches of small images through AutoAugment, uint8."""
+
+    def __init__(self, split: Split, recipe: Recipe, config: dict[str, Any]) -> None:
+        assert recipe.aa is not None and split.pixels is not None
+        self.pixels, self.labels, self.seed = split.pixels, split.labels, recipe.seed
+        self.augment = AutoAugment(recipe.aa, config["mean"], min(split.pixels.shape[1:3]))
+
+    def __getitem__(self, key: tuple[int, list[int]]) -> tuple[Tensor, Tensor, int]:
+        epoch, indices = key
+        images = [self.augment(self.pixels[i].numpy(), self.seed, "image", epoch, i) for i in indices]
+        return torch.from_numpy(np.stack(images)), self.labels[indices], 0

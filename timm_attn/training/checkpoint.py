@@ -29,12 +29,14 @@ class State:
         step: Optimiser steps done.
         model: The model's state dict.
         optimizer: The optimiser's state dict.
+        ema: State dict of the averaged weights, or nothing.
         progress: JSON values: running sums of the epoch, gradient scaler.
     """
 
     step: int
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
+    ema: dict[str, Tensor] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
 
 
@@ -48,11 +50,15 @@ def save(run: Path, state: State, keep: int) -> Path:
         tensors, rest = _split_optimizer(state.optimizer)
         save_file(_plain(state.model), partial / "model.safetensors")
         save_file(_plain(tensors), partial / "optimizer.safetensors")
+        if state.ema:
+            save_file(_plain(state.ema), partial / "ema.safetensors")
         write_json(
             partial / "state.json", {"step": state.step, "optimizer": rest, "progress": state.progress}
         )
+        for path in partial.iterdir():
+            _sync(path)
         write_json(partial / MANIFEST, {p.name: sha256(p) for p in sorted(partial.iterdir())})
-        for path in (*partial.iterdir(), partial):
+        for path in (partial / MANIFEST, partial):
             _sync(path)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -60,7 +66,7 @@ def save(run: Path, state: State, keep: int) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _sync(run)
-    for _, old in _folders(run)[:-keep]:
+    for _, old in folders(run)[:-keep]:
         shutil.rmtree(old)
     return final
 
@@ -68,14 +74,15 @@ def save(run: Path, state: State, keep: int) -> Path:
 def load_last(run: Path) -> tuple[State | None, dict[Path, str]]:
     """The newest checkpoint of a run that is intact, and what is wrong with newer ones, by folder."""
     damaged = {}
-    for _, folder in reversed(_folders(run)):
+    for _, folder in reversed(folders(run)):
         problem = _problem(folder)
         if problem is None:
             meta = json.loads((folder / "state.json").read_text())
             tensors = load_file(folder / "optimizer.safetensors")
             optimizer = _join_optimizer(tensors, meta["optimizer"])
             model = load_file(folder / "model.safetensors")
-            return State(meta["step"], model, optimizer, meta["progress"]), damaged
+            ema = load_file(folder / "ema.safetensors") if (folder / "ema.safetensors").is_file() else {}
+            return State(meta["step"], model, optimizer, ema, meta["progress"]), damaged
         damaged[folder] = problem
     return None, damaged
 
@@ -91,7 +98,8 @@ def _problem(folder: Path) -> str | None:
     return None
 
 
-def _folders(run: Path) -> list[tuple[int, Path]]:
+def folders(run: Path) -> list[tuple[int, Path]]:
+    """The checkpoints of a run by step, the oldest first."""
     steps = [(p.name.removeprefix("step-"), p) for p in run.glob("step-*") if p.is_dir()]
     return sorted((int(n), p) for n, p in steps if n.isdigit())
 
@@ -119,6 +127,11 @@ def _join_optimizer(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[st
         index, name = key.split("/", 1)
         state[int(index)][name] = tensor
     return {"state": state, "param_groups": rest["param_groups"]}
+
+
+def json_line(value: dict[str, Any]) -> str:
+    """One line of a file of JSON lines."""
+    return json.dumps(value) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:

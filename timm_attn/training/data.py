@@ -4,18 +4,18 @@ Small images (the side read is at most 64 pixels) are decoded once into one uint
 batch; larger ones stay encoded and are decoded in worker processes.
 """
 
-import io
-import os
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from ..errors import UserError
+from .images import DataError, decode
+from .pixels import decoded
 
 if TYPE_CHECKING:
     import datasets
@@ -24,10 +24,6 @@ SMALL = 64  # pixels
 MEMORY = 4 * 2**30  # bytes that one decoded split may take
 DIGITS_TRAIN = 1437
 LABEL_NAMES = ("label", "labels", "fine_label", "target", "class")
-
-
-class DataError(UserError):
-    """A data set, a split, an image or a label cannot be used."""
 
 
 @dataclass
@@ -39,10 +35,11 @@ class Split:
         name: The split.
         labels: Class indices, int64, shape (N,).
         label_names: Class names, by index.
-        pixels: Small images: uint8, N × 3 × H × W. None for larger ones.
+        pixels: Small images: uint8, N × H × W × 3. None for larger ones.
         rows: Larger images: the data set's rows, image bytes undecoded. None for small ones.
         column: Name of the image column of ``rows``.
         named: Whether the classes have names; else ``label_names`` are the numbers up to the greatest label.
+        skipped: Number of corrupt small images that were left out.
     """
 
     data: str
@@ -53,6 +50,7 @@ class Split:
     rows: "datasets.Dataset | None" = None
     column: str = "image"
     named: bool = True
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,40 +64,28 @@ class Split:
         assert self.rows is not None
         return decode(self.rows[index][self.column], f"row {index} of {self.data} ({self.name})")
 
+    def select(self, indices: Tensor, name: str) -> "Split":
+        """A part of the split, under another name."""
+        return dataclasses.replace(
+            self,
+            name=name,
+            labels=self.labels[indices],
+            pixels=None if self.pixels is None else self.pixels[indices],
+            rows=None if self.rows is None else self.rows.select(indices.tolist()),
+        )
+
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Channel means and standard deviations of small images, in [0, 1]."""
         assert self.pixels is not None
         # Exact in integers: a float32 mean over 50 million pixels is not.
         values = torch.arange(256, dtype=torch.float64) / 255
         means, stds = [], []
-        for channel in self.pixels.unbind(1):
+        for channel in self.pixels.unbind(3):
             counts = torch.bincount(channel.flatten(), minlength=256).double()
             mean = (counts @ values / counts.sum()).item()
             means.append(mean)
             stds.append((counts @ (values - mean).square() / counts.sum()).sqrt().item())
         return tuple(means), tuple(stds)
-
-
-def decode(cell: dict[str, Any], where: str) -> Image.Image:
-    """An RGB image from a data set's undecoded cell (``bytes`` or ``path``).
-
-    Raises:
-        DataError: The image is missing or corrupt.
-    """
-    try:
-        source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
-        with Image.open(source) as image:
-            if image.mode.startswith("I;16"):  # PIL would clip all but the darkest 255 of 65,536 greys
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            elif image.mode in ("I", "F"):
-                raise ValueError(f"its pixels are of mode {image.mode}, which has no fixed range")
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, TypeError, ValueError) as error:
-        path = (cell or {}).get("path")
-        raise DataError(
-            f"corrupt or unreadable image in {where}{f', path {path}' if path else ''}: {error}. "
-            "Repair, convert or remove it"
-        ) from None
 
 
 def load_split(
@@ -110,6 +96,7 @@ def load_split(
     image_column: str | None = None,
     label_column: str | None = None,
     encoded: bool = False,
+    skip_corrupt: bool = False,
 ) -> Split:
     """Read one split.
 
@@ -119,6 +106,7 @@ def load_split(
         name: The split's name; found by ``role`` if None.
         size: Width and height in pixels that images are brought to; None keeps small images as they are.
         encoded: Leave small images encoded, too.
+        skip_corrupt: Leave small images that are corrupt out; larger ones are decoded later.
 
     Raises:
         DataError: There is no such data, split or column, or an image or label cannot be used.
@@ -131,12 +119,23 @@ def load_split(
     import datasets
 
     rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    first = decode(rows[0][column], f"row 0 of {data} ({name})")
-    width, height = size or first.size
+    width, height = size or _first_size(rows, column, f"{data} ({name})", skip_corrupt)
     if encoded or max(width, height) > SMALL or len(rows) * width * height * 3 > MEMORY:
         return Split(data, name, labels, label_names, rows=rows, column=column, named=named)
-    pixels = _pixels(data, name, rows, column, (width, height), resize=size is not None)
-    return Split(data, name, labels, label_names, pixels=pixels, named=named)
+    pixels, kept = decoded(rows, column, (width, height), size is not None, f"{data} ({name})", skip_corrupt)
+    return Split(
+        data, name, labels[kept], label_names, pixels=pixels, named=named, skipped=len(rows) - len(kept)
+    )
+
+
+def _first_size(rows: "datasets.Dataset", column: str, where: str, skip: bool) -> tuple[int, int]:
+    for row in range(len(rows)):
+        try:
+            return decode(rows[row][column], f"row {row} of {where}").size
+        except DataError:
+            if not skip:
+                raise
+    raise DataError(f"no image of {where} can be decoded: choose other data")
 
 
 def _digits(role: str, name: str | None, size: tuple[int, int]) -> Split:
@@ -153,7 +152,7 @@ def _digits(role: str, name: str | None, size: tuple[int, int]) -> Split:
     bunch: Any = load_digits()
     grey = torch.from_numpy(bunch.images[part] / 16).float()[:, None]
     large = torch.nn.functional.interpolate(grey, size=size[::-1], mode="bilinear", align_corners=False)
-    pixels = (large * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    pixels = (large * 255).round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous()
     labels = torch.from_numpy(bunch.target[part]).long()
     return Split("digits", name, labels, [str(d) for d in range(10)], pixels=pixels)
 
@@ -258,44 +257,3 @@ def _labels(data: str, split: str, rows: "datasets.Dataset", column: str) -> tup
         )
     named = isinstance(feature, datasets.ClassLabel) or np.asarray(values).dtype.kind in "UO"
     return labels, names, named
-
-
-def _pixels(
-    data: str, split: str, rows: "datasets.Dataset", column: str, size: tuple[int, int], resize: bool
-) -> Tensor:
-    """Decode all rows; `datasets` keeps the result in its cache, so that the next run starts at once."""
-    import datasets
-
-    width, height = size
-    processes = min(os.cpu_count() or 1, len(rows) // 2000)
-    decoded = rows.map(
-        _decode_batch,
-        fn_kwargs={"column": column, "size": size, "resize": resize, "where": f"{data} ({split})"},
-        with_indices=True,
-        batched=True,
-        batch_size=500,
-        remove_columns=rows.column_names,
-        features=datasets.Features({"pixels": datasets.Value("large_binary")}),
-        num_proc=processes if processes > 1 else None,
-        desc=f"decoding {split}",
-    )
-    flat = bytearray().join(decoded.with_format("arrow")[:]["pixels"].to_pylist())
-    pixels = torch.frombuffer(flat, dtype=torch.uint8).view(len(rows), height, width, 3)
-    return pixels.permute(0, 3, 1, 2).contiguous()
-
-
-def _decode_batch(
-    batch: dict[str, list], indices: list[int], column: str, size: tuple[int, int], resize: bool, where: str
-) -> dict[str, list[bytes]]:
-    pixels = []
-    for index, cell in zip(indices, batch[column], strict=True):
-        image = decode(cell, f"row {index} of {where}")
-        if image.size != size:
-            if not resize:
-                raise DataError(
-                    f"row {index} of {where} has {image.width}×{image.height} pixels, the first row "
-                    f"{size[0]}×{size[1]}: give --img-size to bring all to one size"
-                )
-            image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
-        pixels.append(image.tobytes())
-    return {"pixels": pixels}

@@ -21,29 +21,33 @@ def evaluate(
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy (%), cross-entropy (nats) and images per second over a whole split.
 
-    Every image counts once, however many processes share the work. With fewer than five classes top-5 is
+    Every image counts once, however many processes share the work; corrupt ones that are skipped do not, and
+    their number is given. With fewer than five classes top-5 is
     top-k for all of them. ``show`` draws a progress bar.
     """
     model.eval()
-    sums = torch.zeros(4, dtype=sum_dtype(accelerator.device), device=accelerator.device)
+    sums = torch.zeros(5, dtype=sum_dtype(accelerator.device), device=accelerator.device)
     started = time.perf_counter()
-    for images, labels in track(batches.evaluate(), batches.evaluation_steps, show):
+    for images, labels, skipped in track(batches.evaluate(), batches.evaluation_steps, show):
+        if not len(labels):  # all were skipped
+            sums[4] += skipped
+            continue
         with accelerator.autocast():
             logits = model(images)
         logits = logits.to(sums.dtype)
         ranks = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack(
-            [ranks[:, 0].sum(), ranks.sum(), loss, torch.tensor(len(labels), device=loss.device)]
-        )
+        n = torch.tensor(len(labels), device=loss.device)
+        sums += torch.stack([ranks[:, 0].sum(), ranks.sum(), loss, n, n.new_tensor(skipped)])
     sums = accelerator.reduce(sums)
     assert torch.is_tensor(sums)
-    top1, top5, loss, n = sums.tolist()
+    top1, top5, loss, n, skipped = sums.tolist()
     seconds = time.perf_counter() - started
     return {
         "top1": 100 * top1 / n,
         "top5": 100 * top5 / n,
         "loss": loss / n,
         "images": int(n),
+        **({"skipped": int(skipped)} if skipped else {}),
         "eval_images_per_second": n / seconds,
     }

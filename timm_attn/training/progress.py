@@ -19,9 +19,12 @@ from torch import Tensor
 REFRESH_SECONDS = 0.5  # reading a sum waits for a GPU, so it is not done at every step
 
 
-def track(items: Iterable, total: int, show: bool) -> Iterable:
-    """Iterate with a progress bar on the terminal, or without one."""
-    return rich.progress.track(items, "evaluating", total=total) if show else items
+def track(items: Iterable, total: int, show: bool, title: str = "evaluating") -> Iterable:
+    """Iterate with a progress bar where the output is a terminal, or without one."""
+    console = Console()
+    return (
+        rich.progress.track(items, title, total, console=console) if show and console.is_terminal else items
+    )
 
 
 class Bar:
@@ -51,7 +54,7 @@ class Bar:
         self.progress.stop()
 
     def step(self, sums: Tensor) -> None:
-        """One training step more; ``sums`` holds loss, correct predictions and images of the epoch so far."""
+        """One training step more; ``sums`` begins with loss, correct predictions and images of the epoch."""
         self.pending += 1
         if not self.progress.disable and time.perf_counter() - self.shown > REFRESH_SECONDS:
             self._flush(sums)
@@ -70,7 +73,7 @@ class Bar:
         now = time.perf_counter()
         figures = {}
         if sums is not None:
-            loss, correct, images = sums.tolist()
+            loss, correct, images = sums[:3].tolist()
             rate = self.pending * self.batch_size / (now - self.shown)
             top1 = 100 * correct / images
             figures["figures"] = f"loss {loss / images:.3f}  top-1 {top1:.1f}  {rate:.0f} images/s"

@@ -3,7 +3,9 @@
 recipe.yaml          resolved recipe
 environment.json     model, data, versions, hardware, git commit, command
 metrics.jsonl        one line an epoch
-curves.png           the same, drawn
+steps.jsonl          one line every `log_every` steps
+curves.png           the epochs, drawn
+results.json         what is reported of a finished run: the last epoch's figures
 step-N/              checkpoints to resume from
 config.json          timm's configuration of the finished model
 model.safetensors    its weights: the last of the files, so a run that has it is finished
@@ -27,6 +29,7 @@ from torch import nn
 from ..errors import UserError
 
 RECIPE, ENVIRONMENT, METRICS, CURVES = "recipe.yaml", "environment.json", "metrics.jsonl", "curves.png"
+STEPS, RESULTS = "steps.jsonl", "results.json"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -64,26 +67,36 @@ def open_run(path: Path, finished: bool = False) -> dict[str, Any]:
         ) from None
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A file of JSON lines; nothing if there is none. A last line that a crash cut short is left out."""
+    if not path.is_file():
+        return []
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines]
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics, one an epoch."""
-    file = path / METRICS
-    return (
-        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-    )
+    return read_lines(path / METRICS)
 
 
-def last_metrics(path: Path) -> dict[str, Any]:
-    """The metrics of a run's last epoch; a UserError if there are none."""
-    lines = read_metrics(path)
-    if not lines:
-        raise UserError(f"{path / METRICS} is missing or empty: restore it, or start a new run")
-    return lines[-1]
+def read_results(path: Path) -> dict[str, Any]:
+    """The results of a finished run.
+
+    Raises:
+        UserError: They are missing or cannot be read.
+    """
+    try:
+        return json.loads((path / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path / RESULTS} cannot be read ({error}): restore it, or start a new run"
+        ) from None
 
 
-def write_metrics(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Replace a run's metrics, whole."""
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    replace_file(path / METRICS, text.encode())
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Replace a file of JSON lines, whole."""
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def replace_file(path: Path, content: bytes) -> None:

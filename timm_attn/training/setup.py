@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +16,79 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from ..errors import UserError
-from .batches import derive_seed
+from ..graft import graft
+from ..models import MECHANISMS, model_names, parse_name
+from .augment import derive_seed, generator
 from .data import Split, load_split
 from .recipe import Recipe
+from .run import CONFIG, is_run, open_run
 
 
-def make_accelerator(precision: str) -> Accelerator:
+@dataclass(frozen=True)
+class Splits:
+    """What a run reads.
+
+    Attributes:
+        train: Trained on.
+        eval: Evaluated after each epoch.
+        test: Evaluated once, after the last epoch; None where ``eval`` is the reported split.
+    """
+
+    train: Split
+    eval: Split
+    test: Split | None = None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of images by split."""
+        return {split.name: len(split) for split in (self.train, self.eval, self.test) if split}
+
+
+def make_accelerator(precision: str, **kwargs: Any) -> Accelerator:
     """Accelerate's view of this process; several may be made in turn, with different precisions."""
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("precision fp16 needs a GPU: use bf16")
     # The state is a singleton that refuses another precision; the process group lives elsewhere and stays.
     AcceleratorState._reset_state()
     # Without a word from us Accelerate ignores the other processes of a `torchrun` on CPUs.
-    return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
+    return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available(), **kwargs)
 
 
-def recipe_accelerator(recipe: Recipe) -> Accelerator:
+def recipe_accelerator(recipe: Recipe, run: Path) -> Accelerator:
     """The accelerator of a training run; a UserError if its processes cannot share the batch evenly."""
-    accelerator = make_accelerator(recipe.precision)
-    if recipe.batch_size % accelerator.num_processes:
+    try:
+        accelerator = make_accelerator(
+            recipe.precision, log_with=list(recipe.track) or None, project_dir=run if recipe.track else None
+        )
+    except ValueError as error:
+        if isinstance(error, UserError) or not recipe.track:
+            raise
+        raise UserError(f"cannot track with {', '.join(recipe.track)}: {error}") from None
+    missing = {*recipe.track} - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    if missing:
+        raise UserError(f"tracker {', '.join(missing)} is not installed: `pip install 'timm-attn[track]'`")
+    parts = accelerator.num_processes * recipe.accumulation
+    if recipe.batch_size % parts:
         raise UserError(
-            f"batch_size {recipe.batch_size} cannot be shared by {accelerator.num_processes} processes: "
-            "make it a multiple"
+            f"batch_size {recipe.batch_size} cannot be shared by {accelerator.num_processes} processes in "
+            f"{recipe.accumulation} parts: make it a multiple of {parts}"
+        )
+    if (recipe.mixup or recipe.cutmix) and recipe.batch_size // parts % 2:
+        raise UserError(
+            f"mixup and cutmix need an even number of images a process, not {recipe.batch_size // parts}: "
+            f"make batch_size a multiple of {2 * parts}"
         )
     return accelerator
 
 
-def load_splits(recipe: Recipe, accelerator: Accelerator) -> tuple[Split, Split]:
-    """The training split and the one that is evaluated, with the same classes and decoded the same way."""
+def load_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
+    """The splits of a recipe, with the same classes and decoded the same way."""
     size = (recipe.img_size, recipe.img_size) if recipe.img_size else None
     options: dict[str, Any] = {
         "size": size,
         "image_column": recipe.image_column,
         "label_column": recipe.label_column,
+        "skip_corrupt": recipe.on_corrupt == "skip",
     }
     # The first process of each machine fills the cache of decoded images, the others read it.
     with accelerator.local_main_process_first():
@@ -56,11 +97,24 @@ def load_splits(recipe: Recipe, accelerator: Accelerator) -> tuple[Split, Split]
         if train_split.pixels is None:
             options["encoded"] = True
         else:
-            height, width = train_split.pixels.shape[2:]
+            height, width = train_split.pixels.shape[1:3]
             options["size"] = (width, height)
         eval_split = load_split(recipe.data, "eval", recipe.eval_split, **options)
     match_classes(eval_split, train_split.label_names)
-    return train_split, eval_split
+    if not recipe.val_fraction:
+        return Splits(train_split, eval_split)
+    held_out = round(len(train_split) * recipe.val_fraction)
+    if not 0 < held_out < len(train_split):
+        raise UserError(
+            f"val_fraction {recipe.val_fraction} holds out {held_out} of {len(train_split)} images"
+        )
+    order = torch.randperm(len(train_split), generator=generator("held out"))
+    name = train_split.name
+    return Splits(
+        train_split.select(order[held_out:].sort().values, name),
+        train_split.select(order[:held_out].sort().values, f"{name}, held out"),
+        eval_split,
+    )
 
 
 def match_classes(split: Split, names: list[str]) -> None:
@@ -78,9 +132,11 @@ def _some(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''} ({len(names)})"
 
 
-def resolve_recipe(recipe: Recipe, split: Split) -> Recipe:
-    """The recipe with the defaults that depend on the data."""
-    if split.pixels is not None:
+def resolve_recipe(recipe: Recipe, split: Split, cfg: dict[str, Any] | None) -> Recipe:
+    """The recipe with the defaults that depend on the data, and on the weights that it starts from."""
+    if cfg is not None:
+        mean, std = cfg["mean"], cfg["std"]
+    elif split.pixels is not None:
         mean, std = split.statistics()
         if recipe.std is None and min(std) < 1e-4:
             raise UserError(
@@ -98,41 +154,117 @@ def resolve_recipe(recipe: Recipe, split: Split) -> Recipe:
     )
 
 
-def build(model: str, recipe: Recipe, split: Split) -> nn.Module:
-    """The network of a recipe, with the configuration that its checkpoint will carry.
+def build(model: str, recipe: Recipe, split: Split, weights: bool = True) -> tuple[nn.Module, Recipe]:
+    """The network of a recipe, with the configuration of its checkpoints, and the resolved recipe.
+
+    Args:
+        model: Name of the architecture.
+        recipe: Where it says so, the network starts from other weights.
+        split: The training split.
+        weights: False leaves the weights that the recipe starts from out, for a run that goes on.
 
     Raises:
-        UserError: timm does not know the model, or the model refuses its arguments.
+        UserError: timm does not know the model, or the model refuses its arguments or the weights.
     """
     set_seed(derive_seed(recipe.seed, "init") % 2**32)
-    # create_model drops arguments that are None, so they say nothing here.
+    classes = len(split.label_names)
     arguments = recipe.parsed_model_kwargs()
     try:
-        network: Any = timm.create_model(model, num_classes=len(split.label_names), in_chans=3, **arguments)
+        if recipe.init is None or not weights:
+            # create_model drops arguments that are None, so they say nothing here.
+            network: Any = timm.create_model(model, num_classes=classes, in_chans=3, **arguments)
+        else:
+            network = _initial(model, recipe.init, classes, arguments)
+        recipe = resolve_recipe(recipe, split, network.pretrained_cfg if recipe.init else None)
         size = _image_size(network, recipe, split)
         with torch.no_grad():
             shape = tuple(network.eval()(torch.zeros(2, 3, *size)).shape)
-        if shape != (2, len(split.label_names)):
-            raise ValueError(f"its output has shape {shape} for 2 images, not (2, {len(split.label_names)})")
+        if shape != (2, classes):
+            raise ValueError(f"its output has shape {shape} for 2 images, not (2, {classes})")
+    except UserError:
+        raise
     except Exception as error:  # whatever a constructor of timm raises on odd arguments
         given = f" with {arguments}" if arguments else ""
-        raise UserError(f"cannot build {model}{given}: {type(error).__name__}: {error}") from None
+        start = f" from {recipe.init}" if recipe.init else ""
+        raise UserError(f"cannot build {model}{given}{start}: {type(error).__name__}: {error}") from None
     network.pretrained_cfg = network.default_cfg = {
         **{
             k: v
             for k, v in network.pretrained_cfg.items()
-            if k not in ("file", "url", "hf_hub_id", "label_names")
+            if k not in ("file", "url", "hf_hub_id", "label_names", "label_descriptions")
         },
         "tag": None,
         "input_size": (3, *size),
         "pool_size": _pool_size(network.pretrained_cfg, size),
         "mean": recipe.mean,
         "std": recipe.std,
-        "num_classes": len(split.label_names),
+        "num_classes": classes,
         # Small images are read whole; those that were resized, bilinearly.
         **({"crop_pct": 1.0, "interpolation": "bilinear"} if split.pixels is not None else {}),
     }
-    return network.to(memory_format=torch.channels_last) if recipe.channels_last else network
+    return network.to(memory_format=torch.channels_last) if recipe.channels_last else network, recipe
+
+
+def _initial(model: str, source: str, classes: int, arguments: dict[str, Any]) -> Any:
+    """A network that starts from other weights, with a new classifier where the classes differ in number."""
+    if source.startswith("graft:"):
+        return graft(model, source_name(source.removeprefix("graft:")), num_classes=classes, **arguments)
+    network: Any = timm.create_model(source_name(source), pretrained=True, num_classes=classes, **arguments)
+    architecture = network.pretrained_cfg["architecture"]
+    if architecture != model:
+        raise UserError(
+            f"{source} is a {architecture}, not a {model}: train that, or graft with --init graft:{source}"
+        )
+    return network
+
+
+def source_name(source: str) -> str:
+    """timm's name for weights: a model name, a run or hub folder, ``hf-hub:`` or ``local-dir:``.
+
+    Raises:
+        UserError: The source stands for none of these.
+    """
+    if ":" in source or timm.is_model(source):
+        return source
+    folder = Path(source)
+    if folder.is_dir():
+        if is_run(folder):
+            open_run(folder, finished=True)
+        elif not (folder / CONFIG).is_file():
+            raise UserError(f"{source} is neither a run nor a hub folder: it has no {CONFIG}")
+        return f"local-dir:{source}"
+    if "/" in source or folder.exists():
+        raise UserError(f"{source} is not a folder: name a model, a run folder or a hub folder")
+    check_model(source)
+    return source
+
+
+def freeze_backbone(model: str, network: nn.Module, recipe: Recipe) -> list[nn.Module]:
+    """Leave only the classifier and the mechanism to be trained.
+
+    Returns:
+        The norm layers that are frozen, whose running statistics must not change either.
+    """
+    head = {id(p) for p in network.get_classifier().parameters()}  # pyright: ignore[reportCallIssue]
+    own = _own_keys(model, network, recipe)
+    for key, parameter in network.named_parameters():
+        parameter.requires_grad = id(parameter) in head or key in own
+    return [
+        m
+        for m in network.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in m.parameters())
+    ]
+
+
+def _own_keys(model: str, network: nn.Module, recipe: Recipe) -> set[str]:
+    """Names of the parameters that the stock backbone does not have."""
+    if model not in model_names():
+        return set()
+    backbone, mechanism = parse_name(model)
+    options = MECHANISMS[mechanism].options
+    arguments = {k: v for k, v in recipe.parsed_model_kwargs().items() if k not in options}
+    stock = timm.create_model(backbone, device="meta", **arguments)
+    return {key for key, _ in network.named_parameters()} - {key for key, _ in stock.named_parameters()}
 
 
 def _pool_size(cfg: dict[str, Any], size: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -148,7 +280,7 @@ def _pool_size(cfg: dict[str, Any], size: tuple[int, ...]) -> tuple[int, ...] | 
 def _image_size(network: Any, recipe: Recipe, split: Split) -> tuple[int, ...]:
     """Height and width of the images of a run."""
     if split.pixels is not None:
-        return tuple(split.pixels.shape[2:])
+        return tuple(split.pixels.shape[1:3])
     return (recipe.img_size,) * 2 if recipe.img_size else tuple(network.pretrained_cfg["input_size"][1:])
 
 

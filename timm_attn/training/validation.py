@@ -1,6 +1,5 @@
 """Load a model by whatever names it, and measure it on a data set."""
 
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -12,8 +11,7 @@ from .batches import Batches, Shard
 from .data import load_split
 from .evaluation import evaluate
 from .recipe import Recipe
-from .run import CONFIG, is_run, open_run
-from .setup import check_model, make_accelerator, match_classes
+from .setup import make_accelerator, match_classes, source_name
 
 
 def load_model(name: str) -> Any:
@@ -27,18 +25,7 @@ def load_model(name: str) -> Any:
         UserError: The name stands for none of these.
         WeightsError: The model has no weights, or damaged ones.
     """
-    folder = Path(name)
-    if ":" not in name and not timm.is_model(name):
-        if folder.is_dir():
-            if is_run(folder):
-                open_run(folder, finished=True)
-            elif not (folder / CONFIG).is_file():
-                raise UserError(f"{name} is neither a run nor a hub folder: it has no {CONFIG}")
-            name = f"local-dir:{name}"
-        elif "/" in name or folder.exists():
-            raise UserError(f"{name} is not a folder: name a model, a run folder or a hub folder")
-        else:
-            check_model(name)
+    name = source_name(name)
     try:
         return timm.create_model(name, pretrained=True).eval()
     except WeightsError:

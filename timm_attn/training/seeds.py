@@ -1,0 +1,88 @@
+"""One recipe with several seeds: a run folder each, resumable as a whole, and their mean and deviation."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from ..errors import UserError
+from . import curves
+from .checkpoint import write_json
+from .loop import resume, train
+from .recipe import Recipe
+from .recipe_file import load_recipe, save_recipe
+from .run import CURVES, RECIPE, RESULTS, is_run, read_metrics, read_results, refuse_full_folder
+
+SEEDS = "seeds.json"
+
+
+def is_seeds(path: Path) -> bool:
+    """Whether a folder holds the runs of several seeds."""
+    return (path / SEEDS).is_file()
+
+
+def train_seeds(model: str, recipe: Recipe, out: str | Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Train a model once with each seed, into ``out/seed-<seed>``.
+
+    Returns:
+        ``{"top1": {"mean": %, "std": % or None, "n": runs, "values": [...]}, "top5": ..., "loss": ...}`` of
+        the runs' results; the standard deviation is that of a sample (n - 1).
+
+    Raises:
+        UserError: As :func:`~timm_attn.training.train`.
+    """
+    out = Path(out)
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(f"seeds must be different numbers, got {' '.join(map(str, seeds))}")
+    refuse_full_folder(out)
+    for i, seed in enumerate(seeds):
+        # The first run checks the input before it makes a folder; then the others are known, too.
+        train(
+            model,
+            dataclasses.replace(recipe, seed=seed),
+            out / f"seed-{seed}",
+            on_start=lambda: _announce(model, recipe, out, seeds) if i == 0 else None,  # noqa: B023
+        )
+    return _summary(out, seeds)
+
+
+def resume_seeds(out: str | Path) -> dict[str, Any]:
+    """Go on with the runs of :func:`train_seeds`; finished ones are left as they are."""
+    out = Path(out)
+    about = json.loads((out / SEEDS).read_text(encoding="utf-8"))
+    recipe = load_recipe(out / RECIPE)
+    for seed in about["seeds"]:
+        run = out / f"seed-{seed}"
+        if is_run(run):
+            resume(run)
+        else:
+            train(about["model"], dataclasses.replace(recipe, seed=seed), run)
+    return _summary(out, about["seeds"])
+
+
+def _announce(model: str, recipe: Recipe, out: Path, seeds: Sequence[int]) -> None:
+    save_recipe(recipe, out / RECIPE)
+    write_json(out / SEEDS, {"model": model, "seeds": list(seeds)})
+
+
+def _summary(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    runs = [out / f"seed-{seed}" for seed in seeds]
+    results = [read_results(run) for run in runs]
+    summary: dict[str, Any] = {
+        "split": results[0]["split"],
+        "epoch": results[0]["epoch"],
+        "seeds": list(seeds),
+    }
+    for key in ("top1", "top5", "loss"):
+        values = [result[key] for result in results]
+        std = statistics.stdev(values) if len(values) > 1 else None
+        summary[key] = {"mean": statistics.mean(values), "std": std, "n": len(values), "values": values}
+    if PartialState().is_main_process:
+        write_json(out / RESULTS, summary)
+        model = json.loads((out / SEEDS).read_text(encoding="utf-8"))["model"]
+        curves.draw_seeds([read_metrics(run) for run in runs], f"{model}, {len(runs)} seeds", out / CURVES)
+    return summary

@@ -1,0 +1,391 @@
+"""A run in progress: its steps, checkpoints, evaluations and what is seen of them."""
+
+import contextlib
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from rich.console import Console
+from timm.data import resolve_model_data_config
+from timm.models import model_parameters
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import Tensor, nn
+
+from ..errors import UserError
+from . import checkpoint, curves
+from .augment import seed_everything
+from .batches import Batch, Batches, Shard
+from .evaluation import evaluate, sum_dtype
+from .optim import learning_rate, make_criterion, make_mixup, make_optimizer, make_scheduler
+from .progress import Bar
+from .recipe import Recipe
+from .run import CURVES, METRICS, RESULTS, STEPS, read_lines, save_model, write_lines
+from .setup import Splits, freeze_backbone
+
+OnStep = Callable[[int], None]
+DRAW_SECONDS = 15.0  # drawing takes about half a second
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped the run, after a checkpoint was written."""
+
+
+class Trainer:
+    """Trains a network by a recipe, from a checkpoint or from the start.
+
+    Args:
+        accelerator: Accelerate's view of this process.
+        name: The model's name.
+        network: The network, with the configuration that its checkpoint will carry.
+        recipe: With its open ends resolved.
+        run: The run folder.
+        splits: Training split, the one evaluated after each epoch, and the one that is evaluated at the end.
+        on_step: Called with the number of steps done, after each.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        name: str,
+        network: nn.Module,
+        recipe: Recipe,
+        run: Path,
+        splits: Splits,
+        on_step: OnStep | None,
+    ) -> None:
+        self.accelerator, self.name, self.recipe, self.run = accelerator, name, recipe, run
+        self.on_step, self.splits = on_step, splits
+        self.main, device = accelerator.is_main_process, accelerator.device
+        self.console = Console(quiet=not self.main)
+        shard = Shard(device, accelerator.process_index, accelerator.num_processes)
+        config: dict[str, Any] = resolve_model_data_config(network)
+        self.batches = Batches(splits.train, recipe, config, shard)
+        self.eval_batches = Batches(splits.eval, recipe, config, shard)
+        self.test_batches = Batches(splits.test, recipe, config, shard) if splits.test else None
+        self.steps = self.batches.steps
+        if recipe.sync_bn:
+            if device.type != "cuda":
+                raise UserError("--sync-bn needs GPUs: PyTorch has no SyncBatchNorm for CPUs")
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        self.frozen_norms = freeze_backbone(name, network, recipe) if recipe.freeze == "backbone" else []
+        # Before the network is moved and wrapped: groups are made by the names of its parameters.
+        optimizer = make_optimizer(network, recipe)
+        self.scheduler = make_scheduler(optimizer, recipe, self.steps)
+        self.wrapped, self.optimizer = accelerator.prepare(network, optimizer)
+        self.model = torch.compile(self.wrapped) if recipe.compile else self.wrapped
+        self.network: nn.Module = accelerator.unwrap_model(self.wrapped)
+        self.ema = None
+        if recipe.ema_decay is not None:
+            self.ema = ModelEmaV3(self.network, recipe.ema_decay, use_warmup=recipe.ema_warmup)
+        self.aux_scales = [b for key, b in self.network.named_buffers() if key.endswith("aux_scale")]
+        self.mixup = make_mixup(recipe, len(splits.train.label_names))
+        self.criterion = make_criterion(recipe, mixed=self.mixup is not None).to(device)
+        self.trained = [p for p in self.network.parameters() if p.requires_grad]
+        agc = model_parameters(self.network, exclude_head=True)
+        self.clipped = [p for p in agc if p.requires_grad] if recipe.clip_mode == "agc" else self.trained
+        self.step = 0
+        # Of the epoch: loss, correct predictions, images, images that stood in for corrupt ones.
+        self.sums = torch.zeros(4, dtype=sum_dtype(device), device=device)
+        # Of the first step that went wrong: its number, loss, gradient norm, learning rate.
+        self.trouble = torch.full((4,), math.inf, dtype=sum_dtype(device), device=device)
+        self.metrics: list[dict[str, Any]] = []
+        self.log: list[dict[str, Any]] = []
+        self.signal = 0
+        self.drawn = time.perf_counter()
+
+    def restore(self, state: checkpoint.State) -> None:
+        """Take up a checkpoint."""
+        self.network.load_state_dict(state.model)
+        self.optimizer.load_state_dict(state.optimizer)
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state.ema)
+        self.step = state.step
+        sums = torch.tensor(state.progress["sums"], dtype=self.sums.dtype, device=self.sums.device)
+        self.sums = sums if self.main else torch.zeros_like(sums)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state.progress["scaler"])
+        self.metrics, self.log = (
+            [line for line in read_lines(self.run / name) if line["step"] <= self.step]
+            for name in (METRICS, STEPS)
+        )
+
+    def run_to_end(self) -> dict[str, Any]:
+        """Train what is left, then write the finished model; returns the run's results."""
+        recipe = self.recipe
+        if self.main:
+            write_lines(self.run / STEPS, self.log)
+        batches = self.batches.train(self.step)
+        with (
+            self._signals(),
+            contextlib.closing(batches),
+            Bar(self.name, self.steps * recipe.epochs, self.step, recipe.batch_size, self.console) as bar,
+        ):
+            for epoch in range(self.step // self.steps, recipe.epochs):
+                self._epoch(epoch, batches, bar)
+        results = self._results()
+        if self.main:
+            self._draw()
+            checkpoint.write_json(self.run / RESULTS, results)
+            save_model(self.averaged, self.run, self.splits.train.label_names)
+        self.accelerator.wait_for_everyone()
+        if recipe.track:
+            self.accelerator.end_training()
+        return results
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The network that is evaluated and saved."""
+        return self.network if self.ema is None else self.ema.module
+
+    def _epoch(self, epoch: int, batches: Iterator[Batch], bar: Bar) -> None:
+        recipe = self.recipe
+        self.model.train()
+        for norm in self.frozen_norms:
+            norm.eval()
+        if self.mixup is not None:
+            self.mixup.mixup_enabled = not recipe.mixup_off_epoch or epoch < recipe.mixup_off_epoch
+        started, start_step = time.perf_counter(), self.step
+        while self.step < (epoch + 1) * self.steps:
+            loss, norm = self._update(batches)
+            self.step += 1
+            bar.step(self.sums)
+            if self.on_step is not None:
+                self.on_step(self.step)
+            logged = self.step % recipe.log_every == 0
+            if logged or (self.accelerator.num_processes == 1 and self.accelerator.device.type == "cpu"):
+                self._check_trouble()
+                if self.step % self.steps:  # else when the epoch is complete
+                    self._check_signal(saved=False)
+            if logged:
+                self._log(epoch, loss, norm, (self.step - start_step) * recipe.batch_size, started)
+            if (
+                recipe.checkpoint_every
+                and self.step % recipe.checkpoint_every == 0
+                and self.step % self.steps
+            ):
+                self._save()
+        seconds = time.perf_counter() - started
+        loss, correct, images, skipped = self._reduce(self.sums)
+        self._check_trouble()
+        self._share_buffers()
+        evaluated = evaluate(self.averaged, self.eval_batches, self.accelerator)
+        if not math.isfinite(evaluated["loss"]):
+            raise UserError(
+                f"the evaluation loss after step {self.step} is {evaluated['loss']}, though the training "
+                f"loss is {loss / images:.4g}: the norms' running statistics are far from the batches'. "
+                f"Lower --lr (it was {recipe.lr}). {self._last_checkpoint()}"
+            )
+        line = {
+            "epoch": epoch + 1,
+            "step": self.step,
+            "lr": learning_rate(self.optimizer),
+            "train_loss": loss / images,
+            "train_top1": 100 * correct / images,
+            **({"skipped_images": int(skipped)} if recipe.on_corrupt == "skip" else {}),
+            **evaluated,
+            "images_per_second": (self.step - start_step) * recipe.batch_size / seconds,
+            "seconds": time.perf_counter() - started,
+        }
+        bar.epoch(line)
+        self.sums.zero_()
+        self.metrics.append(line)
+        if self.main:
+            write_lines(self.run / METRICS, self.metrics)
+            if time.perf_counter() - self.drawn > DRAW_SECONDS:
+                self._draw()
+        if recipe.track:
+            self.accelerator.log({k: v for k, v in line.items() if k not in ("epoch", "step")}, self.step)
+        self._save()
+        if epoch + 1 < recipe.epochs:
+            self._check_signal(saved=True)
+
+    def _update(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
+        """One optimiser step; this process's loss and the gradient's norm."""
+        recipe, parts = self.recipe, self.recipe.accumulation
+        self.scheduler.step_update(self.step)
+        scaler = self.accelerator.scaler
+        for scale in self.aux_scales:  # for the loss that a model adds itself, which the scaler does not see
+            scale.fill_((1.0 if scaler is None else scaler.get_scale()) / parts)
+        total = torch.zeros((), device=self.sums.device)
+        for part in range(parts):
+            images, labels, skipped = next(batches)
+            # After the batch, which may have drawn from the same generators.
+            seed_everything(recipe.seed, "step", self.step, part, self.accelerator.process_index)
+            images, targets = (images, labels) if self.mixup is None else self.mixup(images, labels)
+            last = part == parts - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                logits = self.model(images)  # prepared by Accelerate: autocast inside, float32 outside
+                loss = self.criterion(logits, targets)
+                self.accelerator.backward(loss / parts)
+            total += loss.detach() / parts
+            correct = (logits.detach().argmax(1) == labels).sum()
+            n = correct.new_tensor(len(labels))
+            self.sums += torch.stack([loss.detach() * n, correct, n, correct.new_tensor(skipped)])
+        self.accelerator.unscale_gradients(self.optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        if recipe.clip_grad is not None:
+            if recipe.clip_mode == "norm":
+                torch.nn.utils.clip_grads_with_norm_(self.clipped, recipe.clip_grad, norm)
+            else:
+                dispatch_clip_grad(self.clipped, recipe.clip_grad, mode=recipe.clip_mode)
+        # With a scaler infinite gradients are usual: it passes over the step.
+        fine = total.isfinite() & (norm.isfinite() | torch.tensor(scaler is not None, device=norm.device))
+        now = torch.stack([total.new_tensor(self.step + 1), total, norm, total.new_tensor(self._rate())])
+        self.trouble = torch.where(fine | self.trouble[0].isfinite(), self.trouble, now.to(self.trouble))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.network, self.step)
+        return total, norm
+
+    def _rate(self) -> float:
+        return learning_rate(self.optimizer)
+
+    def _reduce(self, tensor: Tensor) -> list[float]:
+        """Sum over all processes."""
+        summed = self.accelerator.reduce(tensor.clone())
+        assert torch.is_tensor(summed)
+        return summed.tolist()
+
+    def _check_trouble(self) -> None:
+        """Stop if a step went wrong, on all processes."""
+        rows = self.accelerator.gather(self.trouble[None])
+        assert torch.is_tensor(rows)
+        step, loss, norm, rate = min(rows.tolist())
+        if step < math.inf:
+            raise UserError(
+                f"the loss became {loss:.4g} at step {step:.0f}, with a gradient norm of {norm:.4g} and a "
+                f"learning rate of {rate:.4g}: lower --lr (it was {self.recipe.lr}), clip with --clip-grad, "
+                f"or try --precision no. {self._last_checkpoint()}"
+            )
+
+    def _check_signal(self, saved: bool) -> None:
+        """Stop if a signal came to any process, on all of them, with a checkpoint."""
+        numbers = self.accelerator.gather(self.trouble.new_tensor([self.signal]))
+        assert torch.is_tensor(numbers)
+        number = int(numbers.max())
+        if number:
+            if not saved:
+                self._save()
+            raise Interrupted(f"{signal.Signals(number).name} after step {self.step}")
+
+    def _last_checkpoint(self) -> str:
+        steps = [step for step, _ in checkpoint.folders(self.run)]
+        return (
+            f"The last good checkpoint is {self.run / f'step-{steps[-1]}'}" if steps else "No checkpoint yet"
+        )
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Note SIGINT and SIGTERM, for :meth:`_check_signal`; the second one acts as usual."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, _: Any) -> None:
+            self.signal = number
+            signal.signal(number, before[signal.Signals(number)])
+
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for number in before:
+                signal.signal(number, note)
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _share_buffers(self) -> None:
+        """Give all processes the running statistics of the first, whose are saved."""
+        if self.accelerator.num_processes > 1:
+            for buffer in (*self.network.buffers(), *(self.ema.module.buffers() if self.ema else ())):
+                broadcast(buffer)
+
+    def _log(self, epoch: int, loss: Tensor, norm: Tensor, images: int, started: float) -> None:
+        processes = self.accelerator.num_processes
+        line = {
+            "step": self.step,
+            "epoch": epoch + 1,
+            "lr": self._rate(),
+            "train_loss": self._reduce(loss[None])[0] / processes,
+            "grad_norm": norm.item() if norm.isfinite() else None,  # JSON has no infinity
+            "images_per_second": images / (time.perf_counter() - started),
+        }
+        if self.main:
+            with (self.run / STEPS).open("a", encoding="utf-8") as stream:
+                stream.write(checkpoint.json_line(line))
+        if self.recipe.track:
+            self.accelerator.log({k: v for k, v in line.items() if k not in ("epoch", "step")}, self.step)
+
+    def _save(self) -> None:
+        self._check_trouble()
+        sums = self._reduce(self.sums)
+        if not self._finite():
+            raise UserError(
+                f"the weights or running statistics became infinite by step {self.step}: lower --lr (it was "
+                f"{self.recipe.lr}), clip with --clip-grad, or try --precision no. {self._last_checkpoint()}"
+            )
+        if self.main:
+            scaler = self.accelerator.scaler
+            progress = {"sums": sums, "scaler": scaler.state_dict() if scaler is not None else None}
+            ema = {} if self.ema is None else self.ema.module.state_dict()
+            state = checkpoint.State(
+                self.step, self.network.state_dict(), self.optimizer.state_dict(), ema, progress
+            )
+            checkpoint.save(self.run, state, self.recipe.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _finite(self) -> bool:
+        """Whether the state can be saved, on all processes."""
+        state = [t for t in self.network.state_dict().values() if t.is_floating_point()]
+        bad = torch.stack([~t.isfinite().all() for t in state]).any()
+        return not self._reduce(bad.to(self.sums.dtype)[None])[0]
+
+    def _results(self) -> dict[str, Any]:
+        """Figures of the last epoch; the best epoch's are there for comparison, under their own name."""
+        last = self.metrics[-1]
+        figures, split = last, self.splits.eval.name
+        if self.test_batches is not None:
+            assert self.splits.test is not None
+            self._share_buffers()
+            figures, split = (
+                evaluate(self.averaged, self.test_batches, self.accelerator),
+                self.splits.test.name,
+            )
+        best = max(self.metrics, key=lambda line: line["top1"])
+        return {
+            "split": split,
+            "epoch": last["epoch"],
+            **{key: figures[key] for key in ("top1", "top5", "loss", "images")},
+            "weights": "average" if self.ema else "last step",
+            "best_epoch": {"epoch": best["epoch"], "split": self.splits.eval.name, "top1": best["top1"]},
+        }
+
+    def _draw(self) -> None:
+        last = self.metrics[-1]
+        title = (
+            f"{self.name} on {Path(self.recipe.data).name}, seed {self.recipe.seed}, epoch {last['epoch']}"
+        )
+        curves.draw(self.metrics, title, self.run / CURVES)
+        self.drawn = time.perf_counter()
+
+
+def take_up(run: Path, accelerator: Accelerator) -> checkpoint.State | None:
+    """The newest intact checkpoint of a run, or None; damaged ones are named and removed."""
+    state, damaged = checkpoint.load_last(run)
+    accelerator.wait_for_everyone()
+    for folder, problem in damaged.items():
+        accelerator.print(f"warning: {folder} is damaged ({problem}): passed over and removed")
+        if accelerator.is_main_process:  # or it would count among those that are kept
+            shutil.rmtree(folder)
+    if state is None:
+        accelerator.print(f"{run} has no intact checkpoint: starting again from step 0")
+    return state
