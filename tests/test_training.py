@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import ROOT, flip_last_bit, python
+from helpers import flip_last_bit
 from safetensors.torch import load_file
 
 from timm_attn.errors import UserError
@@ -186,26 +186,6 @@ def test_a_failed_checkpoint_leaves_the_one_before(tmp_path, monkeypatch):
     steps = []
     resume(tmp_path / "a", on_step=steps.append)
     assert steps[0] == 6
-
-
-def test_two_processes_train_as_one_run(tmp_path):
-    arguments = [
-        "resnet20_dia",
-        "--data",
-        "digits",
-        "--img-size",
-        "8",
-        "--epochs",
-        "1",
-        "--out",
-        str(tmp_path / "a"),
-    ]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    result = python(*launch, str(ROOT / "scripts/train.py"), *arguments, env={"OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("epoch   1") == 1
-    assert open_run(tmp_path / "a", finished=True)["processes"] == 2
-    assert read_metrics(tmp_path / "a")[0]["images"] == 360
 
 
 def test_evaluation_is_that_of_a_loop(run):

@@ -70,16 +70,17 @@ class AutoAugment:
         return np.asarray(self.transform(Image.fromarray(image)))
 
 
-def erase(images: Tensor, indices: Tensor, probability: float, *seed: Any) -> None:
-    """timm's random erasing in place, filled with noise, drawn for each image.
+def erase(images: Tensor, indices: Tensor, probability: float, mode: str, *seed: Any) -> None:
+    """timm's random erasing in place, drawn for each image.
 
     Args:
         images: Normalised, B × 3 × H × W.
         indices: Numbers of the images in their split, shape (B,).
         probability: Share of the images of which a rectangle is erased.
+        mode: ``pixel`` for noise, ``rand`` for a random colour, ``const`` for zeros.
         seed: Seed and epoch.
     """
-    transform = RandomErasing(probability, mode="pixel", device=images.device)  # pyright: ignore[reportArgumentType]
+    transform = RandomErasing(probability, mode=mode, device=images.device)  # pyright: ignore[reportArgumentType]
     for image, index in zip(images, indices.tolist(), strict=True):
         seed_everything(*seed, "erase", index)
         transform(image)

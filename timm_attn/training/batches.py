@@ -144,7 +144,7 @@ class Batches:
         flip, offsets = (t.to(self.shard.device, non_blocking=True) for t in (key.flip, key.offsets))
         images = self._normalise(crop_and_flip(images, self.recipe.crop_padding, flip, offsets))
         if self.recipe.reprob:
-            erase(images, key.indices, self.recipe.reprob, self.recipe.seed, key.epoch)
+            erase(images, key.indices, self.recipe.reprob, self.recipe.remode, self.recipe.seed, key.epoch)
         return images
 
     def _normalise(self, images: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class _Rows(torch.utils.data.Dataset):
             "scale": recipe.crop_scale,
             "auto_augment": recipe.aa,
             "re_prob": recipe.reprob,
-            "re_mode": "pixel",
+            "re_mode": recipe.remode,
             "hflip": 0.5 if recipe.hflip else 0.0,
             "color_jitter": recipe.color_jitter,
         }

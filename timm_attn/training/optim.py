@@ -35,6 +35,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
             weight_decay=recipe.weight_decay,
             momentum=recipe.momentum,
             layer_decay=recipe.layer_decay,
+            filter_bias_and_bn=not recipe.decay_norms,
             **arguments,
         )
     except Exception as error:  # whatever an optimiser raises on odd arguments

@@ -51,6 +51,9 @@ class Recipe:
     weight_decay: float = 5e-4
     """Weight decay; as in timm, not on biases and norm layers."""
 
+    decay_norms: bool = False
+    """Weight decay on biases and norm layers, too, as in most papers."""
+
     layer_decay: float | None = None
     """Learning rate of each layer as a factor of the next one's; the last has `lr`."""
 
@@ -140,7 +143,10 @@ class Recipe:
     """Larger images: strength of the jitter of brightness, contrast and saturation (not with `aa`)."""
 
     reprob: float = 0.0
-    """Share of the training images of which a rectangle is erased, as noise (timm's random erasing)."""
+    """Share of the training images of which a rectangle is erased (timm's random erasing)."""
+
+    remode: Literal["pixel", "rand", "const"] = "pixel"
+    """What is put there: noise, one random colour, or the mean."""
 
     mean: tuple[float, float, float] | None = None
     """Channel means in [0, 1]. By default those of the weights that `init` names; without, the training
