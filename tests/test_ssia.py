@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from helpers import BACKBONES, ROOT, narrow, parse_name, python, randomise, small_names
 from reference.resnet import forward
 from reference.ssia import ssia_loss
+from timm.layers import get_graph_node_names
 from timm.models._manipulate import reinit_non_persistent_buffers
 
 import timm_attn
@@ -207,6 +208,11 @@ def test_built_on_the_meta_device_it_trains_as_any_other():
     expected = explicit_gradients(source, [(x, y)], 1.0)
     F.cross_entropy(model(x), y).backward()
     assert_gradients(model, expected)
+
+
+def test_a_tracer_takes_the_loss_as_one_node():
+    training, evaluation = get_graph_node_names(narrow("resnet20_ssia"))
+    assert "ssia" in training and "ssia" not in evaluation
 
 
 def test_averages_of_the_weights_can_be_taken_in_training():
