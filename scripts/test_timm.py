@@ -44,7 +44,8 @@ def fetch_tests() -> Path:
 def run_tests(folder: Path) -> tuple[int, dict]:
     """Exit status of pytest, and what the plugin has written of the outcomes."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "scripts"), str(ROOT / "tests")])
+    # The package of this checkout, wherever another one is installed from.
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "scripts", ROOT / "tests")))
     environment.pop("GITHUB_ACTIONS", None)  # timm leaves out some tests there
     with tempfile.TemporaryDirectory() as scratch:
         outcomes = Path(scratch, "outcomes.json")

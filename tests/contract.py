@@ -2,6 +2,7 @@
 
 import csv
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import STOCK, narrow, parameters, randomise
+from helpers import STOCK, narrow, noise, parameters, randomise
 from safetensors.torch import load_file, save_file
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.models._features_fx import GraphExtractNet
@@ -44,12 +45,12 @@ class Case:
     def build(self, **kwargs):
         return narrow(self.name, **kwargs) if self.small else timm.create_model(self.name, **kwargs)
 
+    def build_shallow(self):
+        """For what takes a time in proportion to the number of blocks; a block follows another."""
+        return self.build(**{"layers": [2, *[1] * (self.stages - 1)]} if self.small else {})
+
     def images(self, batch: int = 2, channels: int = 3):
-        """Noise with a colour of its own for each image: the channel means of mere noise are all alike."""
-        size = 32 if self.cifar else 64
-        g = torch.Generator().manual_seed(1)
-        colour = torch.randn(batch, channels, 1, 1, generator=g)
-        return colour + torch.randn(batch, channels, size, size, generator=g)
+        return noise(batch, channels, 32 if self.cifar else 64, torch.Generator().manual_seed(1))
 
 
 def committed_counts() -> dict[str, int]:
@@ -163,6 +164,7 @@ def check_features(case: Case) -> None:
     assert torch.equal(only[0], maps[1]) and torch.equal(only[1], maps[2])
     assert whole.prune_intermediate_layers([1]) == [1]
     assert torch.equal(whole(x), maps[1])
+    assert whole.train()(x).shape == maps[1].shape
     if case.cifar:
         with pytest.raises(TypeError, match="output_stride"):
             case.build(output_stride=8)
@@ -177,10 +179,15 @@ def check_gradient_checkpointing(case: Case) -> None:
     plain = randomise(case.build()).train()
     checkpointed = deepcopy(plain)
     checkpointed.set_grad_checkpointing()
+    runs = Counter()
+    for path, module in checkpointed.named_modules():
+        if path.endswith(".conv1"):
+            module.register_forward_hook(lambda *_, path=path: runs.update([path]))
     a, b = plain(x), checkpointed(x)
     assert torch.equal(a, b)
     a.sum().backward()
     b.sum().backward()
+    assert runs and set(runs.values()) == {2}, runs
     for (key, p), q in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, msg=lambda m, key=key: f"{key}: {m}")
     checkpointed.set_grad_checkpointing(False)
@@ -197,11 +204,12 @@ def check_device_and_dtype(case: Case) -> None:
 
 
 def check_half_precision(case: Case) -> None:
-    # Random networks of products amplify rounding: fmmnet18 comes to 0.3 in bfloat16, the others to 0.03.
+    # Depth amplifies rounding: resnet152_conam comes to 0.18 and 0.03, the small networks to 0.04 and 0.006.
     x = case.images()
     model = randomise(case.build()).eval()
     expected = model(x)
-    for dtype, bound in ((torch.bfloat16, 0.4), (torch.float16, 0.02)):
+    bounds = (0.08, 0.015) if case.small else (0.3, 0.05)
+    for dtype, bound in zip((torch.bfloat16, torch.float16), bounds, strict=True):
         with torch.autocast("cpu", dtype=dtype):
             error = (model(x).float() - expected).abs().max() / expected.abs().max()
         assert error < bound
@@ -212,12 +220,12 @@ def check_half_precision(case: Case) -> None:
 
 
 def check_channels_last(case: Case) -> None:
-    x = case.images()
-    model = randomise(case.build()).eval()
+    x = case.images().double()
+    model = randomise(case.build().double()).eval()
     expected = model(x)
     model = model.to(memory_format=torch.channels_last)
     x = x.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(model(x), expected)
     assert model.forward_features(x).is_contiguous(memory_format=torch.channels_last)
 
 
@@ -245,7 +253,7 @@ def check_copy_in_training(case: Case) -> None:
 
 def check_compile(case: Case) -> None:
     x = case.images(4)
-    model = randomise(case.build(**{"layers": [2, *[1] * (case.stages - 1)]} if case.small else {}))
+    model = randomise(case.build_shallow())
     expected = model.eval()(x)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), expected)
@@ -289,7 +297,7 @@ def check_fx(case: Case) -> None:
 
 def check_export(case: Case) -> None:
     x = case.images()
-    model = randomise(case.build()).eval()
+    model = randomise(case.build_shallow()).eval()
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     torch.testing.assert_close(program.module()(case.images(5)), model(case.images(5)))
 
@@ -297,7 +305,7 @@ def check_export(case: Case) -> None:
 def check_onnx(case: Case, folder: Path) -> None:
     import onnxruntime
 
-    model = randomise(case.build()).eval()
+    model = randomise(case.build_shallow()).eval()
     path = folder / "m.onnx"
     dynamic = ({0: torch.export.Dim("batch", min=1)},)
     torch.onnx.export(model, (case.images(),), path, dynamo=True, dynamic_shapes=dynamic, verbose=False)
@@ -310,9 +318,9 @@ def check_onnx(case: Case, folder: Path) -> None:
 
 
 def check_norm_conversion(case: Case) -> None:
-    model = randomise(case.build()).eval()
+    model = randomise(case.build().double()).eval()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    x = case.images()
+    x = case.images().double()
     expected = model(x)
     for convert in (
         nn.SyncBatchNorm.convert_sync_batchnorm,

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.models.resnet import ResNet
 from torch import nn
 
 import timm_attn
-from timm_attn.layers import FMM
-from timm_attn.models import BACKBONES, MECHANISMS, model_names, parse_name
+from timm_attn.models import BACKBONES, MECHANISMS, CifarResNet, model_names, parse_name
 from timm_attn.models.blocks import last_norm
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +24,7 @@ STOCK = re.compile(r"(conv1|bn1|fc|layer\d+\.\d+\.(conv\d|bn\d|downsample\.\d))\
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random norm statistics and affines, and gates that vary over channels: a fresh network hides bugs."""
+    """Random norms, and gates that vary over channels: a fresh network hides bugs."""
     g = torch.Generator().manual_seed(seed)
 
     def uniform(tensor, low, high):
@@ -36,8 +36,6 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     norms = set()
     for path, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
-            normal(module.running_mean, 0.3)
-            uniform(module.running_var, 0.5, 2.0)
             uniform(module.weight, 0.5, 1.5)
             normal(module.bias, 0.3)
             norms |= {f"{path}.weight", f"{path}.bias"}
@@ -46,33 +44,43 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             continue
         if name.endswith(("reduce.bias", "fc1.bias")):
             uniform(parameter, 1.0, 3.0)  # of a few hidden units, most must be alive
-        elif "conam" in name:
-            normal(parameter, 0.3)  # more would saturate its softmax
+        elif "conam.fc2" in name:
+            normal(parameter, parameter.numel() ** -0.5)  # more would saturate its softmax
         else:
             normal(parameter, 1.0 if parameter.ndim < 2 else 2.0 / parameter.shape[1] ** 0.5)
-    if any(isinstance(module, FMM) for module in model.modules()):
+    if isinstance(model, ResNet):
         _calibrate(model, g)
     return model
 
 
-def _calibrate(model: nn.Module, g: torch.Generator) -> None:
-    """Factors about 1 and statistics of noise: with random ones, products grow or lose all precision."""
-    training = model.training
-    for module in model.modules():
-        if isinstance(getattr(module, "fmm", None), FMM):
-            last_norm(module).bias.add_(1)
-            shortcut = module.fmm.norm if module.downsample is None else module.downsample[-1]
-            if hasattr(shortcut, "bias"):
-                shortcut.bias.add_(1)
+def _calibrate(model: ResNet, g: torch.Generator) -> None:
+    """Statistics of noise, and branches as small as the network is deep, lest it amplifies rounding."""
+    for info in model.feature_info[1:]:
+        stage = model.get_submodule(info["module"])
+        for block in stage:
+            norm = last_norm(block)
+            if not hasattr(block, "fmm"):
+                norm.weight.mul_(len(stage) ** -0.5)
+                continue
+            norm.weight.div_(len(stage))
+            for factor in (norm, block.fmm.norm if block.downsample is None else block.downsample[-1]):
+                if hasattr(factor, "bias"):
+                    factor.bias.add_(1)  # a product of factors about 0 vanishes
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
-    weight = model.conv1.weight
-    x = torch.randn(8, weight.shape[1], 64, 64, generator=g, dtype=torch.float64)
-    model.train()(x.to(weight))
+    training = model.training
+    size = 32 if isinstance(model, CifarResNet) else 64
+    model.train()(noise(8, model.conv1.in_channels, size, g).to(model.conv1.weight))
     for norm in norms:
         norm.momentum = 0.1
     model.train(training)
+
+
+def noise(batch: int, channels: int, size: int, g: torch.Generator) -> torch.Tensor:
+    """Noise with a colour of its own for each image: the channel means of mere noise are all alike."""
+    colour = torch.randn(batch, channels, 1, 1, generator=g)
+    return colour + torch.randn(batch, channels, size, size, generator=g)
 
 
 def narrow(architecture: str, **kwargs) -> nn.Module:

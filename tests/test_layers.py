@@ -1,20 +1,30 @@
 """The layers against plain computations, and wrong versions of them that must be told apart."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
-from helpers import randomise
+from helpers import narrow, randomise
 from reference.asr import asr_gate, fold_batchnorm, se_generator
 from reference.conam import conam, conam_eta
 from reference.dia import dia_cell
 from reference.fmm import fmm_merge
 from reference.ssia import ssia_loss
+from timm.models.resnet import BasicBlock, Bottleneck
 
 from timm_attn.algebra import scale_affine
 from timm_attn.layers import ASR, FMM, SSIA, ConAM, DIACell, SEGenerator
 from timm_attn.layers.asr import GENERATORS
 from timm_attn.layers.fmm import MODES
-from timm_attn.models.blocks import FMMBasicBlock, FMMBottleneck, FMMMixin, last_norm
+from timm_attn.models.blocks import (
+    FMMBasicBlock,
+    FMMBottleneck,
+    FMMMixin,
+    SplitBasicBlock,
+    SplitBottleneck,
+    last_norm,
+)
 
 
 def below(state: dict, prefix: str) -> dict:
@@ -217,6 +227,39 @@ def test_a_fresh_fmm_block_multiplies_by_a_constant(block, mode, start):
     if pinned:
         assert not last_norm(pinned).bias.requires_grad and not pinned.fmm.norm.bias.requires_grad
         assert (pinned.fmm.norm.bias == 1).all()
+
+
+@pytest.mark.parametrize("block", [FMMBasicBlock, FMMBottleneck])
+def test_a_fresh_raw_product_is_alive(block):
+    layer = block(8 * block.expansion, 8, mode="raw").eval()
+    layer.zero_init_last()
+    assert layer(torch.rand(2, 8 * block.expansion, 6, 6)).sum() > 0
+
+
+def test_an_fmm_shortcut_with_pooling_starts_with_mean_one():
+    downsample = narrow("fmmnet18", avg_down=True).layer2[0].downsample
+    assert (downsample[-1].bias == 1).all()
+
+
+@pytest.mark.parametrize(("split", "block"), [(SplitBasicBlock, BasicBlock), (SplitBottleneck, Bottleneck)])
+def test_a_block_cut_in_two_is_timms_with_all_of_its_options(split, block):
+    options = {
+        "stride": 2,
+        "downsample": torch.nn.Conv2d(8, 8 * block.expansion, 1, 2),
+        "attn_layer": "se",
+        "aa_layer": timm.layers.BlurPool2d,
+        "drop_block": partial(timm.layers.DropBlock2d, drop_prob=0.5, block_size=3),
+        "drop_path": timm.layers.DropPath(0.5),
+    }
+    theirs = block(8, 8, **options).train()
+    ours = split(8, 8, **options).train()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 8, 8, 8)
+    outputs = []
+    for layer in (theirs, ours):
+        torch.manual_seed(0)
+        outputs.append(layer(x))
+    assert torch.equal(*outputs)
 
 
 def check_dropped_path(block, mode: str) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from helpers import IMAGENET, narrow, parameters, python, randomise
+from helpers import IMAGENET, MECHANISMS, narrow, parameters, python, randomise
 
 import timm_attn
 
@@ -128,7 +128,8 @@ def test_pinned_biases_stay_where_they_are():
 
 def test_every_mechanism_is_on_every_backbone():
     cifar = [f"resnet{depth}" for depth in (20, 32, 44, 56, 110, 164)]
-    own = ("_dia", "_asr", "_asr_se", "_conam", "_ssia")
+    own = {"_dia", "_asr", "_asr_se", "_conam", "_ssia"}
+    own |= {f"_{key}" for key, row in MECHANISMS.items() if row.name is None and not row.control}
     expected = {b + m for b in IMAGENET + cifar for m in own} | {b + m for b in cifar for m in ("", "_se")}
     expected |= {f"fmmnet{depth}" for depth in (18, 34, 50, 101, 152, 20, 32, 44, 56, 110, 164)}
     expected |= {"fmmnext50_32x4d", "wide_fmmnet50_2"}

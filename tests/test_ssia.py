@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from helpers import BACKBONES, ROOT, narrow, parse_name, python, randomise, small_names
 from reference.resnet import forward
 from reference.ssia import ssia_loss
+from timm.layers import get_graph_node_names
+from timm.models._manipulate import reinit_non_persistent_buffers
 
 import timm_attn
 from timm_attn.layers import SSIA
@@ -169,6 +171,8 @@ def test_in_eval_mode_it_is_the_stock_network(name):
     stock = timm.create_model(parse_name(name)[0], **arguments).eval()
     stock.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("ssia.")})
     assert torch.equal(model(x), stock(x))
+    model(x).sum().backward()
+    assert all(p.grad is None for p in model.ssia.parameters())
     assert torch.equal(timm_attn.fold(model)(x), stock(x))
     assert not any(k.startswith("ssia.aux_scale") for k in model.state_dict())
 
@@ -193,6 +197,22 @@ def test_compiled_with_its_backward_pass(target):
     (F.cross_entropy(compiled(x), y) * 0.5).backward()
     assert_gradients(model, expected)
     torch.compiler.reset()
+
+
+def test_built_on_the_meta_device_it_trains_as_any_other():
+    source = model_of("resnet20_ssia")
+    model = narrow("resnet20_ssia", device="meta", dtype=torch.float64).to_empty(device="cpu").train()
+    reinit_non_persistent_buffers(model)
+    model.load_state_dict(source.state_dict())
+    x, y = batch()
+    expected = explicit_gradients(source, [(x, y)], 1.0)
+    F.cross_entropy(model(x), y).backward()
+    assert_gradients(model, expected)
+
+
+def test_a_tracer_takes_the_loss_as_one_node():
+    training, evaluation = get_graph_node_names(narrow("resnet20_ssia"))
+    assert "ssia" in training and "ssia" not in evaluation
 
 
 def test_averages_of_the_weights_can_be_taken_in_training():
