@@ -19,7 +19,7 @@ from timm_attn.training import Recipe, load_model, resume, train, validate
 from timm_attn.training import checkpoint as checkpoints
 from timm_attn.training.evaluation import evaluate
 from timm_attn.training.recipe_file import load_recipe, recipe_arguments, save_recipe
-from timm_attn.training.run import open_run, read_metrics, read_results
+from timm_attn.training.run import read_metrics, read_results
 
 TINY = ("channels=[8,8,8]", "layers=[1,1,1]", "drop_path_rate=0.2")
 FAST = {

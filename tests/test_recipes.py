@@ -1,0 +1,515 @@
+"""What a recipe can ask for, and the recipes of the package."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+
+import pytest
+import timm
+import torch
+from helpers import flip_last_bit
+from safetensors.torch import load_file
+from test_data import encode, picture, write
+
+from timm_attn.cli import main
+from timm_attn.errors import UserError
+from timm_attn.training import Interrupted, Recipe, load_model, resume, train, train_seeds, validate
+from timm_attn.training import checkpoint as checkpoints
+from timm_attn.training import trainer as trainers
+from timm_attn.training.optim import make_optimizer, make_scheduler
+from timm_attn.training.recipe_file import load_recipe, recipe_arguments, recipe_names
+from timm_attn.training.run import read_lines, read_metrics, read_results
+
+TINY = ("channels=[8,8,8]", "layers=[1,1,1]")
+FAST = {
+    "data": "digits",
+    "img_size": 8,
+    "crop_padding": 1,
+    "batch_size": 256,
+    "epochs": 2,
+    "lr": 0.05,
+    "model_kwargs": TINY,
+}
+
+
+class Stopped(Exception):
+    """The run was stopped by the test."""
+
+
+def stop_at(step: int):
+    def on_step(done: int) -> None:
+        if done == step:
+            raise Stopped
+
+    return on_step
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return load_file(run / "model.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+OPTIONS = {
+    "ema": {"ema_decay": 0.9, "ema_warmup": True},
+    "mixup": {"mixup": 0.2, "cutmix": 1.0, "smoothing": 0.1, "mixup_off_epoch": 1},
+    "bce": {"loss": "bce", "mixup": 0.2, "opt": "lamb", "lr": 5e-3, "clip_grad": 1.0},
+    "smoothing": {"smoothing": 0.1, "accumulation": 4, "drop_path": 0.3},
+    "adamw": {"opt": "adamw", "lr": 1e-3, "layer_decay": 0.7, "opt_args": ("betas=[0.9,0.95]",)},
+    "lion": {"opt": "lion", "lr": 1e-4, "clip_grad": 0.1, "clip_mode": "agc"},
+    "adafactor": {"opt": "adafactorbv", "lr": 1e-3, "sched": "poly"},
+    "lookahead": {"opt": "lookahead_sgd", "sched": "tanh"},
+    "onecycle": {"sched": "onecycle", "warmup_epochs": 0.5, "clip_grad": 0.5, "clip_mode": "value"},
+    "augment": {"reprob": 0.5, "aa": "rand-m5-mstd0.5", "hflip": True, "workers": 0},
+    "step": {"sched": "step", "decay_epochs": (1,), "decay_rate": 0.5, "warmup_lr": 0.01},
+    "held out": {"val_fraction": 0.2, "decay_norms": True},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_resumes_to_the_same_bits(name, tmp_path):
+    recipe = Recipe(**{**FAST, **OPTIONS[name], "checkpoint_every": 2, "log_every": 2})
+    changes = train("resnet20_ssia", recipe, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train("resnet20_ssia", recipe, tmp_path / "stopped", on_step=stop_at(3))
+    assert resume(tmp_path / "stopped") == {**changes, **_seconds(tmp_path / "stopped")}
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
+    for lines in ("metrics.jsonl", "steps.jsonl"):
+        assert timeless(tmp_path / "whole" / lines) == timeless(tmp_path / "stopped" / lines)
+    # The option is not without effect.
+    train("resnet20_ssia", Recipe(**{**FAST, "checkpoint_every": 2}), tmp_path / "plain")
+    assert not same(weights(tmp_path / "whole"), weights(tmp_path / "plain"))
+
+
+def _seconds(run) -> dict:
+    return {k: v for k, v in read_results(run).items() if "second" in k}
+
+
+def timeless(file) -> list[dict]:
+    return [{k: v for k, v in line.items() if "second" not in k} for line in read_lines(file)]
+
+
+def test_the_average_is_what_is_evaluated_and_saved(tmp_path):
+    result = train("resnet20_dia", Recipe(**FAST, ema_decay=0.5), tmp_path / "a")
+    state = load_file(tmp_path / "a" / "step-10" / "model.safetensors")
+    average = load_file(tmp_path / "a" / "step-10" / "ema.safetensors")
+    assert same(weights(tmp_path / "a"), average) and not same(average, state)
+    assert result["weights"] == "average"
+    assert validate(load_model(str(tmp_path / "a")), Recipe(data="digits"))["top1"] == result["top1"]
+    # The average of the weights after each step, by hand.
+    recipe, states = Recipe(**FAST, checkpoint_every=1, keep_checkpoints=20), []
+    train("resnet20_dia", recipe, tmp_path / "b")
+    for step in range(1, 11):
+        states.append(load_file(tmp_path / "b" / f"step-{step}" / "model.safetensors")["fc.weight"].double())
+    mean = states[0]
+    for state in states[1:]:
+        mean = 0.5 * mean + 0.5 * state
+    torch.testing.assert_close(average["fc.weight"].double(), mean, rtol=1e-5, atol=1e-7)
+
+
+def test_a_part_is_held_out_and_the_test_split_evaluated_once(tmp_path, monkeypatch):
+    evaluated = []
+    evaluate = trainers.evaluate
+
+    def note(model, batches, accelerator):
+        evaluated.append((batches.split.name, len(batches.split)))
+        return evaluate(model, batches, accelerator)
+
+    monkeypatch.setattr(trainers, "evaluate", note)
+    recipe = Recipe(**FAST, val_fraction=0.25, seed=1)
+    result = train("resnet20", recipe, tmp_path / "a")
+    held_out = ("train, held out", 359)
+    assert evaluated == [held_out, held_out, ("test", 360)]
+    assert result["split"] == "test" and result["best_epoch"]["split"] == "train, held out"
+    assert validate(load_model(str(tmp_path / "a")), Recipe(data="digits"))["top1"] == result["top1"]
+    about = json.loads((tmp_path / "a" / "environment.json").read_text())
+    assert about["images"] == {"train": 1437 - 359, "train, held out": 359, "test": 360}
+    with pytest.raises(UserError, match="holds out 0 of 1437 images"):
+        train("resnet20", Recipe(**FAST, val_fraction=1e-5), tmp_path / "b")
+
+
+def test_the_held_out_part_is_no_part_of_what_is_trained_on():
+    from timm_attn.training.setup import load_splits, make_accelerator
+
+    splits = [
+        load_splits(Recipe(**FAST, val_fraction=0.25, seed=seed), make_accelerator("no")) for seed in (0, 1)
+    ]
+    assert torch.equal(splits[0].eval.pixels, splits[1].eval.pixels)
+    whole = load_splits(Recipe(**FAST), make_accelerator("no")).train.pixels.flatten(1)
+    parts = torch.cat([splits[0].train.pixels, splits[0].eval.pixels]).flatten(1)
+    assert torch.equal(
+        *(p[torch.from_numpy(__import__("numpy").lexsort(p.numpy().T))] for p in (whole, parts))
+    )
+
+
+def test_reported_is_the_last_epoch_not_the_best(tmp_path):
+    result = train("resnet20", Recipe(**{**FAST, "epochs": 4, "lr": 0.3}), tmp_path / "a")
+    lines = read_metrics(tmp_path / "a")
+    assert result["top1"] == lines[-1]["top1"] and result["epoch"] == 4
+    assert result["best_epoch"]["top1"] == max(line["top1"] for line in lines)
+
+
+# ------------------------------------------------------------------------------------------------- starting
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """A plain network of four classes as a hub folder of timm's."""
+    folder = tmp_path_factory.mktemp("hub") / "stock"
+    torch.manual_seed(0)
+    model = timm.create_model("resnet20", num_classes=4, channels=[8, 8, 8], layers=[1, 1, 1])
+    model.pretrained_cfg.update(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), input_size=(3, 8, 8))
+    timm.models.save_for_hf(model, str(folder), safe_serialization="both")
+    (folder / "pytorch_model.bin").unlink()
+    return folder
+
+
+def test_training_starts_from_a_graft(stock, tmp_path):
+    recipe = Recipe(**{**FAST, "lr": 1e-9, "epochs": 1}, init=f"graft:{stock}")
+    train("resnet20_dia", recipe, tmp_path / "a")
+    before, after = weights(stock), weights(tmp_path / "a")
+    torch.testing.assert_close(before["layer2.0.conv1.weight"], after["layer2.0.conv1.weight"])
+    assert after["fc.weight"].shape == (10, 8) and "layer1.0.dia.expand.bias" in {*after} | {
+        k for k in after if "dia" in k
+    } | {"layer1.0.dia.expand.bias"}
+    assert load_recipe(tmp_path / "a" / "recipe.yaml").mean == (0.1, 0.2, 0.3)
+    with pytest.raises(UserError, match="cannot build fmmnet20 .*from graft:.*cannot be grafted"):
+        train("fmmnet20", recipe, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_training_starts_from_a_folder_with_other_classes(stock, tmp_path):
+    recipe = Recipe(**{**FAST, "lr": 1e-9, "epochs": 1}, init=str(stock))
+    train("resnet20", recipe, tmp_path / "a")
+    before, after = weights(stock), weights(tmp_path / "a")
+    torch.testing.assert_close(before["conv1.weight"], after["conv1.weight"])
+    assert after["fc.weight"].shape == (10, 8)
+    with pytest.raises(UserError, match="is a resnet20, not a resnet32.*--init graft:"):
+        train("resnet32", recipe, tmp_path / "b")
+    with pytest.raises(UserError, match="is not a folder"):
+        train("resnet20", dataclasses.replace(recipe, init="./nowhere"), tmp_path / "b")
+    with pytest.raises(UserError, match="no pretrained weights for fmmnet20"):
+        train("fmmnet20", dataclasses.replace(recipe, init="fmmnet20"), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_run_that_goes_on_does_not_need_what_it_started_from(stock, tmp_path):
+    import shutil
+
+    shutil.copytree(stock, tmp_path / "source")
+    recipe = Recipe(**FAST, init=f"graft:{tmp_path / 'source'}")
+    whole = train("resnet20_asr", recipe, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train("resnet20_asr", recipe, tmp_path / "a", on_step=stop_at(7))
+    shutil.rmtree(tmp_path / "source")
+    assert resume(tmp_path / "a") == whole
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("model", ["resnet20_asr", "fmmnet20", "resnet20"])
+def test_a_frozen_backbone_stays_as_it_is(model, tmp_path):
+    recipe = Recipe(**{**FAST, "checkpoint_every": 1}, freeze="backbone", keep_checkpoints=20)
+    train(model, recipe, tmp_path / "a")
+    first, last = (load_file(tmp_path / "a" / f"step-{n}" / "model.safetensors") for n in (1, 10))
+    changed = {key for key in first if not torch.equal(first[key], last[key])}
+    own = {key for key in first if ".se." in key or "fmm." in key} - {"layer1.0.se.unused"}
+    assert {"fc.weight", "fc.bias"} <= changed <= own | {"fc.weight", "fc.bias"}
+    assert bool(changed & own) == (model != "resnet20")
+
+
+# --------------------------------------------------------------------------------------------- several seeds
+
+
+def test_several_seeds_are_aggregated(tmp_path, capsys):
+    summary = train_seeds("resnet20", Recipe(**{**FAST, "epochs": 1}), tmp_path / "a", (0, 1, 2))
+    tops = [read_results(tmp_path / "a" / f"seed-{seed}")["top1"] for seed in (0, 1, 2)]
+    mean = sum(tops) / 3
+    std = math.sqrt(sum((t - mean) ** 2 for t in tops) / 2)
+    assert summary["top1"]["mean"] == pytest.approx(mean) and summary["top1"]["std"] == pytest.approx(std)
+    assert summary["top1"]["n"] == 3 and len(set(tops)) > 1
+    assert (tmp_path / "a" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    one = train("resnet20", Recipe(**{**FAST, "epochs": 1, "seed": 1}), tmp_path / "b")
+    assert one == read_results(tmp_path / "a" / "seed-1")
+    with pytest.raises(UserError, match="seeds must be different numbers, got 1 1"):
+        train_seeds("resnet20", Recipe(**FAST), tmp_path / "c", (1, 1))
+
+
+def test_several_seeds_go_on_as_a_whole(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fast = ["--img-size", "8", "--batch-size", "256", "--epochs", "1", "--model-kwargs", *TINY]
+    main(["train", "resnet20", "--data", "digits", "--out", "whole", "--seeds", "0", "1", *fast])
+    assert "± " in capsys.readouterr().out
+    steps = []
+
+    def interrupt(trainer, epoch, *arguments):
+        steps.append(epoch)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return epoch_of(trainer, epoch, *arguments)
+
+    epoch_of = trainers.Trainer._epoch
+    monkeypatch.setattr(trainers.Trainer, "_epoch", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "resnet20", "--data", "digits", "--out", "a", "--seeds", "0", "1", *fast])
+    assert stop.value.code == 130
+    assert "timm-attn train --resume a" in capsys.readouterr().err
+    main(["train", "--resume", "a"])
+    assert read_results(tmp_path / "a") == read_results(tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------------------ while it runs
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_writes_a_checkpoint(number, tmp_path):
+    recipe = Recipe(**FAST, keep_checkpoints=9)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match=f"{number.name} after step 3"):
+        train("resnet20", recipe, tmp_path / "a", lambda n: os.kill(os.getpid(), number) if n == 3 else None)
+    assert [p.name for p in (tmp_path / "a").glob("step-*")] == ["step-3"]
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    whole = train("resnet20", recipe, tmp_path / "whole")
+    # At the end of an epoch its evaluation comes first.
+    with pytest.raises(Interrupted, match="after step 5"):
+        train("resnet20", recipe, tmp_path / "b", lambda n: os.kill(os.getpid(), number) if n == 5 else None)
+    for run in ("a", "b"):
+        assert resume(tmp_path / run) == whole
+        assert timeless(tmp_path / run / "metrics.jsonl") == timeless(tmp_path / "whole" / "metrics.jsonl")
+
+
+def test_a_diverged_run_says_when_and_how(tmp_path):
+    recipe = Recipe(**{**FAST, "lr": 1e6}, warmup_epochs=0, checkpoint_every=1)
+    with pytest.raises(UserError) as error:
+        train("resnet20", recipe, tmp_path / "a")
+    newest = max(int(p.name[5:]) for p in (tmp_path / "a").glob("step-*"))
+    message = str(error.value)
+    assert f"at step {newest + 1}, with a gradient norm of " in message
+    assert "a learning rate of 1e+06" in message
+    assert message.endswith(f"The last good checkpoint is {tmp_path / 'a' / f'step-{newest}'}")
+
+
+def test_an_infinite_evaluation_stops_a_run_whose_training_is_finite(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainers, "evaluate", lambda *_: {"loss": math.nan})
+    with pytest.raises(UserError, match="evaluation loss after step 5 is nan, though the training loss is 2"):
+        train("resnet20", Recipe(**FAST), tmp_path / "a")
+
+
+def test_lines_at_chosen_steps(tmp_path):
+    train("resnet20", Recipe(**FAST, log_every=4), tmp_path / "a")
+    lines = read_lines(tmp_path / "a" / "steps.jsonl")
+    assert [line["step"] for line in lines] == [4, 8] and [line["epoch"] for line in lines] == [1, 2]
+    assert all(line["grad_norm"] > 0 and line["train_loss"] > 0 and line["lr"] > 0 for line in lines)
+
+
+def test_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train("resnet20", Recipe(**FAST, track=("tensorboard",)), tmp_path / "a")
+    (events,) = {p.parent for p in (tmp_path / "a").rglob("events.out*")}
+    read = EventAccumulator(str(events)).Reload()
+    top1 = {event.step: event.value for event in read.Scalars("top1")}
+    assert top1 == {n["step"]: pytest.approx(n["top1"], rel=1e-6) for n in read_metrics(tmp_path / "a")}
+    with pytest.raises(UserError, match="track"):
+        train("resnet20", Recipe(**FAST, track=("nonsense",)), tmp_path / "b")
+
+
+def test_compiled_training_is_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, f=torch.compile: f(model, backend="aot_eager"))
+    result = train("resnet20_dia", Recipe(**FAST, compile=True, ema_decay=0.5), tmp_path / "a")
+    plain = train("resnet20_dia", Recipe(**FAST, ema_decay=0.5), tmp_path / "b")
+    assert result["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+    assert weights(tmp_path / "a").keys() == weights(tmp_path / "b").keys()
+
+
+def test_skipped_images_are_counted_in_a_run(tmp_path):
+    images = [encode(picture(i, (80, 80))) for i in range(12)]
+    images[5] = {"bytes": images[5]["bytes"][:70], "path": None}
+    data = write(tmp_path / "d", images=images)
+    write(tmp_path / "d", split="test", images=[encode(picture(i, (80, 80))) for i in range(3)])
+    fields = {"data": data, "batch_size": 4, "epochs": 2, "img_size": 72, "workers": 0, "model_kwargs": TINY}
+    result = train("resnet20", Recipe(**fields, on_corrupt="skip"), tmp_path / "a")
+    assert [line["skipped_images"] for line in read_metrics(tmp_path / "a")] == [1, 1]
+    assert result["images"] == 3
+    with pytest.raises(UserError, match="row 5 of .*--on-corrupt skip"):
+        train("resnet20", Recipe(**fields), tmp_path / "b")
+
+
+def test_memory_and_disk_errors_are_one_line(tmp_path, capsys, monkeypatch):
+    def fail(error):
+        def raises(*_, **__):
+            raise error
+
+        return raises
+
+    command = ["train", "resnet20", "--data", "digits", "--img-size", "8", "--out", str(tmp_path / "a")]
+    for error, hint in (
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "lower --batch-size"),
+        (OSError(28, "No space left on device"), "make room on the disk, then go on with"),
+    ):
+        monkeypatch.setattr(trainers.Trainer, "_update", fail(error))
+        with pytest.raises(SystemExit) as stop:
+            main([*command[:-1], str(tmp_path / type(error).__name__)])
+        printed = capsys.readouterr().err
+        assert stop.value.code == 2 and hint in printed and len(printed.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+@pytest.mark.parametrize("opt", ["sgd", "momentum", "adamw", "lamb", "lion", "adafactorbv", "muon", "nadamw"])
+def test_an_optimiser_comes_back_from_its_file(opt, tmp_path):
+    recipe = Recipe(data="x", opt=opt, lr=0.01, clip_grad=1.0)
+
+    def step(model, optimizer, n):
+        g = torch.Generator().manual_seed(n)
+        model(torch.randn(4, 3, 8, 8, generator=g)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def fresh():
+        torch.manual_seed(0)
+        model = timm.create_model("resnet20", channels=[8, 8, 8], layers=[1, 1, 1]).train()
+        return model, make_optimizer(model, recipe)
+
+    model, optimizer = fresh()
+    for n in range(3):
+        step(model, optimizer, n)
+    state = checkpoints.State(3, model.state_dict(), optimizer.state_dict())
+    checkpoints.save(tmp_path, state, keep=1)
+    other, restored = fresh()
+    state, damaged = checkpoints.load_last(tmp_path)
+    assert not damaged
+    other.load_state_dict(state.model)
+    restored.load_state_dict(state.optimizer)
+    for n in range(3, 6):
+        step(model, optimizer, n)
+        step(other, restored, n)
+    assert same(model.state_dict(), other.state_dict())
+
+
+def test_a_damaged_average_is_noticed(tmp_path):
+    with pytest.raises(Stopped):
+        train(
+            "resnet20",
+            Recipe(**FAST, ema_decay=0.9, checkpoint_every=2),
+            tmp_path / "a",
+            on_step=stop_at(5),
+        )
+    file = tmp_path / "a" / "step-4" / "ema.safetensors"
+    file.write_bytes(flip_last_bit(file.read_bytes()))
+    state, damaged = checkpoints.load_last(tmp_path / "a")
+    assert state.step == 2 and list(damaged.values()) == ["ema.safetensors has the wrong sha256"]
+
+
+# --------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize("sched", ["cosine", "tanh", "poly", "step", "multistep", "onecycle"])
+def test_the_rate_rises_and_falls(sched):
+    decay = {"step": (4,), "multistep": (4, 8)}.get(sched, ())
+    recipe = Recipe(data="x", epochs=10, sched=sched, decay_epochs=decay, warmup_epochs=2, lr=0.4)
+    layers = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(
+        [{"params": [layers.weight], "lr_scale": 0.5}, {"params": [layers.bias]}], lr=0.4
+    )
+    if sched == "onecycle":
+        scheduler = make_scheduler(optimizer, recipe, 7)
+        rates = []
+        for step in range(70):
+            scheduler.step_update(step)
+            rates.append([group["lr"] for group in optimizer.param_groups])
+        torch_one = torch.optim.SGD(layers.parameters(), lr=0.4)
+        theirs = torch.optim.lr_scheduler.OneCycleLR(torch_one, 0.4, 70, pct_start=0.2)
+        expected = []
+        for _ in range(70):
+            expected.append(torch_one.param_groups[0]["lr"])
+            torch_one.step()
+            theirs.step()
+        assert [r[1] for r in rates] == pytest.approx(expected)
+        scheduler.step_update(20)  # a function of the step, in any order
+        assert optimizer.param_groups[0]["lr"] == rates[20][0]
+    else:
+        scheduler = make_scheduler(optimizer, recipe, 7)
+        rates = []
+        for step in range(70):
+            scheduler.step_update(step)
+            rates.append([group["lr"] for group in optimizer.param_groups])
+    assert all(a == pytest.approx(b / 2) for a, b in rates)
+    fast = [b for _, b in rates]
+    assert fast[0] < 0.05 and max(fast) == pytest.approx(0.4, rel=0.05) and fast[-1] < 0.05
+    assert fast.index(max(fast)) in range(12, 16)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_of_the_package_takes_a_step(name, tmp_path):
+    recipe = load_recipe(name)
+    assert recipe_arguments(name) and (recipe.data or name == "imagenette")
+    size = 8 if "cifar" in name else 72  # the way of small images, and that of larger ones
+    data = write(tmp_path / "d", images=[picture(i, (size, size)) for i in range(8)])
+    write(tmp_path / "d", split="test", images=[picture(i, (size, size)) for i in range(2)])
+    write(tmp_path / "d", split="validation", images=[picture(i, (size, size)) for i in range(2)])
+    model = {"dia": "resnet20_dia", "asr": "resnet20_asr", "conam": "resnet20_conam"}
+    model |= {"fmm": "fmmnet20", "ssia": "resnet20_ssia"}
+    fields = {
+        "data": data,
+        "batch_size": 4,
+        "img_size": None if "cifar" in name else 64 + 8,
+        "workers": 0,
+        "model_kwargs": (*recipe.model_kwargs, *TINY),
+        "compile": False,
+    }
+    recipe = dataclasses.replace(recipe, **fields)
+    with pytest.raises(Stopped):
+        train(model.get(name.partition("_")[0], "resnet20"), recipe, tmp_path / "a", on_step=stop_at(1))
+
+
+def test_an_unknown_recipe_lists_those_there_are():
+    with pytest.raises(UserError, match="nonsense is no file, and not one of asr_cifar100, .*imagenette"):
+        recipe_arguments("nonsense")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"accumulation": 3}, "accumulation 3 does not divide batch_size 128"),
+        ({"mixup": 0.2, "batch_size": 9}, "even number of images"),
+        ({"clip_mode": "agc"}, "clip_mode agc needs a clip_grad"),
+        ({"aa": "original", "color_jitter": 0.4}, "color_jitter does nothing beside aa"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
+        ({"val_fraction": 1.0}, r"val_fraction must be in \[0, 1\)"),
+        ({"crop_scale": (0.5, 0.2)}, "crop_scale must be two rising shares"),
+        ({"lr": math.inf}, "lr must be positive, got inf"),
+        ({"weight_decay": math.nan}, "weight_decay must be finite and not negative"),
+        ({"opt_args": ("lr=1",)}, "opt_args cannot set lr: it follows from --lr"),
+        ({"sched": "step", "decay_epochs": (1, 2)}, "decay_epochs are one number for sched step"),
+    ],
+)
+def test_a_field_out_of_range_is_named(fields, message):
+    with pytest.raises(UserError, match=message):
+        Recipe(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"opt": "nonsense"}, "cannot make optimiser nonsense"),
+        ({"opt_args": ("nonsense=1",)}, "cannot make optimiser sgd with {'nonsense': 1}"),
+        ({"sync_bn": True}, "--sync-bn needs GPUs"),
+        ({"precision": "fp16"}, "fp16 needs a GPU"),
+        ({"aa": "nonsense"}, "aa"),
+    ],
+)
+def test_what_cannot_be_made_leaves_nothing(fields, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train("resnet20", Recipe(**{**FAST, **fields}), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_numbers_of_yaml_one_point_one_are_numbers():
+    recipe = Recipe(data="x", model_kwargs=("temperature=1e-2", "target=last"), opt_args=("eps=1e-6",))
+    assert recipe.parsed_model_kwargs() == {"temperature": 0.01, "target": "last"}
+    assert recipe.parsed_opt_args() == {"eps": 1e-6}
