@@ -73,17 +73,22 @@ def fold(model: nn.Module, inputs: Tensor | None = None) -> nn.Module:
         FoldError: max|Δlogit| ÷ max|logit| is above :data:`BOUNDS` or not finite.
     """
     original, folded = _fold(model)
-    bound = BOUNDS[next(model.parameters()).dtype]
     for images in (example_input(model), inputs):
         if images is None:
             continue
         # On the CPU: GPUs round fp32 convolutions to TF32, by more than the bound.
         error = relative_difference(original.cpu(), deepcopy(folded).cpu(), images.cpu())
-        if not error <= bound:  # also true of NaN
-            raise FoldError(
-                f"folding changed the output: max|Δlogit| / max|logit| = {error:.3g}, allowed {bound:g}"
-            )
+        excess = above_bound(error, images.dtype)
+        if excess:
+            raise FoldError(f"folding changed the output: {excess}")
     return folded
+
+
+def above_bound(error: float, dtype: torch.dtype) -> str:
+    """What to say of a max|Δlogit| ÷ max|logit| that is above :data:`BOUNDS` or NaN, or ''."""
+    if error <= BOUNDS[dtype]:
+        return ""
+    return f"max|Δlogit| / max|logit| = {error:.3g}, allowed {BOUNDS[dtype]:g}"
 
 
 def _fold(model: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -6,7 +6,7 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from .fold import BOUNDS, example_input, relative_difference
+from .fold import above_bound, example_input, relative_difference
 from .models import MECHANISMS, parse_name
 from .models.grafting import GraftError, graft_state
 from .models.mechanisms import Mechanism
@@ -71,12 +71,9 @@ def graft(
     training = stock.training
     error = relative_difference(stock, variant, example_input(variant))
     stock.train(training)
-    bound = BOUNDS[state["conv1.weight"].dtype]
-    if not error <= bound:
-        raise GraftError(
-            f"{architecture} does not compute what its source computes: max|Δlogit| / max|logit| = "
-            f"{error:.3g}, allowed {bound:g}"
-        )
+    excess = above_bound(error, state["conv1.weight"].dtype)
+    if excess:
+        raise GraftError(f"{architecture} does not compute what its source computes: {excess}")
     cfg = getattr(stock, "pretrained_cfg", None) or {}
     taken = {name: cfg[name] for name in _PREPROCESSING if cfg.get(name) is not None}
     variant.pretrained_cfg = variant.default_cfg = {**variant.pretrained_cfg, **taken, "num_classes": classes}
@@ -94,9 +91,7 @@ def _stock(source: Any, backbone: str, mechanism: Mechanism, kwargs: dict[str, A
     for name in ("fc.weight", "conv1.weight"):
         if name not in source:
             raise GraftError(f"the state dict has no {name}: give that of a whole {backbone}")
-    options = {k: v for k, v in kwargs.items() if k in mechanism.options}
-    name, extra = mechanism.stock(backbone, options)
-    arguments = {k: v for k, v in kwargs.items() if k not in options} | extra
+    name, arguments = mechanism.stock_network(backbone, kwargs)
     classes, channels = source["fc.weight"].shape[0], source["conv1.weight"].shape[1]
     stock = timm.create_model(name, num_classes=classes, in_chans=channels, **arguments)
     stock.to(source["conv1.weight"])

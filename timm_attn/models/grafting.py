@@ -5,7 +5,7 @@ function takes the stock state dict with the mechanism's parameters added, and t
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -77,6 +77,16 @@ def conam(state: State, model: Any) -> State:
 _STOCK = re.compile(r"(conv1|bn1|fc)\..+|layer\d\.\d+\.(conv\d|bn\d|downsample\.\d|se\.attention)\..+")
 
 
+def key_difference(have: Iterable[str], want: Iterable[str]) -> str:
+    """What is missing from and unexpected in the keys of a checkpoint, the classifier's aside, or ''."""
+    differences = set(want) - set(have), set(have) - set(want)
+    missing, unexpected = (sorted(k for k in keys if not k.startswith("fc.")) for keys in differences)
+    if not missing and not unexpected:
+        return ""
+    counts = f"({len(missing)} in all)", f"({len(unexpected)} in all)"
+    return f"missing {missing[:5]} {counts[0]}, unexpected {unexpected[:5]} {counts[1]}"
+
+
 def graft_state(state: State, model: Any, graft: Graft | str) -> State:
     """Weights with which ``model`` computes what a stock network computes with ``state``.
 
@@ -93,15 +103,9 @@ def graft_state(state: State, model: Any, graft: Graft | str) -> State:
     own = model.state_dict()
     state = {re.sub(r"(layer\d\.\d+\.se)\.", r"\1.attention.", key): value for key, value in state.items()}
 
-    def body(keys) -> set[str]:
-        return {key for key in keys if not key.startswith("fc.")}
-
-    want, have = body(key for key in own if _STOCK.fullmatch(key)), body(state)
-    if want != have:
-        missing, unexpected = sorted(want - have), sorted(have - want)
-        raise GraftError(
-            f"the weights are not those of the stock network: missing {missing[:3]} ({len(missing)} in all), "
-            f"unexpected {unexpected[:3]} ({len(unexpected)} in all)"
-        )
-    new = {key: value.clone() for key, value in own.items() if key not in want and not key.startswith("fc.")}
+    stock = {key for key in own if _STOCK.fullmatch(key)}
+    misfit = key_difference(state, stock)
+    if misfit:
+        raise GraftError(f"the weights are not those of the stock network: {misfit}")
+    new = {key: value.clone() for key, value in own.items() if key not in stock}
     return graft({**new, **state}, model)
