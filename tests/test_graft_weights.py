@@ -21,6 +21,8 @@ for name in sys.argv[1:]:
     tag = stock.pretrained_cfg["tag"]
     model = timm.create_model(name, pretrained=True, **SMALL).eval()
     assert model.pretrained_cfg["tag"] == "graft_" + tag, model.pretrained_cfg
+    assert model.pretrained_cfg["description"].startswith("Grafted from timm/" + backbone), model.pretrained_cfg
+    assert not timm.create_model(name, **SMALL).pretrained_cfg.get("description")
     by_tag = timm.create_model(f"{{name}}.graft_{{tag}}", pretrained=True, **SMALL).eval()
     for field in ("mean", "std", "input_size", "crop_pct", "interpolation", "num_classes", "test_input_size"):
         assert model.pretrained_cfg[field] == stock.pretrained_cfg[field], field

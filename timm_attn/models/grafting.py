@@ -74,7 +74,9 @@ def conam(state: State, model: Any) -> State:
 
 
 # Parameters that a stock network has too; attention on top of ASR is `se` in a stock network with attention.
-_STOCK = re.compile(r"(conv1|bn1|fc)\..+|layer\d\.\d+\.(conv\d|bn\d|downsample\.\d|se\.attention)\..+")
+_STOCK = re.compile(
+    r"(conv1|bn1|maxpool|fc)\..+|layer\d\.\d+\.(conv\d|bn\d|downsample\.\d|se\.attention)\..+"
+)
 
 
 def key_difference(have: Iterable[str], want: Iterable[str]) -> str:
@@ -85,6 +87,11 @@ def key_difference(have: Iterable[str], want: Iterable[str]) -> str:
         return ""
     counts = f"({len(missing)} in all)", f"({len(unexpected)} in all)"
     return f"missing {missing[:5]} {counts[0]}, unexpected {unexpected[:5]} {counts[1]}"
+
+
+def graft_description(source: str) -> str:
+    """What a grafted model's configuration says of it."""
+    return f"Grafted from {source}, which was trained without this mechanism; the graft adds it untrained."
 
 
 def graft_state(state: State, model: Any, graft: Graft | str) -> State:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .. import weights
 from .deployed import folded
-from .grafting import graft_state, key_difference
+from .grafting import graft_description, graft_state, key_difference
 from .mechanisms import BACKBONES, MECHANISMS
 
 #: Tags of weights that are made from those of a stock network begin with this.
@@ -103,7 +103,10 @@ def checkpoint_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
     misfit = key_difference(state_dict, model.state_dict())
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     if misfit and str(cfg.get("tag")).startswith(GRAFT):
-        return graft_state(state_dict, model, MECHANISMS[parse_name(cfg["architecture"])[1]].graft)
+        state_dict = graft_state(state_dict, model, MECHANISMS[parse_name(cfg["architecture"])[1]].graft)
+        # Here and not in the tag's configuration, which timm also gives a model with random weights.
+        cfg["description"] = graft_description(str(cfg.get("hf_hub_id")))
+        return state_dict
     if misfit:
         raise RuntimeError(f"the checkpoint does not fit {type(model).__name__}: {misfit}")
     return state_dict
