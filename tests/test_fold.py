@@ -165,6 +165,22 @@ def test_other_outputs_and_empty_models_are_named():
         timm_attn.fold(narrow("resnet20_asr", features_only=True))
 
 
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (torch.ones(1, 3, 8, 8).double(), r"of torch.float32, got \(1, 3, 8, 8\) of torch.float64"),
+        (torch.ones(0, 3, 8, 8), r"one image or more, .* got \(0, 3, 8, 8\)"),
+        (torch.ones(3, 8, 8), r"B × C × H × W .* got \(3, 8, 8\)"),
+        ([], "got list"),
+    ],
+)
+def test_inputs_that_are_no_images_are_named(inputs, message):
+    model = narrow("resnet20_asr")
+    for check in (timm_attn.fold, lambda model, inputs: verify_fold(model, model, inputs)):
+        with pytest.raises(ValueError, match=message):
+            check(model, inputs)
+
+
 def test_a_compiled_model_folds():
     model = randomise(narrow("resnet20_asr")).eval()
     timm_attn.fold(torch.compile(model, backend="eager"))
@@ -194,6 +210,21 @@ def test_norms_are_fused_exactly(architecture, dtype):
     assert all(path.endswith("fmm.norm") for path in norms)
     assert bool(norms) == architecture.startswith("fmm")
     assert verify_fold(model, folded, x).separate_norms == tuple(norms)
+
+
+def test_norms_of_a_deep_stem_and_frozen_norms_are_fused():
+    stem = {"stem_type": "deep", "stem_width": 4, "replace_stem_pool": True, "avg_down": True}
+    model = randomise(narrow("resnet50_dia", **stem)).eval()
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in timm_attn.fold(model).modules())
+    timm.utils.freeze(model)
+    folded = timm_attn.fold(model)
+    narrow("resnet50_dia", **stem, folded=True).load_state_dict(folded.state_dict(), strict=True)
+
+
+def test_norms_that_do_more_are_left():
+    model = randomise(narrow("resnet18_dia", norm_layer=timm.layers.BatchNormAct2d)).eval()
+    with pytest.raises(timm_attn.NothingToFold):
+        timm_attn.fold(model)
 
 
 def fuse(model):

@@ -183,6 +183,7 @@ def test_the_source_is_left_as_it_is():
             "ConAM with patch_size=8 cannot be grafted: the number of patches",
         ),
         ("resnet20", {}, "resnet20 cannot be grafted: it is the stock network"),
+        ("resnet20_dia", {"folded": True}, "norms fused: graft without folded=True, then fold"),
     ],
 )
 def test_what_cannot_be_grafted_says_why(name, options, message):

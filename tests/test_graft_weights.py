@@ -86,6 +86,35 @@ assert torch.equal(model(x), again(x))
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+def test_a_graft_of_somebodys_repository_folds_back_and_says_what_it_is(server, tmp_path):
+    stock = randomise(timm.create_model("resnet18", num_classes=7, **SMALL))
+    timm.models.save_for_hf(stock, tmp_path / "stock", safe_serialization=True)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "stock").iterdir()}
+    server.put_files("somebody/their.net", files)
+    code = f"""
+import json, timm, timm_attn, torch
+from timm_attn.cli import main
+x = torch.randn(2, 3, 64, 64)
+expected = timm.create_model("local-dir:stock", pretrained=True).eval()(x)
+for name in ("resnet18_asr", "resnet18_conam"):
+    model = timm_attn.graft(name, "hf-hub:somebody/their.net", **{SMALL!r})
+    timm.models.save_for_hf(model.eval(), name, safe_serialization=True)
+    main(["fold", name])
+    for folder in (name, name + "/folded"):
+        again = timm.create_model("local-dir:" + folder, pretrained=True).eval()
+        assert (again(x) - expected).abs().max() <= 1e-5 * expected.abs().max(), folder
+        cfg = json.load(open(folder + "/config.json"))["pretrained_cfg"]
+        assert cfg["description"].startswith("Grafted from hf-hub:somebody/their.net, which"), cfg
+        assert "a1_in1k" not in str(cfg), cfg
+main(["fold", "resnet18_asr", "--out", "again"])
+timm_attn.graft("resnet18_asr", timm.create_model("local-dir:again", pretrained=True), **{SMALL!r})
+"""
+    env = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}
+    result = python("-W", "ignore", "-c", code, cwd=tmp_path, env=env)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "trained" not in result.stdout
+
+
 @pytest.mark.parametrize("way", [{}, {"num_classes": 5}, {"features_only": True}, {"in_chans": 1}])
 def test_weights_of_another_network_are_refused(way, tmp_path):
     from safetensors.torch import save_file

@@ -300,7 +300,7 @@ def test_ssia_loss_is_as_written(target):
         (lambda: SSIA([8, 8], "first"), "SSIA target must be one of channel, last, spatial, got 'first'"),
         (lambda: SSIA([8, 8], aux_weight=-1), "SSIA aux_weight must be a finite number of 0 or more, got -1"),
         (lambda: SSIA([8, 8], aux_weight=math.inf), "SSIA aux_weight must be a finite number .* got inf"),
-        (lambda: ASR(8, attention="nonsense"), "ASR attention must be a name of .*create_attn.*'nonsense'"),
+        (lambda: ASR(8, attention="nonsense"), "ASR attention must be .*create_attn .*'nonsense'"),
         (lambda: SSIA([8]), "SSIA needs two stages or more, got 1"),
     ],
 )

@@ -72,9 +72,12 @@ def fold(model: nn.Module, inputs: Tensor | None = None) -> nn.Module:
 
     Raises:
         NothingToFold: The model is a plain network, or folded already.
+        ValueError: ``inputs`` are no images, or of another dtype than the model.
         FoldError: max|Δlogit| ÷ max|logit| is above :data:`BOUNDS` or not finite.
     """
     original, folded = _fold(model)
+    if inputs is not None:
+        _check_images(model, inputs)
     for images in (example_input(model), inputs):
         if images is None:
             continue
@@ -132,7 +135,11 @@ def verify_fold(model: nn.Module, folded: nn.Module, inputs: Tensor) -> FoldRepo
         model: The model before folding.
         folded: After.
         inputs: Images B × C × H × W in the models' dtype and on their device.
+
+    Raises:
+        ValueError: ``inputs`` are no images, or of another dtype than the model.
     """
+    _check_images(model, inputs)
     modes = model.training, folded.training
     a, b = (_logits(m, inputs) for m in (model, folded))
     costs = [_costs(m, inputs[:1]) for m in (model, folded)]
@@ -150,6 +157,15 @@ def verify_fold(model: nn.Module, folded: nn.Module, inputs: Tensor) -> FoldRepo
         bytes=size,
         separate_norms=tuple(separate_norms(folded)),
     )
+
+
+def _check_images(model: nn.Module, images: Any) -> None:
+    dtype = next(model.parameters()).dtype
+    if not torch.is_tensor(images) or images.dtype != dtype or images.ndim != 4 or not len(images):
+        shape = (
+            f"{tuple(images.shape)} of {images.dtype}" if torch.is_tensor(images) else type(images).__name__
+        )
+        raise ValueError(f"inputs must be one image or more, B × C × H × W of {dtype}, got {shape}")
 
 
 def _logits(model: nn.Module, inputs: Tensor) -> Tensor:

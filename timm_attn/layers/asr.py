@@ -143,9 +143,10 @@ class ASR(nn.Module):
             raise TypeError(f"ASR attention must be a name, a class or None, got {attention!r}")
         try:
             self.attention = create_attn(attention, channels, **dd)
-        except AssertionError:  # of timm, for a name that it does not know
+        except AssertionError:  # of timm, for a name that it does not know, or a layer that needs more
             raise ValueError(
-                f"ASR attention must be a name of timm's create_attn, such as se or eca, got {attention!r}"
+                "ASR attention must be what timm's create_attn makes from a number of channels, such as se, "
+                f"got {attention!r}"
             ) from None
 
     def gate(self) -> Tensor:

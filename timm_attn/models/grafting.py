@@ -108,6 +108,8 @@ def graft_state(state: State, model: Any, graft: Graft | str) -> State:
     if isinstance(graft, str):
         raise GraftError(f"{type(model).__name__} cannot be grafted: {graft}")
     own = model.state_dict()
+    if "bn1.weight" not in own:
+        raise GraftError(f"{type(model).__name__} has its norms fused: graft without folded=True, then fold")
     state = {re.sub(r"(layer\d\.\d+\.se)\.", r"\1.attention.", key): value for key, value in state.items()}
 
     stock = {key for key in own if _STOCK.fullmatch(key)}

@@ -96,7 +96,7 @@ class Mechanism:
     def stock_network(self, backbone: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """Name and all arguments of the stock network of a model that was created with ``kwargs``."""
         name, extra = self.stock(backbone, {k: v for k, v in kwargs.items() if k in self.options})
-        arguments = {k: v for k, v in kwargs.items() if k not in self.options}
+        arguments = {k: v for k, v in kwargs.items() if k not in self.options and k != "folded"}
         if "block_args" in extra:
             extra = {**extra, "block_args": (arguments.get("block_args") or {}) | extra["block_args"]}
         return name, arguments | extra
