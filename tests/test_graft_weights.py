@@ -98,16 +98,16 @@ x = torch.randn(2, 3, 64, 64)
 expected = timm.create_model("local-dir:stock", pretrained=True).eval()(x)
 for name in ("resnet18_asr", "resnet18_conam"):
     model = timm_attn.graft(name, "hf-hub:somebody/their.net", **{SMALL!r})
-    timm.models.save_for_hf(model.eval(), name, safe_serialization=True)
-    main(["fold", name])
-    for folder in (name, name + "/folded"):
+    saved = "saved_" + name
+    timm.models.save_for_hf(model.eval(), saved, safe_serialization=True)
+    main(["fold", saved])
+    for folder in (saved, saved + "/folded"):
         again = timm.create_model("local-dir:" + folder, pretrained=True).eval()
         assert (again(x) - expected).abs().max() <= 1e-5 * expected.abs().max(), folder
         cfg = json.load(open(folder + "/config.json"))["pretrained_cfg"]
         assert cfg["description"].startswith("Grafted from hf-hub:somebody/their.net, which"), cfg
         assert "a1_in1k" not in str(cfg), cfg
-main(["fold", "resnet18_asr", "--out", "again"])
-timm_attn.graft("resnet18_asr", timm.create_model("local-dir:again", pretrained=True), **{SMALL!r})
+timm_attn.graft("resnet18_dia", "local-dir:saved_resnet18_asr/folded", **{SMALL!r})
 """
     env = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}
     result = python("-W", "ignore", "-c", code, cwd=tmp_path, env=env)
