@@ -191,6 +191,12 @@ def test_what_cannot_be_grafted_says_why(name, options, message):
         timm_attn.graft(name, stock_of("resnet20_dia"), **sizes(name), **options)
 
 
+@pytest.mark.parametrize("options", [{"in_chans": 1}, {"pretrained": True}], ids=str)
+def test_what_the_source_decides_is_refused(options):
+    with pytest.raises(TypeError, match=f"graft takes no {next(iter(options))}="):
+        timm_attn.graft("resnet20_dia", stock_of("resnet20_dia"), **sizes("resnet20_dia"), **options)
+
+
 def test_weights_of_another_network_are_refused():
     stock = stock_of("resnet20_dia")
     with pytest.raises(timm_attn.GraftError, match="resnet20_dia cannot take these weights: .*missing"):
@@ -201,6 +207,10 @@ def test_weights_of_another_network_are_refused():
     for source in ({"conv1.weight": torch.ones(8, 3, 3, 3)}, timm.create_model("resnet18", num_classes=0)):
         with pytest.raises(timm_attn.GraftError, match="the source has no fc.weight: give a whole resnet20"):
             timm_attn.graft("resnet20_dia", source)
+    with pytest.raises(timm_attn.GraftError, match="on the meta device"):
+        timm_attn.graft("resnet20_dia", timm.create_model("resnet20", device="meta"))
+    with pytest.raises(TypeError, match="source must be a name, a network or a state dict, got None"):
+        timm_attn.graft("resnet20_dia", None)
     with pytest.raises(timm_attn.GraftError, match="the source has no conv1.weight"):
         timm_attn.graft("resnet20_dia", torch.nn.Linear(2, 2))
     with pytest.raises(timm_attn.GraftError, match=r"missing \['layer1.0.se.attention"):

@@ -59,11 +59,15 @@ def graft(
         GraftError: The mechanism cannot be grafted (FMM: a product cannot represent a sum; ConAM with literal
             patches), the weights are not those of its backbone, or the two networks differ by more than
             :data:`timm_attn.fold.BOUNDS`.
+        TypeError: The source is none of these, or ``in_chans`` or ``pretrained`` is given.
     """
     backbone, key = parse_name(architecture)
     mechanism = MECHANISMS[key]
     if isinstance(mechanism.graft, str):
         raise GraftError(f"{architecture} cannot be grafted: {mechanism.graft}")
+    for name in ("in_chans", "pretrained"):
+        if name in kwargs:
+            raise TypeError(f"graft takes no {name}={kwargs[name]!r}: channels and weights are the source's")
     stock = _stock(source, backbone, mechanism, kwargs)
     state = stock.state_dict()
     classes, stem = _ends(state, backbone)
@@ -101,6 +105,10 @@ def _ends(state: Mapping[str, Tensor], backbone: str) -> tuple[int, Tensor]:
     if stem is None or "fc.weight" not in state:
         missing = "conv1.weight" if stem is None else "fc.weight"
         raise GraftError(f"the source has no {missing}: give a whole {backbone}, with its classifier")
+    if stem.is_meta:
+        raise GraftError(
+            f"the source is on the meta device and has no weights: give a {backbone} with weights"
+        )
     return state["fc.weight"].shape[0], stem
 
 
@@ -110,6 +118,8 @@ def _stock(source: Any, backbone: str, mechanism: Mechanism, kwargs: dict[str, A
         return timm.create_model(source, pretrained=True)
     if isinstance(source, nn.Module):
         return getattr(source, "_orig_mod", source)  # of a compiled network
+    if not isinstance(source, Mapping):
+        raise TypeError(f"source must be a name, a network or a state dict, got {source!r}")
     classes, stem = _ends(source, backbone)
     name, arguments = mechanism.stock_network(backbone, kwargs)
     stock = timm.create_model(name, num_classes=classes, in_chans=stem.shape[1], **arguments).to(stem)
