@@ -9,6 +9,7 @@ from helpers import SMALL, narrow, parameters, randomise, small_names
 from timm.utils import reparameterize_model
 
 import timm_attn
+from timm_attn import cli
 from timm_attn.algebra import fuse_conv_norm
 from timm_attn.fold import BOUNDS, example_input, relative_difference, verify_fold
 from timm_attn.layers import ASR, asr
@@ -95,6 +96,15 @@ def test_resnet50_asr_folds_into_timms_resnet50():
     assert relative_difference(model, stock, torch.randn(2, 3, 64, 64)) <= 1e-5
 
 
+@pytest.mark.parametrize("options", [{}, {"attention": "eca"}], ids=str)
+def test_the_stock_network_has_the_head_that_the_model_has_now(options):
+    model = randomise(narrow("resnet18_asr", **options)).eval()
+    model.reset_classifier(3, "max")
+    x = example_input(model)
+    folded = timm_attn.fold(model)
+    assert torch.equal(stock_model(model, folded)(x), folded(x))
+
+
 def test_a_model_in_training_is_left_in_training():
     model = randomise(narrow("resnet20_asr")).train()
     folded = timm_attn.fold(model)
@@ -166,6 +176,22 @@ def test_other_outputs_and_empty_models_are_named():
         timm_attn.fold(narrow("resnet20_asr", features_only=True))
 
 
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (torch.ones(1, 3, 8, 8).double(), r"of torch.float32, got \(1, 3, 8, 8\) of torch.float64"),
+        (torch.ones(0, 3, 8, 8), r"one image or more, .* got \(0, 3, 8, 8\)"),
+        (torch.ones(3, 8, 8), r"B × C × H × W .* got \(3, 8, 8\)"),
+        ([], "got list"),
+    ],
+)
+def test_inputs_that_are_no_images_are_named(inputs, message):
+    model = narrow("resnet20_asr")
+    for check in (timm_attn.fold, lambda model, inputs: verify_fold(model, model, inputs)):
+        with pytest.raises(ValueError, match=message):
+            check(model, inputs)
+
+
 def test_a_compiled_model_folds():
     model = randomise(narrow("resnet20_asr")).eval()
     timm_attn.fold(torch.compile(model, backend="eager"))
@@ -193,6 +219,21 @@ def test_norms_are_fused_exactly(architecture, dtype):
     assert all(path.endswith("fmm.norm") for path in norms)
     assert bool(norms) == architecture.startswith("fmm")
     assert verify_fold(model, folded, x).separate_norms == tuple(norms)
+
+
+def test_norms_of_a_deep_stem_and_frozen_norms_are_fused():
+    stem = {"stem_type": "deep", "stem_width": 4, "replace_stem_pool": True, "avg_down": True}
+    model = randomise(narrow("resnet50_dia", **stem)).eval()
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in timm_attn.fold(model).modules())
+    timm.utils.freeze(model)
+    folded = timm_attn.fold(model)
+    narrow("resnet50_dia", **stem, folded=True).load_state_dict(folded.state_dict(), strict=True)
+
+
+def test_norms_that_do_more_are_left():
+    model = randomise(narrow("resnet18_dia", norm_layer=timm.layers.BatchNormAct2d)).eval()
+    with pytest.raises(timm_attn.NothingToFold):
+        timm_attn.fold(model)
 
 
 def fuse(model):
@@ -247,6 +288,16 @@ def test_no_second_form_where_folding_leaves_the_stock_network():
 # ------------------------------------------------------------------------------------------- verification
 
 
+def test_the_command_writes_nothing_that_is_above_the_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "load_model", lambda source: randomise(narrow("resnet20_asr")).eval())
+    monkeypatch.setattr(
+        cli, "stock_model", lambda model, folded: randomise(narrow("resnet20"), seed=3).eval()
+    )
+    with pytest.raises(timm_attn.FoldError, match=r"max\|Δlogit\| / max\|logit\| = .*, allowed 1e-05"):
+        cli.fold_command("resnet20_asr", tmp_path / "folded")
+    assert not (tmp_path / "folded").exists()
+
+
 @pytest.mark.parametrize("architecture", FOLDABLE)
 def test_twenty_random_states_fold(architecture):
     for seed in range(20):
@@ -266,8 +317,9 @@ def test_the_report_counts():
     size = sum(v.numel() * v.element_size() for v in folded.state_dict().values())
     assert report.bytes[1] == size < report.bytes[0]
     assert report.multiply_adds[1] < report.multiply_adds[0]
-    wrong = randomise(narrow("resnet20"), seed=3).eval()
-    assert verify_fold(model, wrong, example_input(model, 64)).top1_agreement < 100
+    for parameter in folded.fc.parameters():
+        parameter.data.neg_()
+    assert verify_fold(model, folded, example_input(model, 8)).top1_agreement == 0
 
 
 def test_multiply_adds_of_resnet20():

@@ -133,6 +133,28 @@ def test_every_kind_of_source(tmp_path):
     )
 
 
+def test_a_deep_stem_and_another_attention():
+    stem = {"stem_type": "deep", "stem_width": 4, "replace_stem_pool": True, "avg_down": True}
+    stock = stock_of("resnet18_asr", **stem, block_args={"attn_layer": "eca"})
+    options = {**sizes("resnet18_asr"), **stem, "attention": "eca"}
+    for source in (stock, stock.state_dict()):
+        variant = timm_attn.graft("resnet18_asr", source, **options)
+        assert relative_difference(stock, variant, images()) <= BOUNDS[torch.float32]
+
+
+def test_the_configuration_says_what_it_is():
+    stock = stock_of("resnet18_asr")
+    cfg = timm_attn.graft("resnet18_asr", stock, **sizes("resnet18_asr")).pretrained_cfg
+    # Those of timm's own checkpoint, which these weights are not.
+    assert cfg["tag"] is None and not {"hf_hub_id", "origin_url", "paper_ids"} & cfg.keys()
+    assert cfg["description"].startswith("Grafted from a resnet18, which was trained without")
+    digits = stock_of("resnet20_dia", num_classes=10)
+    digits.pretrained_cfg = {"mean": (0.5,) * 3, "input_size": (3, 16, 16), "label_names": list("0123456789")}
+    cfg = timm_attn.graft("resnet20_dia", digits, **sizes("resnet20_dia")).pretrained_cfg
+    assert cfg["label_names"] == list("0123456789") and "std" not in cfg
+    assert "untrained" in timm_attn.graft("resnet20_asr", "resnet20.sgd5_c10").pretrained_cfg["description"]
+
+
 def test_another_number_of_classes_and_of_channels():
     stock = stock_of("resnet20_dia", in_chans=1)
     variant = timm_attn.graft("resnet20_dia", stock, num_classes=3, **sizes("resnet20_dia"))
@@ -161,11 +183,18 @@ def test_the_source_is_left_as_it_is():
             "ConAM with patch_size=8 cannot be grafted: the number of patches",
         ),
         ("resnet20", {}, "resnet20 cannot be grafted: it is the stock network"),
+        ("resnet20_dia", {"folded": True}, "norms fused: graft without folded=True, then fold"),
     ],
 )
 def test_what_cannot_be_grafted_says_why(name, options, message):
     with pytest.raises(timm_attn.GraftError, match=message):
         timm_attn.graft(name, stock_of("resnet20_dia"), **sizes(name), **options)
+
+
+@pytest.mark.parametrize("options", [{"in_chans": 1}, {"pretrained": True}], ids=str)
+def test_what_the_source_decides_is_refused(options):
+    with pytest.raises(TypeError, match=f"graft takes no {next(iter(options))}="):
+        timm_attn.graft("resnet20_dia", stock_of("resnet20_dia"), **sizes("resnet20_dia"), **options)
 
 
 def test_weights_of_another_network_are_refused():
@@ -175,8 +204,15 @@ def test_weights_of_another_network_are_refused():
     state = {k: v for k, v in stock.state_dict().items() if k != "layer1.0.bn2.bias"}
     with pytest.raises(timm_attn.GraftError, match="not that of resnet20: (?s:.*)layer1.0.bn2.bias"):
         timm_attn.graft("resnet20_dia", state, **sizes("resnet20_dia"))
-    with pytest.raises(timm_attn.GraftError, match="has no fc.weight"):
-        timm_attn.graft("resnet20_dia", {})
+    for source in ({"conv1.weight": torch.ones(8, 3, 3, 3)}, timm.create_model("resnet18", num_classes=0)):
+        with pytest.raises(timm_attn.GraftError, match="the source has no fc.weight: give a whole resnet20"):
+            timm_attn.graft("resnet20_dia", source)
+    with pytest.raises(timm_attn.GraftError, match="on the meta device"):
+        timm_attn.graft("resnet20_dia", timm.create_model("resnet20", device="meta"))
+    with pytest.raises(TypeError, match="source must be a name, a network or a state dict, got None"):
+        timm_attn.graft("resnet20_dia", None)
+    with pytest.raises(timm_attn.GraftError, match="the source has no conv1.weight"):
+        timm_attn.graft("resnet20_dia", torch.nn.Linear(2, 2))
     with pytest.raises(timm_attn.GraftError, match=r"missing \['layer1.0.se.attention"):
         timm_attn.graft("resnet20_asr_se", stock_of("resnet20_asr"), **sizes("resnet20_asr"))
     with pytest.raises(KeyError):

@@ -21,6 +21,8 @@ for name in sys.argv[1:]:
     tag = stock.pretrained_cfg["tag"]
     model = timm.create_model(name, pretrained=True, **SMALL).eval()
     assert model.pretrained_cfg["tag"] == "graft_" + tag, model.pretrained_cfg
+    assert model.pretrained_cfg["description"].startswith("Grafted from timm/" + backbone), model.pretrained_cfg
+    assert not timm.create_model(name, **SMALL).pretrained_cfg.get("description")
     by_tag = timm.create_model(f"{{name}}.graft_{{tag}}", pretrained=True, **SMALL).eval()
     for field in ("mean", "std", "input_size", "crop_pct", "interpolation", "num_classes", "test_input_size"):
         assert model.pretrained_cfg[field] == stock.pretrained_cfg[field], field
@@ -82,6 +84,35 @@ assert torch.equal(model(x), again(x))
     env = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}
     result = python("-W", "ignore", "-c", code, cwd=tmp_path, env=env)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_a_graft_of_somebodys_repository_folds_back_and_says_what_it_is(server, tmp_path):
+    stock = randomise(timm.create_model("resnet18", num_classes=7, **SMALL))
+    timm.models.save_for_hf(stock, tmp_path / "stock", safe_serialization=True)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "stock").iterdir()}
+    server.put_files("somebody/their.net", files)
+    code = f"""
+import json, timm, timm_attn, torch
+from timm_attn.cli import main
+x = torch.randn(2, 3, 64, 64)
+expected = timm.create_model("local-dir:stock", pretrained=True).eval()(x)
+for name in ("resnet18_asr", "resnet18_conam"):
+    model = timm_attn.graft(name, "hf-hub:somebody/their.net", **{SMALL!r})
+    saved = "saved_" + name
+    timm.models.save_for_hf(model.eval(), saved, safe_serialization=True)
+    main(["fold", saved])
+    for folder in (saved, saved + "/folded"):
+        again = timm.create_model("local-dir:" + folder, pretrained=True).eval()
+        assert (again(x) - expected).abs().max() <= 1e-5 * expected.abs().max(), folder
+        cfg = json.load(open(folder + "/config.json"))["pretrained_cfg"]
+        assert cfg["description"].startswith("Grafted from hf-hub:somebody/their.net, which"), cfg
+        assert "a1_in1k" not in str(cfg), cfg
+timm_attn.graft("resnet18_dia", "local-dir:saved_resnet18_asr/folded", **{SMALL!r})
+"""
+    env = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}
+    result = python("-W", "ignore", "-c", code, cwd=tmp_path, env=env)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "trained" not in result.stdout
 
 
 @pytest.mark.parametrize("way", [{}, {"num_classes": 5}, {"features_only": True}, {"in_chans": 1}])

@@ -5,17 +5,20 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import timm
 import torch
+import yaml
 from helpers import ROOT, flip_last_bit, python
 from hub_server import HubServer
 
 from timm_attn.errors import UserError
 from timm_attn.publish import export, publish
+from timm_attn.publish.card import card
 from timm_attn.training import Recipe, load_model, train
 from timm_attn.weights import WeightsError, read_index, sha256
 
@@ -75,6 +78,29 @@ def test_index_agrees_with_files_and_cards(hub):
         assert 0 < folded.metrics["logit_difference"] <= 1e-5
         assert folded.metrics["top1"] == trained.metrics["top1"]
     assert checkpoints["resnet20_dia.sgd_digits_folded"].model_args["folded"] is True
+
+
+def card_of(mechanism: str, *options: str, **changes) -> str:
+    """The card of a checkpoint like the shipped resnet20_asr."""
+    shipped = next(c for c in read_index(ROOT / "hub") if c.name == "resnet20_asr.sgd5_c10")
+    recipe = yaml.safe_load((shipped.folder / "recipe.yaml").read_text())
+    details = {**shipped.details, "mechanism": mechanism}
+    return card(replace(shipped, details=details, **changes), {**recipe, "model_kwargs": list(options)})
+
+
+def test_a_card_says_which_options_there_were_and_what_is_left():
+    assert "Architecture `resnet20_asr` with `delta=2`, `generator=eca`, trained on" in card_of(
+        "asr", "delta=2", "generator=eca"
+    )
+    folded = {"architecture": "resnet20", "folded_from": "resnet20_asr.x"}
+    assert "form of `resnet20_asr.x` with `delta=2`, a plain network" in card_of("asr", "delta=2", **folded)
+    for changes in (
+        {"architecture": "resnet20_se", "folded_from": "resnet20_asr_se.x"},
+        {**folded, "model_args": {"block_args": {"attn_layer": "eca"}}},
+    ):
+        text = card_of("asr_se", **changes)
+        assert "a network with only the attention that stood on top" in text and "plain network" not in text
+    assert "SE on top of it, which stays" in card_of("asr_se", architecture="resnet20_asr_se")
 
 
 def test_names_find_weights_without_network(hub):

@@ -1,7 +1,9 @@
 """The layers against plain computations, and wrong versions of them that must be told apart."""
 
+import math
 from functools import partial
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,6 +14,7 @@ from reference.dia import dia_cell
 from reference.fmm import fmm_merge
 from reference.ssia import ssia_loss
 from timm.models.resnet import BasicBlock, Bottleneck
+from torch import nn
 
 from timm_attn.algebra import scale_affine
 from timm_attn.layers import ASR, FMM, SSIA, ConAM, DIACell, SEGenerator
@@ -204,7 +207,7 @@ def test_conam_leaves_its_input_alone():
 
 
 def test_conam_names_a_patch_that_does_not_divide():
-    with pytest.raises(AssertionError, match="ConAM patch_size must divide the map's width"):
+    with pytest.raises(AssertionError, match="ConAM patch_size 4 must divide the map's width: use grid"):
         ConAM(16, patch_size=4)(torch.rand(1, 16, 8, 10))
 
 
@@ -219,6 +222,7 @@ def test_fmm_is_as_written(mode):
 @pytest.mark.parametrize(("mode", "start"), [("bn", 1.0), ("gate", 1.0), ("sigmoid", 1.5)])
 def test_a_fresh_fmm_block_multiplies_by_a_constant(block, mode, start):
     layer = block(8 * block.expansion, 8, mode=mode).eval()
+    nn.init.constant_(last_norm(layer).bias, 7)  # as after to_empty
     layer.zero_init_last()
     x = torch.rand(2, 8 * block.expansion, 6, 6)
     expected = start * (layer.fmm.norm(x) if mode != "gate" else x)
@@ -260,6 +264,14 @@ def test_a_block_cut_in_two_is_timms_with_all_of_its_options(split, block):
         torch.manual_seed(0)
         outputs.append(layer(x))
     assert torch.equal(*outputs)
+
+
+def test_unfrozen_biases_are_pinned_again():
+    model = narrow("fmmnet20", pin_bias=True)
+    pinned = {name for name, p in model.named_parameters() if not p.requires_grad}
+    timm.utils.unfreeze(model)
+    model.train()
+    assert pinned == {name for name, p in model.named_parameters() if not p.requires_grad} != set()
 
 
 def check_dropped_path(block, mode: str) -> None:
@@ -321,18 +333,45 @@ def test_ssia_loss_is_as_written(target):
             lambda: ConAM(8, grid=2, patch_size=2),
             "ConAM takes grid or patch_size, got grid=2 and patch_size=2",
         ),
-        (lambda: ConAM(8, temperature=0), "ConAM temperature must be a number above 0 or 'sqrt', got 0"),
         (
-            lambda: ConAM(8, temperature="log"),
-            "ConAM temperature must be a number above 0 or 'sqrt', got 'log'",
+            lambda: ConAM(8, temperature=0),
+            "ConAM temperature must be a finite number above 0 or 'sqrt', got 0",
         ),
         (lambda: FMM(8, "sum"), "FMM mode must be one of bn, sigmoid, gate, raw, got 'sum'"),
         (lambda: FMMBasicBlock(8, 8, mode="gate", pin_bias=True), "pin_bias needs an FMM mode .* got 'gate'"),
         (lambda: SSIA([8, 8], "first"), "SSIA target must be one of channel, last, spatial, got 'first'"),
-        (lambda: SSIA([8, 8], aux_weight=-1), "SSIA aux_weight must be 0 or more, got -1"),
+        (lambda: SSIA([8, 8], aux_weight=-1), "SSIA aux_weight must be a finite number of 0 or more, got -1"),
+        (lambda: SSIA([8, 8], aux_weight=math.inf), "SSIA aux_weight must be a finite number .* got inf"),
+        (lambda: ASR(8, attention="nonsense"), "ASR attention must be .*create_attn .*'nonsense'"),
         (lambda: SSIA([8]), "SSIA needs two stages or more, got 1"),
     ],
 )
 def test_options_out_of_range_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DIACell(8, 4.0), "DIA reduction must be a whole number, got 4.0"),
+        (lambda: ASR(8, 1.5), "ASR delta must be a whole number, got 1.5"),
+        (lambda: ASR(8, generator=["se"]), r"ASR generator must be one of .* got \['se'\]"),
+        (lambda: ASR(8, attention=True), "ASR attention must be a name, a class or None, got True"),
+        (lambda: ConAM(8, grid=True), "ConAM grid must be a whole number, got True"),
+        (lambda: ConAM(8, patch_size=4.0), "ConAM patch_size must be a whole number, got 4.0"),
+        (lambda: ConAM(8, reduction=math.nan), "ConAM reduction must be a whole number, got nan"),
+        (lambda: ConAM(8, temperature="1e-2"), "got '1e-2' .as YAML, write 1.0e-2"),
+        (lambda: FMM(8, None), "FMM mode must be one of .* got None"),
+        (lambda: FMMBasicBlock(8, 8, pin_bias="no"), "FMM pin_bias must be True or False, got 'no'"),
+        (lambda: SSIA([8, 8], aux_weight="1e-2"), "SSIA aux_weight .* got '1e-2' .as YAML, write 1.0e-2"),
+    ],
+)
+def test_options_of_the_wrong_type_are_named(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_options_may_be_numpys():
+    assert DIACell(8, np.int64(2)).x_reduce.out_features == 4
+    assert ConAM(8, temperature=np.float32(2)).temperature == 2.0

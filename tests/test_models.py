@@ -78,17 +78,37 @@ WRONG_OPTIONS = [
     ("resnet20_asr_se", {"delta": 0}, "ASR delta must be at least 1, got 0"),
     ("resnet20_conam", {"patch_size": (8, 8)}, r"one entry for each of 3 stages, got \(8, 8\)"),
     ("resnet18_conam", {"patch_size": 0}, "ConAM patch_size must be at least 1, got 0"),
-    ("resnet20_conam", {"temperature": "log"}, "got 'log'"),
+    ("resnet20_conam", {"patch_size": (0, 0, 0), "grid": 4}, r"grid=4 and patch_size=\(0, 0, 0\)"),
+    ("resnet20_asr_se", {"attention": "eca"}, "attention='eca' has no place here"),
+    ("fmmnet20", {"block_args": {"mode": "gate"}}, "mode 'gate' has no place in block_args"),
     ("fmmnet20", {"mode": "sum"}, "FMM mode must be one of bn, sigmoid, gate, raw, got 'sum'"),
     ("fmmnet20", {"mode": "raw", "pin_bias": True}, "pin_bias needs an FMM mode"),
     ("resnet20_ssia", {"target": "first"}, "one of channel, last, spatial, got 'first'"),
-    ("resnet20_ssia", {"aux_weight": float("nan")}, "aux_weight must be 0 or more, got nan"),
+    ("resnet20_ssia", {"aux_weight": float("nan")}, "aux_weight must be a finite number .* got nan"),
 ]
 
 
 @pytest.mark.parametrize(("name", "options", "message"), WRONG_OPTIONS)
 def test_options_out_of_range_are_named(name, options, message):
     with pytest.raises(ValueError, match=message):
+        timm.create_model(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet20_conam", {"patch_size": (8.0, 8, 4)}, "ConAM patch_size must be a whole number, got 8.0"),
+        ("resnet20_conam", {"patch_size": (None, 8, 4)}, "ConAM patch_size must be a whole number, got None"),
+        ("resnet20_dia", {"dia_light": "no"}, "dia_light must be True or False, got 'no'"),
+        (
+            "resnet20_dia",
+            {"block": "basic"},
+            "block='basic' cannot be set: resnet20_dia has blocks of its own",
+        ),
+    ],
+)
+def test_options_of_the_wrong_type_are_named(name, options, message):
+    with pytest.raises(TypeError, match=message):
         timm.create_model(name, **options)
 
 

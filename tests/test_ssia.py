@@ -1,6 +1,7 @@
 """SSIA's loss reaches any training loop, with the gradients of the sum written out."""
 
 import copy
+from functools import partial
 
 import pytest
 import timm
@@ -213,6 +214,29 @@ def test_built_on_the_meta_device_it_trains_as_any_other():
 def test_a_tracer_takes_the_loss_as_one_node():
     training, evaluation = get_graph_node_names(narrow("resnet20_ssia"))
     assert "ssia" in training and "ssia" not in evaluation
+
+
+def test_per_sample_gradients_by_torch_func():
+    model = model_of("resnet20_ssia", norm_layer=partial(timm.layers.GroupNorm, num_groups=2))
+    x, y = batch()
+
+    def loss(parameters, x, y):
+        return F.cross_entropy(torch.func.functional_call(model, parameters, (x[None],)), y[None])
+
+    parameters = {key: p.detach() for key, p in model.named_parameters()}
+    gradients = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, y)
+    loss(dict(model.named_parameters()), x[1], y[1]).backward()
+    assert_gradients(model, {key: gradient[1] for key, gradient in gradients.items()})
+
+
+def test_only_a_network_that_lost_stages_loses_its_loss():
+    kept, cut = model_of("resnet20_ssia"), model_of("resnet20_ssia")
+    kept.prune_intermediate_layers([3])
+    kept(batch()[0]).sum().backward()
+    assert kept.ssia.heads[0].weight.grad.abs().sum() > 0
+    cut.prune_intermediate_layers([2])
+    cut(batch()[0])
+    assert not list(cut.ssia.parameters())
 
 
 def test_averages_of_the_weights_can_be_taken_in_training():

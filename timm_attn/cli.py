@@ -14,7 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from tyro.extras import SubcommandApp
 
 from .errors import UserError
-from .fold import FoldError, NothingToFold, example_input, fold, verify_fold
+from .fold import FoldError, NothingToFold, above_bound, example_input, fold, verify_fold
 from .models import MECHANISMS, graft_tags, model_names, parse_name, stock_model
 from .training import Recipe, load_model, resume_seeds, train_seeds, validate
 from .training import resume as resume_run
@@ -163,7 +163,11 @@ def fold_command(source: Positional[str], /, out: Path | None = None) -> None:
         console.print(str(reason))
         return
     stock = stock_model(model, folded)
-    report = verify_fold(model, stock, example_input(model, 8))
+    images = example_input(model, 8)
+    report = verify_fold(model, stock, images)
+    excess = above_bound(report.max_relative, images.dtype)
+    if excess:
+        raise FoldError(f"the folded {source} does not compute what it computes: {excess}")
     if out is None:
         if not Path(source).is_dir():
             raise UserError(f"name a folder for the folded {source} with --out")
@@ -173,7 +177,7 @@ def fold_command(source: Positional[str], /, out: Path | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     save_model(stock, out, list(model.pretrained_cfg.get("label_names") or []))
     table = Table("", "architecture", "parameters", "multiply-adds", "bytes")
-    for i, (name, network) in enumerate((("trained", model), ("folded", stock))):
+    for i, (name, network) in enumerate((("as it was", model), ("folded", stock))):
         costs = (report.parameters[i], report.multiply_adds[i], report.bytes[i])
         table.add_row(name, network.pretrained_cfg["architecture"], *(f"{cost:,}" for cost in costs))
     console.print(table)

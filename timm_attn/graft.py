@@ -1,18 +1,19 @@
 """Stock backbone to variant: the same function, with new parameters that learn from the first step."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import timm
 from torch import Tensor, nn
 
-from .fold import BOUNDS, example_input, relative_difference
+from .fold import above_bound, example_input, relative_difference
 from .models import MECHANISMS, parse_name
-from .models.grafting import GraftError, graft_state
+from .models.grafting import GraftError, graft_description, graft_state
 from .models.mechanisms import Mechanism
 
-#: Fields of a configuration that say how images are prepared and what the classes are.
-_PREPROCESSING = (
+#: Fields of a configuration that say how images are prepared, what the classes are and who allows what.
+_TAKEN = (
     "input_size",
     "pool_size",
     "test_input_size",
@@ -24,7 +25,10 @@ _PREPROCESSING = (
     "std",
     "label_names",
     "label_descriptions",
+    "license",
 )
+#: Fields that are true of the network, whatever its weights are.
+_OWN = ("architecture", "first_conv", "classifier", "custom_load", "fixed_input_size")
 
 
 def graft(
@@ -48,41 +52,64 @@ def graft(
         kwargs: Options of the mechanism and the network, as for ``timm.create_model``.
 
     Returns:
-        The variant, with the source's preprocessing in ``pretrained_cfg``, in training mode if the source is.
+        The variant, with the source's preprocessing and what it was grafted from in ``pretrained_cfg``, in
+        training mode if the source is.
 
     Raises:
         GraftError: The mechanism cannot be grafted (FMM: a product cannot represent a sum; ConAM with literal
             patches), the weights are not those of its backbone, or the two networks differ by more than
             :data:`timm_attn.fold.BOUNDS`.
+        TypeError: The source is none of these, or ``in_chans`` or ``pretrained`` is given.
     """
     backbone, key = parse_name(architecture)
     mechanism = MECHANISMS[key]
     if isinstance(mechanism.graft, str):
         raise GraftError(f"{architecture} cannot be grafted: {mechanism.graft}")
+    for name in ("in_chans", "pretrained"):
+        if name in kwargs:
+            raise TypeError(f"graft takes no {name}={kwargs[name]!r}: channels and weights are the source's")
     stock = _stock(source, backbone, mechanism, kwargs)
     state = stock.state_dict()
-    classes, channels = state["fc.weight"].shape[0], state["conv1.weight"].shape[1]
-    variant: Any = timm.create_model(architecture, num_classes=classes, in_chans=channels, **kwargs)
-    variant.to(state["conv1.weight"])
+    classes, stem = _ends(state, backbone)
+    variant: Any = timm.create_model(architecture, num_classes=classes, in_chans=stem.shape[1], **kwargs)
+    variant.to(stem)
     try:
         variant.load_state_dict(graft_state(state, variant, mechanism.graft))
     except (GraftError, RuntimeError) as error:
         raise GraftError(f"{architecture} cannot take these weights: {error}") from None
-    training = stock.training
-    error = relative_difference(stock, variant, example_input(variant))
-    stock.train(training)
-    bound = BOUNDS[state["conv1.weight"].dtype]
-    if not error <= bound:
-        raise GraftError(
-            f"{architecture} does not compute what its source computes: max|Δlogit| / max|logit| = "
-            f"{error:.3g}, allowed {bound:g}"
-        )
-    cfg = getattr(stock, "pretrained_cfg", None) or {}
-    taken = {name: cfg[name] for name in _PREPROCESSING if cfg.get(name) is not None}
-    variant.pretrained_cfg = variant.default_cfg = {**variant.pretrained_cfg, **taken, "num_classes": classes}
+    # On the CPU, as in fold: GPUs round fp32 convolutions to TF32.
+    images = example_input(variant).cpu()
+    error = relative_difference(deepcopy(stock).cpu(), deepcopy(variant).cpu(), images)
+    excess = above_bound(error, images.dtype)
+    if excess:
+        raise GraftError(f"{architecture} does not compute what its source computes: {excess}")
+    # What else is in the variant's own configuration speaks of its default weights, and not of these.
+    own = {name: variant.pretrained_cfg[name] for name in _OWN}
+    cfg = getattr(stock, "pretrained_cfg", None) or variant.pretrained_cfg
+    taken = {name: cfg[name] for name in _TAKEN if cfg.get(name) is not None}
+    variant.pretrained_cfg = variant.default_cfg = {
+        **own,
+        **taken,
+        "tag": None,
+        "num_classes": classes,
+        "description": graft_description(source if isinstance(source, str) else f"a {backbone}"),
+    }
     if num_classes is not None and num_classes != classes:
         variant.reset_classifier(num_classes)
-    return variant.train(training)
+    return variant.train(stock.training)
+
+
+def _ends(state: Mapping[str, Tensor], backbone: str) -> tuple[int, Tensor]:
+    """Number of classes, and the kernel that sees the image."""
+    stem = state.get("conv1.weight", state.get("conv1.0.weight"))
+    if stem is None or "fc.weight" not in state:
+        missing = "conv1.weight" if stem is None else "fc.weight"
+        raise GraftError(f"the source has no {missing}: give a whole {backbone}, with its classifier")
+    if stem.is_meta:
+        raise GraftError(
+            f"the source is on the meta device and has no weights: give a {backbone} with weights"
+        )
+    return state["fc.weight"].shape[0], stem
 
 
 def _stock(source: Any, backbone: str, mechanism: Mechanism, kwargs: dict[str, Any]) -> Any:
@@ -91,15 +118,11 @@ def _stock(source: Any, backbone: str, mechanism: Mechanism, kwargs: dict[str, A
         return timm.create_model(source, pretrained=True)
     if isinstance(source, nn.Module):
         return getattr(source, "_orig_mod", source)  # of a compiled network
-    for name in ("fc.weight", "conv1.weight"):
-        if name not in source:
-            raise GraftError(f"the state dict has no {name}: give that of a whole {backbone}")
-    options = {k: v for k, v in kwargs.items() if k in mechanism.options}
-    name, extra = mechanism.stock(backbone, options)
-    arguments = {k: v for k, v in kwargs.items() if k not in options} | extra
-    classes, channels = source["fc.weight"].shape[0], source["conv1.weight"].shape[1]
-    stock = timm.create_model(name, num_classes=classes, in_chans=channels, **arguments)
-    stock.to(source["conv1.weight"])
+    if not isinstance(source, Mapping):
+        raise TypeError(f"source must be a name, a network or a state dict, got {source!r}")
+    classes, stem = _ends(source, backbone)
+    name, arguments = mechanism.stock_network(backbone, kwargs)
+    stock = timm.create_model(name, num_classes=classes, in_chans=stem.shape[1], **arguments).to(stem)
     try:
         stock.load_state_dict(source)
     except RuntimeError as error:

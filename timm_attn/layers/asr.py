@@ -16,6 +16,7 @@ from timm.layers.create_attn import create_attn
 from torch import Tensor, nn
 
 from ..algebra import scale_affine
+from .options import check_choice, check_whole
 
 
 class SEGenerator(nn.Module):
@@ -27,8 +28,7 @@ class SEGenerator(nn.Module):
     def __init__(self, channels: int, reduction: int = 16, device=None, dtype=None) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
-        if reduction < 1:
-            raise ValueError(f"ASR reduction must be at least 1, got {reduction}")
+        check_whole("ASR reduction", reduction)
         hidden = max(1, round(channels / reduction))
         self.psi = nn.Parameter(torch.full((1, channels), 0.1, **dd))
         self.fc1 = nn.Linear(channels, hidden, **dd)
@@ -42,7 +42,8 @@ class SEGenerator(nn.Module):
 class IEGenerator(nn.Module):
     """v = σ(weight · ψ + bias) by channel: instance enhancement (https://arxiv.org/abs/1908.04008).
 
-    Starts as IEBN does, weight 0 and bias −1, so v = 0.269 in every channel.
+    Starts as IEBN does, weight 0 and bias −1, so v = 0.269 in every channel. ψ has no gradient before the
+    weight has moved, in the first step.
     """
 
     def __init__(self, channels: int, device=None, dtype=None) -> None:
@@ -80,7 +81,8 @@ class SRMGenerator(nn.Module):
     """v = σ(weight₁ · ψ₁ + weight₂ · ψ₂) by channel: SRM (https://arxiv.org/abs/1903.10829).
 
     ψ (1 × C × 2) stands for each channel's mean and standard deviation. SRM's batch norm is left out: it has
-    no batch to normalise over. Weights start at 0, as SRM's do, so v = 0.5.
+    no batch to normalise over. Weights start at 0, as SRM's do, so v = 0.5; ψ has no
+    gradient before they have moved, in the first step.
     """
 
     def __init__(self, channels: int, device=None, dtype=None) -> None:
@@ -109,9 +111,10 @@ class ASR(nn.Module):
         reduction: Reduction ratio of each SE generator, 16 by default; the others have none.
         generator: T, one of :data:`GENERATORS`.
         attention: Another attention module that acts on the gated map and stays when the gate is folded:
-            a name or class that timm's ``create_attn`` takes.
+            a name or class (or a partial of one) that timm's ``create_attn`` takes.
 
     Raises:
+        TypeError: An option is of the wrong type.
         ValueError: An option is out of range or does not exist for this generator.
     """
 
@@ -127,16 +130,24 @@ class ASR(nn.Module):
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
-        if delta < 1:
-            raise ValueError(f"ASR delta must be at least 1, got {delta}")
-        if generator not in GENERATORS:
-            raise ValueError(f"ASR generator must be one of {', '.join(GENERATORS)}, got {generator!r}")
+        check_whole("ASR delta", delta)
+        check_choice("ASR generator", generator, GENERATORS)
+        own: dict[str, Any] = {}
         if reduction is not None:
             if generator != "se":
                 raise ValueError(f"the generator {generator!r} has no reduction, got {reduction}")
-            dd["reduction"] = reduction
-        self.generators = nn.ModuleList(GENERATORS[generator](channels, **dd) for _ in range(delta))
-        self.attention = create_attn(attention, channels, device=device, dtype=dtype)
+            own["reduction"] = reduction
+        self.generators = nn.ModuleList(GENERATORS[generator](channels, **own, **dd) for _ in range(delta))
+        named = attention is None or isinstance(attention, str) or callable(attention)
+        if not named or isinstance(attention, nn.Module):
+            raise TypeError(f"ASR attention must be a name, a class or None, got {attention!r}")
+        try:
+            self.attention = create_attn(attention, channels, **dd)
+        except AssertionError:  # of timm, for a name that it does not know, or a layer that needs more
+            raise ValueError(
+                "ASR attention must be what timm's create_attn makes from a number of channels, such as se, "
+                f"got {attention!r}"
+            ) from None
 
     def gate(self) -> Tensor:
         """The gate v, 1 × C: the product over the generators."""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .options import check_number, check_whole
+
 
 class ConAM(nn.Module):
     """One weight a patch, the same for all channels.
@@ -31,6 +33,7 @@ class ConAM(nn.Module):
         temperature: Divides the inner products, 1 in the paper; ``"sqrt"`` stands for √C.
 
     Raises:
+        TypeError: An option is of the wrong type.
         ValueError: An option is out of range, or both ``grid`` and ``patch_size`` are given.
     """
 
@@ -49,14 +52,14 @@ class ConAM(nn.Module):
         if grid is not None and patch_size is not None:
             raise ValueError(f"ConAM takes grid or patch_size, got grid={grid} and patch_size={patch_size}")
         for name, value in (("grid", grid), ("patch_size", patch_size), ("reduction", reduction)):
-            if value is not None and value < 1:
-                raise ValueError(f"ConAM {name} must be at least 1, got {value}")
-        scale = channels**0.5 if temperature == "sqrt" else temperature
-        if isinstance(scale, str) or not 0 < scale < float("inf"):
-            raise ValueError(f"ConAM temperature must be a number above 0 or 'sqrt', got {temperature!r}")
+            if value is not None or name == "reduction":
+                check_whole(f"ConAM {name}", value)
+        scale: Any = channels**0.5 if temperature == "sqrt" else temperature
+        check_number("ConAM temperature", scale, "a finite number above 0 or 'sqrt'")
         hidden = max(1, channels // reduction)
         self.grid = 4 if grid is None else grid
         self.patch_size = patch_size
+        self.indivisible = f"ConAM patch_size {patch_size} must divide the map's "
         self.temperature = float(scale)
         self.fc1 = nn.Linear(channels, hidden, **dd)
         self.fc2 = nn.Linear(hidden, channels, **dd)
@@ -65,8 +68,8 @@ class ConAM(nn.Module):
         """η of every patch of x (B × C × H × W): B × rows × columns, summing to 1."""
         if self.patch_size is not None:
             # A tracer cannot branch on a size, but records an assertion.
-            torch._assert(x.shape[2] % self.patch_size == 0, "ConAM patch_size must divide the map's height")
-            torch._assert(x.shape[3] % self.patch_size == 0, "ConAM patch_size must divide the map's width")
+            torch._assert(x.shape[2] % self.patch_size == 0, self.indivisible + "height: use grid")
+            torch._assert(x.shape[3] % self.patch_size == 0, self.indivisible + "width: use grid")
             patches = F.avg_pool2d(x, self.patch_size)
         else:
             patches = F.adaptive_avg_pool2d(x, (self.grid, self.grid))

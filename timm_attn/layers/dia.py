@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .options import check_whole
+
 
 class DIACell(nn.Module):
     """DIA-LSTM: an LSTM cell with bottlenecked gate networks and a sigmoid output.
@@ -27,13 +29,16 @@ class DIACell(nn.Module):
         channels: Width C of the stage that the cell serves.
         reduction: r of the paper; the gate networks' hidden width is max(1, C // r). The paper takes 4 on
             CIFAR and 20 on ImageNet.
+
+    Raises:
+        TypeError: ``reduction`` is not a whole number.
+        ValueError: It is below 1.
     """
 
     def __init__(self, channels: int, reduction: int = 20, device=None, dtype=None) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
-        if reduction < 1:
-            raise ValueError(f"DIA reduction must be at least 1, got {reduction}")
+        check_whole("DIA reduction", reduction)
         hidden = max(1, channels // reduction)
         self.channels = channels
         self.x_reduce = nn.Linear(channels, hidden, **dd)

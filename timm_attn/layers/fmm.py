@@ -13,6 +13,8 @@ import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
+from .options import check_choice, check_flag
+
 #: mode: (the shortcut is normalised, initial bias of the branch's last norm)
 MODES = {"bn": (True, 1.0), "sigmoid": (True, 0.0), "gate": (False, 0.0), "raw": (False, 0.0)}
 
@@ -45,6 +47,7 @@ class FMM(nn.Module):
         norm_layer: Makes the norm of an identity shortcut; None where the shortcut has one.
 
     Raises:
+        TypeError: ``mode`` is not a name.
         ValueError: There is no such mode.
     """
 
@@ -52,34 +55,35 @@ class FMM(nn.Module):
         self, channels: int, mode: str = "bn", norm_layer: Any = None, device=None, dtype=None
     ) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"FMM mode must be one of {', '.join(MODES)}, got {mode!r}")
+        check_choice("FMM mode", mode, MODES)
         self.mode = mode
         self.norm = nn.Identity()
         if MODES[mode][0] and norm_layer is not None:
             self.norm = norm_layer(channels, device=device, dtype=dtype)
 
     def init_norms(self, branch: Any, shortcut: Any, pin_bias: bool = False) -> None:
-        """Set the biases of the two norms so that both factors start with mean 1.
+        """Set the biases of the two norms so that both factors start with mean 1 (σ(f) + 1 with mean 1.5).
 
         Args:
             branch: Last norm of the residual branch.
-            shortcut: The shortcut's own norm, or None if it is this module's.
+            shortcut: That of the shortcut, this module's or the shortcut's own.
             pin_bias: Keep them there, out of training, as the author's code does.
 
         Raises:
+            TypeError: ``pin_bias`` is neither True nor False.
             ValueError: The mode does not normalise both factors, so it has no biases to pin.
         """
         normalised, branch_bias = MODES[self.mode]
+        check_flag("FMM pin_bias", pin_bias)
         if pin_bias and not normalised:
             raise ValueError(f"pin_bias needs an FMM mode that normalises the shortcut, got {self.mode!r}")
         nn.init.constant_(branch.bias, branch_bias)
         if not normalised:
             return
-        shortcut = self.norm if shortcut is None else shortcut
         nn.init.ones_(shortcut.bias)
-        for norm in (branch, shortcut):
-            norm.bias.requires_grad_(not pin_bias)
+        if pin_bias:
+            for norm in (branch, shortcut):
+                norm.bias.requires_grad_(False)
 
     def factor(self, f: Tensor) -> Tensor:
         """What the branch output f (B × C × H × W) multiplies the shortcut by."""

@@ -14,17 +14,24 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from .options import check_choice, check_number
+
 TARGETS = ("channel", "last", "spatial")
 
 
 class _AttachLoss(torch.autograd.Function):
     """Passes logits on; in the backward pass the loss gets the gradient ``scale`` beside theirs."""
 
+    generate_vmap_rule = True  # and a context of its own: both for torch.func
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(scale)
-        ctx.dtype = loss.dtype
+    def forward(logits: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
         return logits.clone()  # a loop may change them in place, which a view would refuse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[2])
+        ctx.dtype = inputs[1].dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -71,6 +78,7 @@ class SSIA(nn.Module):
         aux_weight: λ.
 
     Raises:
+        TypeError: ``target`` is not a name, or λ not a number.
         ValueError: There is no such target, λ is negative, or there is only one stage.
     """
 
@@ -85,10 +93,8 @@ class SSIA(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if target not in TARGETS:
-            raise ValueError(f"SSIA target must be one of {', '.join(TARGETS)}, got {target!r}")
-        if not 0 <= aux_weight < float("inf"):
-            raise ValueError(f"SSIA aux_weight must be 0 or more, got {aux_weight}")
+        check_choice("SSIA target", target, TARGETS)
+        check_number("SSIA aux_weight", aux_weight, "a finite number of 0 or more", zero=True)
         if len(channels) < 2:
             raise ValueError(f"SSIA needs two stages or more, got {len(channels)}")
         self.target = target

@@ -131,10 +131,27 @@ class FMMMixin:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(inplanes, planes, stride, downsample, norm_layer=norm_layer, **dd, **kwargs)
         self.fmm = FMM(planes * self.expansion, mode, norm_layer if downsample is None else None, **dd)
-        self.fmm.init_norms(last_norm(self), None if downsample is None else downsample[-1], pin_bias)
+        self.pin_bias = pin_bias
+        self.init_norms()
+
+    def init_norms(self) -> None:
+        """Set the biases of the two factors' norms, and pin them if that is asked for."""
+        self.fmm.init_norms(*self.factor_norms(), self.pin_bias)
+
+    def factor_norms(self) -> tuple[Any, Any]:
+        """The last norm of the branch and that of the shortcut (an Identity if the mode has none)."""
+        return last_norm(self), self.fmm.norm if self.downsample is None else self.downsample[-1]
+
+    def train(self, mode: bool = True) -> Any:
+        """timm.utils.unfreeze lets pinned biases go; they are pinned again here."""
+        if self.pin_bias:
+            for norm in self.factor_norms():
+                norm.bias.requires_grad_(False)
+        return super().train(mode)
 
     def zero_init_last(self) -> None:
         """Start with a constant factor, the counterpart of a residual branch that starts at zero."""
+        self.init_norms()
         # With γ = 0 the factor is β of the last norm, 1. The raw product has β = 0 and would be dead.
         if self.fmm.mode != "raw":
             nn.init.zeros_(last_norm(self).weight)

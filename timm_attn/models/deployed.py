@@ -1,36 +1,35 @@
 """The deployed form of networks whose mechanism depends on the image: norms fused into convolutions."""
 
+from itertools import pairwise
 from typing import Any
 
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from ..algebra import fuse_conv_norm
 
+#: Exactly these: a subclass, such as timm's norms with an activation, may do more.
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
-def _pairs(model: nn.Module) -> list[tuple[Any, str, str]]:
-    """(parent, name of a convolution, name of the norm that follows it and nothing between)."""
-    places: list[tuple[Any, str, str]] = [(model, "conv1", "bn1")]
-    for module in model.modules():
+
+def _pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """Paths of each convolution and of the batch norm that follows it with nothing between."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    stem = f"conv1.{len(modules['conv1']) - 1}" if isinstance(modules["conv1"], nn.Sequential) else "conv1"
+    paths = [(stem, "bn1")]
+    for path, module in modules.items():
         if isinstance(module, BasicBlock | Bottleneck):
-            last = 3 if isinstance(module, Bottleneck) else 2
-            places += [(module, f"conv{i}", f"bn{i}") for i in range(1, last + 1)]
-            if isinstance(module.downsample, nn.Sequential):
-                size = len(module.downsample)
-                places.append((module.downsample, str(size - 2), str(size - 1)))
-    return [
-        (parent, conv, norm)
-        for parent, conv, norm in places
-        if isinstance(getattr(parent, conv, None), nn.Conv2d)
-        and isinstance(getattr(parent, norm, None), nn.BatchNorm2d | nn.SyncBatchNorm)
-    ]
+            paths += [(f"{path}.conv{i}", f"{path}.bn{i}") for i in (1, 2, 3)]
+        elif isinstance(module, nn.Sequential):
+            paths += pairwise(f"{path}.{name}" for name, _ in module.named_children())
+    return [(a, b) for a, b in paths if type(modules.get(a)) is nn.Conv2d and type(modules.get(b)) in _NORMS]
 
 
 def separate_norms(model: nn.Module) -> list[str]:
     """Paths of the batch norms of a network that no convolution takes in: FMM's on identity shortcuts."""
-    fused = {id(getattr(parent, norm)) for parent, _, norm in _pairs(model)}
-    norms = nn.BatchNorm2d | nn.SyncBatchNorm
-    return [path for path, m in model.named_modules() if isinstance(m, norms) and id(m) not in fused]
+    fused = {norm for _, norm in _pairs(model)}
+    return [path for path, m in model.named_modules() if isinstance(m, _NORMS) and path not in fused]
 
 
 def fuse_conv_norms(model: nn.Module) -> int:
@@ -39,8 +38,9 @@ def fuse_conv_norms(model: nn.Module) -> int:
     The norms become identities and the convolutions get a bias. Returns the number of norms fused.
     """
     pairs = _pairs(model)
-    for parent, conv_name, norm_name in pairs:
-        conv, norm = getattr(parent, conv_name), getattr(parent, norm_name)
+    for conv_path, norm_path in pairs:
+        conv: Any = model.get_submodule(conv_path)
+        norm: Any = model.get_submodule(norm_path)
         weight, bias = fuse_conv_norm(
             conv.weight.detach(),
             None if conv.bias is None else conv.bias.detach(),
@@ -52,7 +52,8 @@ def fuse_conv_norms(model: nn.Module) -> int:
         )
         conv.weight.data.copy_(weight)
         conv.bias = nn.Parameter(bias)
-        setattr(parent, norm_name, nn.Identity())
+        parent, _, name = norm_path.rpartition(".")
+        setattr(model.get_submodule(parent), name, nn.Identity())
     return len(pairs)
 
 

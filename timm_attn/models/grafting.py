@@ -5,7 +5,7 @@ function takes the stock state dict with the mechanism's parameters added, and t
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -74,7 +74,24 @@ def conam(state: State, model: Any) -> State:
 
 
 # Parameters that a stock network has too; attention on top of ASR is `se` in a stock network with attention.
-_STOCK = re.compile(r"(conv1|bn1|fc)\..+|layer\d\.\d+\.(conv\d|bn\d|downsample\.\d|se\.attention)\..+")
+_STOCK = re.compile(
+    r"(conv1|bn1|maxpool|fc)\..+|layer\d\.\d+\.(conv\d|bn\d|downsample\.\d|se\.attention)\..+"
+)
+
+
+def key_difference(have: Iterable[str], want: Iterable[str]) -> str:
+    """What is missing from and unexpected in the keys of a checkpoint, the classifier's aside, or ''."""
+    differences = set(want) - set(have), set(have) - set(want)
+    missing, unexpected = (sorted(k for k in keys if not k.startswith("fc.")) for keys in differences)
+    if not missing and not unexpected:
+        return ""
+    counts = f"({len(missing)} in all)", f"({len(unexpected)} in all)"
+    return f"missing {missing[:5]} {counts[0]}, unexpected {unexpected[:5]} {counts[1]}"
+
+
+def graft_description(source: str) -> str:
+    """What a grafted model's configuration says of it."""
+    return f"Grafted from {source}, which was trained without this mechanism; the graft adds it untrained."
 
 
 def graft_state(state: State, model: Any, graft: Graft | str) -> State:
@@ -91,17 +108,13 @@ def graft_state(state: State, model: Any, graft: Graft | str) -> State:
     if isinstance(graft, str):
         raise GraftError(f"{type(model).__name__} cannot be grafted: {graft}")
     own = model.state_dict()
+    if "bn1.weight" not in own:
+        raise GraftError(f"{type(model).__name__} has its norms fused: graft without folded=True, then fold")
     state = {re.sub(r"(layer\d\.\d+\.se)\.", r"\1.attention.", key): value for key, value in state.items()}
 
-    def body(keys) -> set[str]:
-        return {key for key in keys if not key.startswith("fc.")}
-
-    want, have = body(key for key in own if _STOCK.fullmatch(key)), body(state)
-    if want != have:
-        missing, unexpected = sorted(want - have), sorted(have - want)
-        raise GraftError(
-            f"the weights are not those of the stock network: missing {missing[:3]} ({len(missing)} in all), "
-            f"unexpected {unexpected[:3]} ({len(unexpected)} in all)"
-        )
-    new = {key: value.clone() for key, value in own.items() if key not in want and not key.startswith("fc.")}
+    stock = {key for key in own if _STOCK.fullmatch(key)}
+    misfit = key_difference(state, stock)
+    if misfit:
+        raise GraftError(f"the weights are not those of the stock network: {misfit}")
+    new = {key: value.clone() for key, value in own.items() if key not in stock}
     return graft({**new, **state}, model)

@@ -16,7 +16,8 @@ from timm.layers import SEModule
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ..layers import ASR
-from ..papers import Paper
+from ..layers.options import check_flag
+from ..papers import PAPERS, Paper
 from . import blocks, grafting
 from .cifar import CifarResNet
 from .conam import ConAMCifarResNet, ConAMResNet
@@ -92,6 +93,14 @@ class Mechanism:
         parameters = inspect.signature(self.build).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
+    def stock_network(self, backbone: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Name and all arguments of the stock network of a model that was created with ``kwargs``."""
+        name, extra = self.stock(backbone, {k: v for k, v in kwargs.items() if k in self.options})
+        arguments = {k: v for k, v in kwargs.items() if k not in self.options and k != "folded"}
+        if "block_args" in extra:
+            extra = {**extra, "block_args": (arguments.get("block_args") or {}) | extra["block_args"]}
+        return name, arguments | extra
+
 
 def in_attention_slot(layer: Callable[..., Any]) -> Build:
     """Put a module after the last norm layer of every block, before the shortcut is added.
@@ -104,9 +113,8 @@ def in_attention_slot(layer: Callable[..., Any]) -> Build:
     options = [p for n, p in inspect.signature(layer).parameters.items() if n not in ("device", "dtype")][1:]
 
     def build(backbone: Backbone, **kwargs) -> tuple[type[ResNet], dict[str, Any]]:
-        _refuse_attn_layer(kwargs)
         given = {p.name: kwargs.pop(p.name) for p in options if p.name in kwargs}
-        kwargs["block_args"] = {**kwargs.get("block_args", {}), "attn_layer": partial(layer, **given)}
+        kwargs["block_args"] = _block_args(kwargs, attn_layer=partial(layer, **given))
         kwargs["block"] = blocks.FoldableBottleneck if backbone.bottleneck else blocks.FoldableBasicBlock
         return CifarResNet if backbone.cifar else ResNet, kwargs
 
@@ -115,12 +123,16 @@ def in_attention_slot(layer: Callable[..., Any]) -> Build:
     return build
 
 
-def _refuse_attn_layer(kwargs: dict[str, Any]) -> None:
-    attn_layer = kwargs.get("block_args", {}).get("attn_layer")
-    if attn_layer is not None:
-        raise ValueError(
-            f"attn_layer {attn_layer!r} has no place beside this mechanism (ASR takes another as attention=…)"
-        )
+def _block_args(kwargs: dict[str, Any], **own: Any) -> dict[str, Any]:
+    """The block_args that the user gave with those of a mechanism; what would be overwritten is refused."""
+    given = kwargs.get("block_args") or {}
+    for name in own:
+        if given.get(name) is not None:
+            raise ValueError(
+                f"{name} {given[name]!r} has no place in block_args beside this mechanism (give its options "
+                "as keyword arguments; ASR takes another attention as attention=…)"
+            )
+    return {**given, **own}
 
 
 # timm would round the SE paper's hidden width C / 16 up to a multiple of 8: too wide for 16 to 64 channels.
@@ -133,7 +145,7 @@ def _plain(backbone: Backbone, **kwargs) -> tuple[type[ResNet], dict[str, Any]]:
 
 
 def _se(backbone: Backbone, **kwargs) -> tuple[type[ResNet], dict[str, Any]]:
-    kwargs["block_args"] = {"attn_layer": _cifar_se, **kwargs.get("block_args", {})}
+    kwargs["block_args"] = _block_args(kwargs, attn_layer=_cifar_se)
     return _plain(backbone, **kwargs)
 
 
@@ -157,6 +169,11 @@ def _asr(
 def _asr_se(
     backbone: Backbone, *, delta: int = 1, generator: str = "se", reduction: int | None = None, **kwargs
 ) -> tuple[type[ResNet], dict[str, Any]]:
+    if "attention" in kwargs:
+        raise ValueError(
+            f"attention={kwargs['attention']!r} has no place here: the attention on top is SE. Take the "
+            "architecture without _se"
+        )
     return _asr(backbone, delta=delta, generator=generator, reduction=reduction, attention="se", **kwargs)
 
 
@@ -174,13 +191,14 @@ def _asr_stock(backbone: str, options: dict[str, Any]) -> tuple[str, dict[str, A
 def _dia(
     backbone: Backbone, *, reduction: int | None = None, dia_light: bool = False, **kwargs
 ) -> tuple[type[ResNet], dict[str, Any]]:
-    _refuse_attn_layer(kwargs)
+    check_flag("dia_light", dia_light)
+    block_args = _block_args(kwargs, attn_layer=None)
     if dia_light and reduction is not None:
         raise ValueError(f"dia_light is a reduction of its own: leave out reduction={reduction}")
     if reduction is None:
         # The paper's 4 on CIFAR and 20 on ImageNet. "Light" is defined nowhere; 16 and 64 are this package's.
         reduction = (16 if backbone.cifar else 64) if dia_light else (4 if backbone.cifar else 20)
-    kwargs["reduction"] = reduction
+    kwargs |= {"reduction": reduction, "block_args": block_args}
     kwargs["block"] = blocks.SplitBottleneck if backbone.bottleneck else blocks.SplitBasicBlock
     return DIACifarResNet if backbone.cifar else DIAResNet, kwargs
 
@@ -202,7 +220,7 @@ def _conam(
 def _fmm(
     backbone: Backbone, *, mode: str = "bn", pin_bias: bool = False, **kwargs
 ) -> tuple[type[ResNet], dict[str, Any]]:
-    kwargs["block_args"] = {**kwargs.get("block_args", {}), "mode": mode, "pin_bias": pin_bias}
+    kwargs["block_args"] = _block_args(kwargs, mode=mode, pin_bias=pin_bias)
     kwargs["block"] = blocks.FMMBottleneck if backbone.bottleneck else blocks.FMMBasicBlock
     return CifarResNet if backbone.cifar else ResNet, kwargs
 
@@ -214,111 +232,31 @@ def _ssia(
     return SSIACifarResNet if backbone.cifar else SSIAResNet, kwargs
 
 
-_ASR_PAPER = Paper(
-    "Stripe Observation Guided Inference Cost-free Attention Mechanism",
-    "Shanshan Zhong and Zhongzhan Huang and Wushao Wen and Jinghui Qin and Liang Lin",
-    "ECCV 2024",
-    2024,
-    "2304.06345",
-    "Channel attention on a learnt constant, which folds into the norm layer before it: nothing of it is "
-    "left at inference.",
-)
-
 MECHANISMS = {
-    "": Mechanism(
-        _plain,
-        Paper(
-            "Deep Residual Learning for Image Recognition",
-            "Kaiming He and Xiangyu Zhang and Shaoqing Ren and Jian Sun",
-            "CVPR 2016",
-            2016,
-            "1512.03385",
-            "A plain residual network, the control of the networks with attention.",
-        ),
-        name=str,
-        graft="it is the stock network",
-        control=True,
-    ),
+    "": Mechanism(_plain, PAPERS["resnet"], name=str, graft="it is the stock network", control=True),
     "se": Mechanism(
         _se,
-        Paper(
-            "Squeeze-and-Excitation Networks",
-            "Jie Hu and Li Shen and Samuel Albanie and Gang Sun and Enhua Wu",
-            "CVPR 2018",
-            2018,
-            "1709.01507",
-            "Channel attention in every block, the control of the newer mechanisms.",
-        ),
+        PAPERS["se"],
         graft="its gate would have to be undone, for a control that is trained from the start",
         fuses=True,
         control=True,
     ),
-    "dia": Mechanism(
-        _dia,
-        Paper(
-            "DIANet: Dense-and-Implicit Attention Network",
-            "Zhongzhan Huang and Senwei Liang and Mingfu Liang and Haizhao Yang",
-            "AAAI 2020",
-            2020,
-            "1905.10671",
-            "One recurrent attention unit shared by all blocks of a stage.",
-        ),
-        graft=grafting.dia,
-        fuses=True,
-    ),
-    "asr": Mechanism(_asr, _ASR_PAPER, stock=_asr_stock, graft=grafting.asr, folds=True),
+    "dia": Mechanism(_dia, PAPERS["dia"], graft=grafting.dia, fuses=True),
+    "asr": Mechanism(_asr, PAPERS["asr"], stock=_asr_stock, graft=grafting.asr, folds=True),
     "asr_se": Mechanism(
         _asr_se,
-        _ASR_PAPER,
+        PAPERS["asr_se"],
         stock=lambda backbone, options: _asr_stock(backbone, {"attention": "se"}),
         graft=grafting.asr,
         folds=True,
     ),
-    "conam": Mechanism(
-        _conam,
-        Paper(
-            "ConAM: Confidence Attention Module for Convolutional Neural Networks",
-            "Yu Xue and Ziming Yuan and Ferrante Neri",
-            "arXiv 2021, withdrawn 2022",
-            2021,
-            "2110.14369",
-            "Weights the patches of a feature map by how far they agree with the whole of it.",
-            "The paper was withdrawn from arXiv by its authors (conflict of interest). The formula is that "
-            "of their published code; the hidden width C / 16 is this package's choice.",
-        ),
-        graft=grafting.conam,
-        fuses=True,
-    ),
+    "conam": Mechanism(_conam, PAPERS["conam"], graft=grafting.conam, fuses=True),
     "fmm": Mechanism(
         _fmm,
-        Paper(
-            "Towards Understanding the Effectiveness of Attention Mechanism",
-            "Xiang Ye and Zihang He and Heng Wang and Yong Li",
-            "arXiv 2021",
-            2021,
-            "2106.15067",
-            "FMMNet: the residual sum replaced by a product of feature maps.",
-            "The paper's text multiplies the branch and the shortcut as they are; both are normalised here, "
-            "as in the first author's code, and the branch starts as the constant 1, which is this package's "
-            "choice.",
-        ),
+        PAPERS["fmm"],
         name=lambda backbone: backbone.replace("resn", "fmmn"),
         graft="a product of feature maps cannot represent the sum x + F(x)",
         fuses=True,
     ),
-    "ssia": Mechanism(
-        _ssia,
-        Paper(
-            "Self-Supervised Implicit Attention: Guided Attention by The Model Itself",
-            "Jinyi Wu and Xun Gong and Zhemin Zhang",
-            "arXiv 2022",
-            2022,
-            "2206.07434",
-            "A self-supervised loss by which each stage guides the one below it, in training only.",
-            "A re-implementation from the abstract: no code is published, and the loss is this package's "
-            "reading.",
-        ),
-        graft=grafting.nothing_to_scale,
-        folds=True,
-    ),
+    "ssia": Mechanism(_ssia, PAPERS["ssia"], graft=grafting.nothing_to_scale, folds=True),
 }

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .. import weights
 from .deployed import folded
-from .grafting import graft_state
+from .grafting import graft_description, graft_state, key_difference
 from .mechanisms import BACKBONES, MECHANISMS
 
 #: Tags of weights that are made from those of a stock network begin with this.
@@ -77,15 +77,14 @@ def stock_model(model: Any, folded: nn.Module) -> Any:
     cfg = model.pretrained_cfg
     backbone, key = parse_name(cfg["architecture"])
     mechanism = MECHANISMS[key]
-    options = {k: v for k, v in model._model_args.items() if k in mechanism.options}
-    arguments: dict[str, Any] = {k: v for k, v in model._model_args.items() if k not in options}
-    name, extra = mechanism.stock(backbone, options)
+    name, arguments = mechanism.stock_network(backbone, model._model_args)
     if mechanism.fuses:
-        name, extra, arguments = cfg["architecture"], {"folded": True}, dict(model._model_args)
-    elif "block_args" in extra:
-        extra["block_args"] = {**arguments.get("block_args", {}), **extra["block_args"]}
-    arguments |= extra
-    stock: Any = timm.create_model(name, **{**arguments, "num_classes": model.num_classes})
+        name, arguments = cfg["architecture"], {**model._model_args, "folded": True}
+    arguments["num_classes"] = model.num_classes
+    # Both may have changed since the model was made.
+    if model.global_pool.pool_type != arguments.get("global_pool", "avg"):
+        arguments["global_pool"] = model.global_pool.pool_type
+    stock: Any = timm.create_model(name, **arguments)
     stock.to(next(folded.parameters())).load_state_dict(folded.state_dict())
     stock.pretrained_cfg = stock.default_cfg = {**cfg, "architecture": name}
     return stock.eval()
@@ -101,19 +100,15 @@ def checkpoint_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
         GraftError: The tag asks for a graft, and the weights are not those of the stock network.
     """
 
-    def keys(names) -> set[str]:
-        return {name for name in names if not name.startswith("fc.")}
-
-    have, want = keys(state_dict), keys(model.state_dict())
+    misfit = key_difference(state_dict, model.state_dict())
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
-    if have != want and str(cfg.get("tag")).startswith(GRAFT):
-        return graft_state(state_dict, model, MECHANISMS[parse_name(cfg["architecture"])[1]].graft)
-    if have != want:
-        missing, unexpected = sorted(want - have), sorted(have - want)
-        raise RuntimeError(
-            f"the checkpoint does not fit {type(model).__name__}: missing {missing[:5]} "
-            f"({len(missing)} in all), unexpected {unexpected[:5]} ({len(unexpected)} in all)"
-        )
+    if misfit and str(cfg.get("tag")).startswith(GRAFT):
+        state_dict = graft_state(state_dict, model, MECHANISMS[parse_name(cfg["architecture"])[1]].graft)
+        # Here and not in the tag's configuration, which timm also gives a model with random weights.
+        cfg["description"] = graft_description(str(cfg.get("hf_hub_id")))
+        return state_dict
+    if misfit:
+        raise RuntimeError(f"the checkpoint does not fit {type(model).__name__}: {misfit}")
     return state_dict
 
 
@@ -125,6 +120,8 @@ def _grafts(variant: str, kwargs: dict[str, Any]) -> bool:
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
+    if "block" in kwargs:
+        raise TypeError(f"block={kwargs['block']!r} cannot be set: {variant} has blocks of its own")
     backbone_name, key = _VARIANTS[variant]
     backbone, mechanism = BACKBONES[backbone_name], MECHANISMS[key]
     saved = weights.resolve(variant, kwargs) if pretrained and not _grafts(variant, kwargs) else {}

@@ -39,7 +39,8 @@ class SSIAMixin:
     def prune_intermediate_layers(self, *args, **kwargs) -> list[int]:
         """timm's; a network without all of its stages has no auxiliary loss."""
         take = super().prune_intermediate_layers(*args, **kwargs)
-        self.ssia = nn.Identity()
+        if not len(self.get_submodule(self.feature_info[-1]["module"])):
+            self.ssia = nn.Identity()
         return take
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..models import MECHANISMS, model_names
+from ..models import MECHANISMS, model_names, parse_name
 from ..papers import TIMM, Paper
 from ..weights import Checkpoint
 
@@ -14,7 +14,7 @@ TEMPLATE = """---
 
 # {name}
 
-{summary} Architecture `{architecture}`, trained on {dataset}{folded_note}.
+{summary} Architecture `{architecture}`{note}.
 
 {origin} [{paper}]({url}) ({authors}; {venue}).{caveat}
 
@@ -83,19 +83,20 @@ def card(checkpoint: Checkpoint, recipe: dict[str, Any]) -> str:
         "| " + " | ".join(row) + " |" for row in zip(*((k, str(recipe[k])) for k in SETTINGS), strict=True)
     ]
     fields.insert(1, "|---" * len(SETTINGS) + "|")
-    note = ""
+    options = ", ".join(f"`{option}`" for option in recipe["model_kwargs"])
+    options = f" with {options}" if options else ""
+    note = f", trained on {details['dataset']}"
     if checkpoint.folded_from:
-        form = "a plain network"
-        if checkpoint.model_args.get("folded"):
-            form = "the same network with batch norms fused into the convolutions"
-        note = f"; the folded form of `{checkpoint.folded_from}`, {form} with the same output"
+        note += f"; the folded form of `{checkpoint.folded_from}`{options}, {_form(checkpoint)}"
+    else:
+        note = options + note
     text = TEMPLATE.format(
         metadata=_metadata(checkpoint, split).to_yaml(),
         name=checkpoint.name,
         summary=paper.summary,
         architecture=checkpoint.architecture,
         dataset=details["dataset"],
-        folded_note=note,
+        note=note,
         origin="Re-implementation in timm_attn of" if paper.arxiv else "Code:",
         paper=paper.title,
         url=paper.url,
@@ -122,6 +123,17 @@ def card(checkpoint: Checkpoint, recipe: dict[str, Any]) -> str:
         },
     )
     return str(ModelCard(text))
+
+
+def _form(checkpoint: Checkpoint) -> str:
+    """What a folded network is."""
+    if checkpoint.model_args.get("folded"):
+        return "the same network with batch norms fused into the convolutions, with the same output"
+    backbone = parse_name(str(checkpoint.folded_from).split(".")[0])[0]
+    attention = (checkpoint.model_args.get("block_args") or {}).get("attn_layer")
+    if attention is None and checkpoint.architecture == backbone:
+        return "a plain network with the same output"
+    return "a network with only the attention that stood on top, with the same output"
 
 
 def _paper(checkpoint: Checkpoint) -> Paper:

@@ -1,0 +1,40 @@
+"""Checks of the mechanisms' options: TypeError for a wrong type, ValueError for a value out of range."""
+
+import math
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
+
+def check_whole(name: str, value: Any, least: int = 1) -> None:
+    """A whole number of ``least`` or more; neither 4.0 nor True is one."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_number(name: str, value: Any, allowed: str, zero: bool = False) -> None:
+    """A finite number above 0, or 0 too.
+
+    Args:
+        allowed: What is allowed, for the message.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        hint = " (as YAML, write 1.0e-2: it reads 1e-2 as text)" if isinstance(value, str) else ""
+        raise TypeError(f"{name} must be {allowed}, got {value!r}{hint}")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """One of some names."""
+    if not isinstance(value, str) or value not in choices:
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """True or False; the text "no" would count as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
