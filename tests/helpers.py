@@ -71,7 +71,8 @@ def _calibrate(model: ResNet, g: torch.Generator) -> None:
         norm.momentum = 1.0
     training = model.training
     size = 32 if isinstance(model, CifarResNet) else 64
-    model.train()(noise(8, model.conv1.in_channels, size, g).to(model.conv1.weight))
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    model.train()(noise(8, first.in_channels, size, g).to(first.weight))
     for norm in norms:
         norm.momentum = 0.1
     model.train(training)
