@@ -1,6 +1,7 @@
 """Time networks against their baselines, in turn in one process: ratios, since machines are shared and noisy.
 
     python scripts/bench.py infer --out hub/results/bench_infer.csv
+    python scripts/bench.py train --data uoft-cs/cifar10 --out hub/results/bench_train.json
 
 Every round times each network once, from another one on each time; a ratio compares two times of the same
 round. The CSV has the column names of timm's results, and one row for each network, condition and baseline.
@@ -10,6 +11,7 @@ Conditions that the file has already are not run again.
 import argparse
 import csv
 import itertools
+import json
 import platform
 import statistics
 import time
@@ -19,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import bench_train
 import timm
 import torch
 from rich.console import Console
@@ -230,6 +233,48 @@ def _forward(model: nn.Module, condition: Condition, size: int, device: torch.de
     return lambda: network(images)
 
 
+def train(arguments: argparse.Namespace) -> None:
+    """Training: end to end against timm's own, every mechanism's step over the plain one's, start-up."""
+    parts = arguments.parts or ["end_to_end", "mechanisms", "start_up"]
+    result: dict[str, Any] = {"surroundings": surroundings(torch.device("cpu"))}
+    if "end_to_end" in parts:
+        rates = bench_train.end_to_end(arguments.data, arguments.rounds, arguments.steps)
+        best = rates["timm_attn bf16"]
+        loader, step = bench_train.loader_alone(arguments.data, 200), 128 / statistics.median(best)
+        result["end_to_end"] = {
+            "images_per_second": {name: _spread(values) for name, values in rates.items()},
+            "times_as_fast_as": {
+                name: _spread([a / b for a, b in zip(best, values, strict=True)])
+                for name, values in rates.items()
+            },
+            "loader_share_of_step": loader / step,
+        }
+    if "mechanisms" in parts:
+        result["step_over_plain"] = {}
+        for (plain, (names, size, batch)), precision in itertools.product(
+            bench_train.MECHANISMS.items(), arguments.precisions
+        ):
+            classes = 10 if plain == "resnet20" else 1000
+            calls = {name: bench_train.step_of(name, size, batch, precision, classes) for name in names}
+            times = rounds(calls, arguments.rounds, 1, torch.device("cpu"))
+            result["step_over_plain"][f"{plain}, {size} px, batch {batch}, {precision}"] = {
+                name: ratios(times, name, plain) for name in names
+            }
+    if "start_up" in parts:
+        bench_train.start_up(arguments.data)  # fills the caches
+        result["seconds_to_first_step"] = _spread(
+            [bench_train.start_up(arguments.data) for _ in range(arguments.rounds)]
+        )
+    text = json.dumps(result, indent=1)
+    console.print_json(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"min": min(values), "median": statistics.median(values), "max": max(values), "n": len(values)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -246,10 +291,13 @@ def main() -> None:
     command.add_argument(
         "--repeats", type=int, default=5, help="calls a round at batch 1; the fastest counts"
     )
+    command = commands.add_parser("train", help=train.__doc__)
+    command.set_defaults(run=train)
+    bench_train.add_arguments(command)
     for command in commands.choices.values():
         command.add_argument("--rounds", type=int, default=7)
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        command.add_argument("--out", type=Path, help="CSV file to append to")
+        command.add_argument("--out", type=Path, help="CSV file to append to; for training, JSON")
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -110,7 +110,7 @@ class SSIA(nn.Module):
         self.register_buffer("aux_scale", torch.ones((), device=device, dtype=dtype), persistent=False)
 
     def init_non_persistent_buffers(self) -> None:
-        """Set what a checkpoint does not hold; ``timm.models.reinit_non_persistent_buffers`` calls it.
+        """Set what a checkpoint does not hold; timm calls it after ``to_empty``.
 
         Needed after building on the meta device and ``to_empty``.
         """

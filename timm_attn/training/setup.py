@@ -188,11 +188,7 @@ def build(model: str, recipe: Recipe, split: Split, weights: bool = True) -> tup
         start = f" from {recipe.init}" if recipe.init else ""
         raise UserError(f"cannot build {model}{given}{start}: {type(error).__name__}: {error}") from None
     network.pretrained_cfg = network.default_cfg = {
-        **{
-            k: v
-            for k, v in network.pretrained_cfg.items()
-            if k not in ("file", "url", "hf_hub_id", "label_names", "label_descriptions")
-        },
+        **{k: v for k, v in network.pretrained_cfg.items() if k not in _OF_OTHER_WEIGHTS},
         "tag": None,
         "input_size": (3, *size),
         "pool_size": _pool_size(network.pretrained_cfg, size),
@@ -203,6 +199,24 @@ def build(model: str, recipe: Recipe, split: Split, weights: bool = True) -> tup
         **({"crop_pct": 1.0, "interpolation": "bilinear"} if split.pixels is not None else {}),
     }
     return network.to(memory_format=torch.channels_last) if recipe.channels_last else network, recipe
+
+
+#: Fields of a configuration that belong to the weights it came with, and to no new ones.
+_OF_OTHER_WEIGHTS = {
+    "url",
+    "file",
+    "hf_hub_id",
+    "hf_hub_filename",
+    "source",
+    "label_names",
+    "label_descriptions",
+    "origin_url",
+    "paper_ids",
+    "paper_name",
+    "notes",
+    "license",
+    "description",
+}
 
 
 def _initial(model: str, source: str, classes: int, arguments: dict[str, Any]) -> Any:

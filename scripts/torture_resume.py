@@ -1,0 +1,141 @@
+"""Kill a training run at random moments, go on with it each time, and compare it with one left alone.
+
+    python scripts/torture_resume.py --kills 25 --out hub/results/torture_resume.json
+
+Every kill is a SIGKILL, to all processes of the run, after a random time since they were started: while they
+start, train, evaluate or write. The runs end in the
+same bits if model, average, optimiser and metrics (timing apart) are equal.
+"""
+
+import argparse
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from timm_attn.training.checkpoint import folders
+from timm_attn.training.run import METRICS, STEPS, WEIGHTS, environment, read_lines
+
+OPTIONS = shlex.split("""
+    --data digits --img-size 16 --crop-padding 2 --batch-size 64 --epochs 12 --lr 0.1 --checkpoint-every 7
+    --ema-decay 0.99 --reprob 0.25 --mixup 0.2 --smoothing 0.1 --drop-path 0.1 --accumulation 2 --log-every 5
+""")
+
+
+def launch(processes: int, *arguments: str) -> subprocess.Popen:
+    """Start a run in a session of its own, so that all of its processes can be killed together."""
+    python = [sys.executable]
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.Popen(
+        [*python, *arguments],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    """Wait for a run; end with its message if it fails."""
+    _, errors = process.communicate()
+    if process.returncode:
+        sys.exit(errors)
+
+
+def timeless(file: Path) -> list[dict[str, Any]]:
+    """Lines of a file without what is measured in seconds."""
+    return [{k: v for k, v in line.items() if "second" not in k} for line in read_lines(file)]
+
+
+def torture(arguments: argparse.Namespace, folder: Path, processes: int, precision: str) -> dict[str, Any]:
+    """Train a run undisturbed and one that is killed; what came of it."""
+    chance = random.Random(f"{arguments.seed} {processes} {precision}")
+    options = [*OPTIONS, "--precision", precision]
+    command = str(Path(__file__).with_name("train.py"))
+    whole, killed = (folder / f"{name}_{processes}_{precision}" for name in ("whole", "killed"))
+    started = time.perf_counter()
+    process = launch(processes, command, "resnet20_ssia", *options, "--out", str(whole))
+    while not (whole / METRICS).is_file() and process.poll() is None:
+        time.sleep(0.01)
+    first_epoch = time.perf_counter() - started
+    finish(process)
+    seconds = time.perf_counter() - started
+    process = launch(processes, command, "resnet20_ssia", *options, "--out", str(killed))
+    kills, at_steps = 0, []
+    title = f"{processes} process{'es' if processes > 1 else ''}, precision {precision}"
+    for _ in track(range(arguments.kills), title):
+        latest = first_epoch + 1.6 * (seconds - first_epoch) / arguments.kills
+        deadline = time.perf_counter() + chance.uniform(0.3 * first_epoch, latest)
+        while time.perf_counter() < deadline and process.poll() is None:
+            time.sleep(0.01)
+        if process.poll() is not None:
+            break  # it was faster
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        at_steps.append(folders(killed)[-1][0] if killed.is_dir() and folders(killed) else 0)
+        if (killed / "environment.json").is_file():
+            process = launch(processes, command, "--resume", str(killed))
+        else:
+            process = launch(processes, command, "resnet20_ssia", *options, "--out", str(killed))
+    finish(process)
+    last = f"step-{folders(whole)[-1][0]}"
+    files = [WEIGHTS, *(f"{last}/{name}.safetensors" for name in ("model", "ema", "optimizer"))]
+    equal = {name: (whole / name).read_bytes() == (killed / name).read_bytes() for name in files}
+    equal |= {name: timeless(whole / name) == timeless(killed / name) for name in (METRICS, STEPS)}
+    return {
+        "processes": processes,
+        "precision": precision,
+        "kills": kills,
+        "last_checkpoint_at_each_kill": at_steps,
+        "steps": int(last.removeprefix("step-")),
+        "equal": equal,
+        "seconds_undisturbed": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--precisions", nargs="+", default=["no", "bf16"])
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [
+            torture(arguments, Path(folder), processes, precision)
+            for processes in arguments.processes
+            for precision in arguments.precisions
+        ]
+    about = environment("resnet20_ssia", "digits", [], {}, 1)
+    result = {
+        "command": about["command"],
+        "options": " ".join(OPTIONS),
+        "hardware": about["hardware"],
+        "packages": about["packages"],
+        "runs": runs,
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+    if not all(all(run["equal"].values()) for run in runs):
+        sys.exit("the runs differ")
+
+
+if __name__ == "__main__":
+    main()
