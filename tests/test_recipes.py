@@ -34,6 +34,11 @@ FAST = {
 }
 
 
+#: PyTorch 2.14.1 writes out of bounds in the backward pass of strided 1×1 convolutions with 8 channels, channels
+#: last, on maps of 64 pixels.
+WIDER = ("channels=[16,16,16]", "layers=[1,1,1]")
+
+
 class Stopped(Exception):
     """The run was stopped by the test."""
 
@@ -64,14 +69,21 @@ OPTIONS = {
     "adafactor": {"opt": "adafactorbv", "lr": 1e-3, "sched": "poly"},
     "lookahead": {"opt": "lookahead_sgd", "sched": "tanh"},
     "onecycle": {"sched": "onecycle", "warmup_epochs": 0.5, "clip_grad": 0.5, "clip_mode": "value"},
-    "augment": {"reprob": 0.5, "aa": "rand-m5-mstd0.5", "hflip": True, "workers": 0},
+    "augment": {"reprob": 0.5, "aa": "rand-m5-mstd0.5", "hflip": True, "workers": 0, "epochs": 1},
     "step": {"sched": "step", "decay_epochs": (1,), "decay_rate": 0.5, "warmup_lr": 0.01},
     "held out": {"val_fraction": 0.2, "decay_norms": True},
 }
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain") / "a"
+    train("resnet20_ssia", Recipe(**FAST), folder)
+    return weights(folder)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_resumes_to_the_same_bits(name, tmp_path):
+def test_every_option_resumes_to_the_same_bits(name, plain, tmp_path):
     recipe = Recipe(**{**FAST, **OPTIONS[name], "checkpoint_every": 2, "log_every": 2})
     changes = train("resnet20_ssia", recipe, tmp_path / "whole")
     with pytest.raises(Stopped):
@@ -80,9 +92,7 @@ def test_every_option_resumes_to_the_same_bits(name, tmp_path):
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
     for lines in ("metrics.jsonl", "steps.jsonl"):
         assert timeless(tmp_path / "whole" / lines) == timeless(tmp_path / "stopped" / lines)
-    # The option is not without effect.
-    train("resnet20_ssia", Recipe(**{**FAST, "checkpoint_every": 2}), tmp_path / "plain")
-    assert not same(weights(tmp_path / "whole"), weights(tmp_path / "plain"))
+    assert not same(weights(tmp_path / "whole"), plain)  # the option is not without effect
 
 
 def _seconds(run) -> dict:
@@ -288,7 +298,7 @@ def test_a_diverged_run_says_when_and_how(tmp_path):
     newest = max(int(p.name[5:]) for p in (tmp_path / "a").glob("step-*"))
     message = str(error.value)
     assert f"at step {newest + 1}, with a gradient norm of " in message
-    assert "a learning rate of 1e+06" in message
+    assert "a learning rate of 9.045e+05" in message
     assert message.endswith(f"The last good checkpoint is {tmp_path / 'a' / f'step-{newest}'}")
 
 
@@ -309,8 +319,7 @@ def test_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train("resnet20", Recipe(**FAST, track=("tensorboard",)), tmp_path / "a")
-    (events,) = {p.parent for p in (tmp_path / "a").rglob("events.out*")}
-    read = EventAccumulator(str(events)).Reload()
+    read = EventAccumulator(str(tmp_path / "a" / "resnet20")).Reload()
     top1 = {event.step: event.value for event in read.Scalars("top1")}
     assert top1 == {n["step"]: pytest.approx(n["top1"], rel=1e-6) for n in read_metrics(tmp_path / "a")}
     with pytest.raises(UserError, match="track"):
@@ -330,7 +339,7 @@ def test_skipped_images_are_counted_in_a_run(tmp_path):
     images[5] = {"bytes": images[5]["bytes"][:70], "path": None}
     data = write(tmp_path / "d", images=images)
     write(tmp_path / "d", split="test", images=[encode(picture(i, (80, 80))) for i in range(3)])
-    fields = {"data": data, "batch_size": 4, "epochs": 2, "img_size": 72, "workers": 0, "model_kwargs": TINY}
+    fields = {"data": data, "batch_size": 4, "epochs": 2, "img_size": 72, "workers": 0, "model_kwargs": WIDER}
     result = train("resnet20", Recipe(**fields, on_corrupt="skip"), tmp_path / "a")
     assert [line["skipped_images"] for line in read_metrics(tmp_path / "a")] == [1, 1]
     assert result["images"] == 3
@@ -373,6 +382,7 @@ def test_an_optimiser_comes_back_from_its_file(opt, tmp_path):
     def fresh():
         torch.manual_seed(0)
         model = timm.create_model("resnet20", channels=[8, 8, 8], layers=[1, 1, 1]).train()
+        model.to(memory_format=torch.channels_last)
         return model, make_optimizer(model, recipe)
 
     model, optimizer = fresh()
@@ -384,7 +394,7 @@ def test_an_optimiser_comes_back_from_its_file(opt, tmp_path):
     state, damaged = checkpoints.load_last(tmp_path)
     assert not damaged
     other.load_state_dict(state.model)
-    restored.load_state_dict(state.optimizer)
+    checkpoints.restore_optimizer(restored, state.optimizer)
     for n in range(3, 6):
         step(model, optimizer, n)
         step(other, restored, n)
@@ -411,7 +421,10 @@ def test_a_damaged_average_is_noticed(tmp_path):
 @pytest.mark.parametrize("sched", ["cosine", "tanh", "poly", "step", "multistep", "onecycle"])
 def test_the_rate_rises_and_falls(sched):
     decay = {"step": (4,), "multistep": (4, 8)}.get(sched, ())
-    recipe = Recipe(data="x", epochs=10, sched=sched, decay_epochs=decay, warmup_epochs=2, lr=0.4)
+    rate = 1.0 if sched == "poly" else 0.1
+    recipe = Recipe(
+        data="x", epochs=10, sched=sched, decay_epochs=decay, decay_rate=rate, warmup_epochs=2, lr=0.4
+    )
     layers = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(
         [{"params": [layers.weight], "lr_scale": 0.5}, {"params": [layers.bias]}], lr=0.4
@@ -440,7 +453,7 @@ def test_the_rate_rises_and_falls(sched):
             rates.append([group["lr"] for group in optimizer.param_groups])
     assert all(a == pytest.approx(b / 2) for a, b in rates)
     fast = [b for _, b in rates]
-    assert fast[0] < 0.05 and max(fast) == pytest.approx(0.4, rel=0.05) and fast[-1] < 0.05
+    assert fast[0] < 0.05 and max(fast) == pytest.approx(0.4) and fast[-1] < 0.05
     assert fast.index(max(fast)) in range(12, 16)
 
 
@@ -459,7 +472,7 @@ def test_every_recipe_of_the_package_takes_a_step(name, tmp_path):
         "batch_size": 4,
         "img_size": None if "cifar" in name else 64 + 8,
         "workers": 0,
-        "model_kwargs": (*recipe.model_kwargs, *TINY),
+        "model_kwargs": (*recipe.model_kwargs, *WIDER),
         "compile": False,
     }
     recipe = dataclasses.replace(recipe, **fields)

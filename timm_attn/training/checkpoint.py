@@ -109,7 +109,7 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by ``<parameter index>/<name>``, and everything else as JSON values."""
+    """Tensors by ``<parameter index>/<name>`` or ``group <index>/<name>``, the rest as JSON values."""
     tensors, scalars = {}, {}
     for index, values in state["state"].items():
         scalars[str(index)] = {}
@@ -118,15 +118,44 @@ def _split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str
                 tensors[f"{index}/{name}"] = value
             else:
                 scalars[str(index)][name] = value
-    return tensors, {"state": scalars, "param_groups": state["param_groups"]}
+    groups = []
+    for number, group in enumerate(state["param_groups"]):
+        groups.append({k: v for k, v in group.items() if _is_json(v)})
+        # timm's LAMB counts its steps in one.
+        tensors |= {f"group {number}/{k}": v for k, v in group.items() if torch.is_tensor(v)}
+    return tensors, {"state": scalars, "param_groups": groups}
+
+
+def _is_json(value: Any) -> bool:
+    """Whether a value can be saved; the others (a dtype) follow from the recipe."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _join_optimizer(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
     state = {int(index): dict(values) for index, values in rest["state"].items()}
     for key, tensor in tensors.items():
         index, name = key.split("/", 1)
-        state[int(index)][name] = tensor
+        if index.startswith("group "):
+            rest["param_groups"][int(index.removeprefix("group "))][name] = tensor
+        else:
+            state[int(index)][name] = tensor
     return {"state": state, "param_groups": rest["param_groups"]}
+
+
+def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load an optimiser's state, laid out in memory as its parameters are.
+
+    The layout matters to the last bit where an optimiser takes the norm of its state.
+    """
+    fresh = optimizer.state_dict()["param_groups"]
+    groups = [{**new, **old} for new, old in zip(fresh, state["param_groups"], strict=True)]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def json_line(value: dict[str, Any]) -> str:

@@ -48,10 +48,13 @@ def make_scheduler(optimizer: Optimizer, recipe: Recipe, steps: int) -> Schedule
     warmup = min(recipe.warmup_epochs, recipe.epochs / 2)
     if recipe.sched == "onecycle":
         return OneCycle(optimizer, recipe.epochs * steps, warmup / recipe.epochs)
+    # Else timm's curve would have begun its fall while the rate still rises, and the peak be missed.
+    falls = recipe.sched in ("cosine", "tanh", "poly")
     scheduler, _ = create_scheduler_v2(
         optimizer,
         recipe.sched,
-        num_epochs=recipe.epochs,
+        num_epochs=recipe.epochs - warmup if falls else recipe.epochs,  # pyright: ignore[reportArgumentType]
+        warmup_prefix=falls,
         decay_epochs=recipe.decay_epochs[0] if recipe.sched == "step" else 1,
         decay_milestones=list(recipe.decay_epochs),
         decay_rate=recipe.decay_rate,

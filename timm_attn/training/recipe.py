@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 
 from ..errors import UserError
+from .augment import AutoAugment
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Recipe:
     """Epochs at which `multistep` lowers the learning rate; for `step`, the interval."""
 
     decay_rate: float = 0.1
-    """Factor of `multistep` and `step`."""
+    """Factor of `multistep` and `step`; the power of `poly`."""
 
     warmup_epochs: float = 1.0
     """Epochs over which the learning rate rises: linearly from `warmup_lr`, with `onecycle` by a cosine from
@@ -214,8 +215,13 @@ class Recipe:
             )
         if self.clip_mode != "norm" and self.clip_grad is None:
             raise UserError(f"clip_mode {self.clip_mode} needs a clip_grad")
-        if self.aa and self.color_jitter:
-            raise UserError("color_jitter does nothing beside aa: leave one out")
+        if self.aa:
+            if self.color_jitter:
+                raise UserError("color_jitter does nothing beside aa: leave one out")
+            try:
+                AutoAugment(self.aa, (0.5, 0.5, 0.5), 32)
+            except Exception as error:  # timm asserts, and parses what it is given
+                raise UserError(f"aa {self.aa!r} is no policy of timm's: {error}") from None
         if self.batch_size % self.accumulation:
             raise UserError(
                 f"accumulation {self.accumulation} does not divide batch_size {self.batch_size}: change one"

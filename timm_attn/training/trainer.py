@@ -1,6 +1,7 @@
 """A run in progress: its steps, checkpoints, evaluations and what is seen of them."""
 
 import contextlib
+import dataclasses
 import math
 import shutil
 import signal
@@ -104,7 +105,7 @@ class Trainer:
     def restore(self, state: checkpoint.State) -> None:
         """Take up a checkpoint."""
         self.network.load_state_dict(state.model)
-        self.optimizer.load_state_dict(state.optimizer)
+        checkpoint.restore_optimizer(self.optimizer, state.optimizer)
         if self.ema is not None:
             self.ema.module.load_state_dict(state.ema)
         self.step = state.step
@@ -122,6 +123,9 @@ class Trainer:
         recipe = self.recipe
         if self.main:
             write_lines(self.run / STEPS, self.log)
+        if recipe.track:
+            fields = {key: str(value) for key, value in dataclasses.asdict(recipe).items()}
+            self.accelerator.init_trackers(self.name, fields)
         batches = self.batches.train(self.step)
         with (
             self._signals(),
@@ -243,7 +247,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
-            self.ema.update(self.network, self.step)
+            self.ema.update(self.network, self.step + 1)
         return total, norm
 
     def _rate(self) -> float:
