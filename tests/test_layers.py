@@ -84,12 +84,13 @@ def test_wrong_dia_cells_are_told_apart(name, monkeypatch):
         check_cell(16, 4)
 
 
-def test_dia_gates_each_channel_by_its_state():
-    cell = randomise(DIACell(6, 2))
-    x, h = torch.randn(2, 6, 5, 5), torch.zeros(2, 6)
-    y, h, _ = cell.gate(x, h, h)
-    torch.testing.assert_close(y, x * h[:, :, None, None])
-    assert ((h > 0) & (h < 1)).all()
+@pytest.mark.parametrize("split", [SplitBasicBlock, SplitBottleneck])
+def test_a_gate_scales_the_branch_and_not_the_shortcut(split):
+    block, gate = split(8, 8), torch.rand(2, 8 * split.expansion)
+    x, shortcut = torch.randn(2, 2, 8 * split.expansion, 5, 5)
+    torch.testing.assert_close(
+        block.merge(x, shortcut, gate), (x * gate[:, :, None, None] + shortcut).relu()
+    )
 
 
 def test_a_fresh_dia_gate_is_about_a_quarter():

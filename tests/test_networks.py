@@ -123,8 +123,8 @@ def reset_at_every_block(self, x):
     cell = self[0].dia
     for block in self:
         h = c = x.new_zeros((x.shape[0], cell.channels))
-        f, _, _ = cell.gate(block.branch(x), h, c)
-        x = block.merge(f, x)
+        f = block.branch(x)
+        x = block.merge(f, x, cell(f.mean((2, 3)), h, c)[0])
     return x
 
 
@@ -132,8 +132,9 @@ def hidden_only(self, x):
     cell = self[0].dia
     h = x.new_zeros((x.shape[0], cell.channels))
     for block in self:
-        f, h, _ = cell.gate(block.branch(x), h, torch.zeros_like(h))
-        x = block.merge(f, x)
+        f = block.branch(x)
+        h, _ = cell(f.mean((2, 3)), h, torch.zeros_like(h))
+        x = block.merge(f, x, h)
     return x
 
 

@@ -53,8 +53,3 @@ class DIACell(nn.Module):
         c = f.sigmoid() * c + i.sigmoid() * u.tanh()
         h = o.sigmoid() * c.sigmoid()
         return h, c
-
-    def gate(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gate a branch output x (B × C × H × W); returns the gated x and the new (h, c)."""
-        h, c = self(x.mean((2, 3)), h, c)
-        return x * h[:, :, None, None], h, c

@@ -5,6 +5,7 @@
 
 from typing import Any
 
+import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
@@ -48,13 +49,15 @@ class SplitBasicBlock(BasicBlock):
             x = self.se(x)
         return x
 
-    def merge(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """Add the shortcut of the block's input to the branch."""
+    def merge(self, x: Tensor, shortcut: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Add the shortcut of the block's input to the branch, times a gate B × C if there is one."""
         if self.drop_path is not None:
             x = self.drop_path(x)
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        return self.act2(x + shortcut)
+        # One pass over the map instead of two.
+        x = x + shortcut if gate is None else torch.addcmul(shortcut, x, gate[:, :, None, None])
+        return self.act2(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.merge(self.branch(x), x)
@@ -73,13 +76,15 @@ class SplitBottleneck(Bottleneck):
             x = self.se(x)
         return x
 
-    def merge(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """Add the shortcut of the block's input to the branch."""
+    def merge(self, x: Tensor, shortcut: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Add the shortcut of the block's input to the branch, times a gate B × C if there is one."""
         if self.drop_path is not None:
             x = self.drop_path(x)
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        return self.act3(x + shortcut)
+        # One pass over the map instead of two.
+        x = x + shortcut if gate is None else torch.addcmul(shortcut, x, gate[:, :, None, None])
+        return self.act3(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.merge(self.branch(x), x)

@@ -16,8 +16,9 @@ from .cifar import CifarResNet
 def _step(
     block: SplitBasicBlock | SplitBottleneck, cell: DIACell, x: Tensor, h: Tensor, c: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    f, h, c = cell.gate(block.branch(x), h, c)
-    return block.merge(f, x), h, c
+    f = block.branch(x)
+    h, c = cell(f.mean((2, 3)), h, c)
+    return block.merge(f, x, h), h, c
 
 
 class DIAStage(nn.Sequential):
@@ -42,8 +43,9 @@ class DIAStage(nn.Sequential):
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x, h, c = checkpoint(_step, block, cell, x, h, c)
             else:
-                f, h, c = cell.gate(block.branch(x), h, c)
-                x = block.merge(f, x)
+                f = block.branch(x)
+                h, c = cell(f.mean((2, 3)), h, c)
+                x = block.merge(f, x, h)
         return x
 
 
