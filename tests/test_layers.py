@@ -88,9 +88,7 @@ def test_wrong_dia_cells_are_told_apart(name, monkeypatch):
 def test_a_gate_scales_the_branch_and_not_the_shortcut(split):
     block, gate = split(8, 8), torch.rand(2, 8 * split.expansion)
     x, shortcut = torch.randn(2, 2, 8 * split.expansion, 5, 5)
-    torch.testing.assert_close(
-        block.merge(x, shortcut, gate), (x * gate[:, :, None, None] + shortcut).relu()
-    )
+    torch.testing.assert_close(block.merge(x, shortcut, gate), (x * gate[:, :, None, None] + shortcut).relu())
 
 
 def test_a_fresh_dia_gate_is_about_a_quarter():
