@@ -89,6 +89,8 @@ def narrow(architecture: str, **kwargs) -> nn.Module:
     backbone = BACKBONES[parse_name(architecture)[0]]
     stages = len(backbone.layers)
     small = {"channels": [8, 16, 24, 32][:stages], "layers": [2, 1, 2, 1][:stages], "num_classes": 10}
+    if not backbone.cifar:
+        small["pretrained_cfg_overlay"] = {"input_size": (3, 64, 64), "pool_size": (2, 2)}
     return timm.create_model(architecture, **{**small, **kwargs})
 
 

@@ -8,7 +8,6 @@ from helpers import SMALL
 import timm_attn
 from timm_attn.models import parse_name
 
-
 #: Basic, Bottleneck and CIFAR. CIFAR networks of bottlenecks, whose parts these have, run under `make test-all`.
 KINDS = [name for name in SMALL if parse_name(name)[0] != "resnet164"]
 

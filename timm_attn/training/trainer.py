@@ -231,8 +231,8 @@ class Trainer:
                 self.accelerator.backward(loss / parts)
             total += loss.detach() / parts
             correct = (logits.detach().argmax(1) == labels).sum()
-            n = correct.new_tensor(len(labels))
-            self.sums += torch.stack([loss.detach() * n, correct, n, correct.new_tensor(skipped)])
+            counts = (torch.full_like(correct, n) for n in (len(labels), skipped))
+            self.sums += torch.stack([loss.detach() * len(labels), correct, *counts])
         self.accelerator.unscale_gradients(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
         if recipe.clip_grad is not None:
@@ -241,8 +241,9 @@ class Trainer:
             else:
                 dispatch_clip_grad(self.clipped, recipe.clip_grad, mode=recipe.clip_mode)
         # With a scaler infinite gradients are usual: it passes over the step.
-        fine = total.isfinite() & (norm.isfinite() | torch.tensor(scaler is not None, device=norm.device))
-        now = torch.stack([total.new_tensor(self.step + 1), total, norm, total.new_tensor(self._rate())])
+        fine = total.isfinite() if scaler is not None else total.isfinite() & norm.isfinite()
+        step, rate = (torch.full_like(total, n) for n in (self.step + 1, self._rate()))
+        now = torch.stack([step, total, norm, rate])
         self.trouble = torch.where(fine | self.trouble[0].isfinite(), self.trouble, now.to(self.trouble))
         self.optimizer.step()
         self.optimizer.zero_grad()
