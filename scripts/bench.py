@@ -221,6 +221,8 @@ def infer(arguments: argparse.Namespace) -> None:
         write(arguments.out, rows)
         show(str(condition), rows)
         torch.compiler.reset()
+    if arguments.out:
+        draw(arguments.out)
 
 
 def _forward(model: nn.Module, condition: Condition, size: int, device: torch.device) -> Callable:
@@ -231,6 +233,40 @@ def _forward(model: nn.Module, condition: Condition, size: int, device: torch.de
     images = images.to(memory_format=layout)
     network = torch.compile(model) if condition.compiled else model
     return lambda: network(images)
+
+
+def draw(path: Path) -> None:
+    """Ratios over the plain network, median with minimum and maximum, as a PNG beside the CSV."""
+    from matplotlib.figure import Figure
+
+    with path.open(newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["baseline"] == "resnet50"]
+    names = list(dict.fromkeys(row["model"] for row in rows if row["model"] != "resnet50"))
+    keys = ("infer_batch_size", "precision", "memory_format", "compiled")
+    conditions = list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
+    figure = Figure(figsize=(11, 0.36 * len(names) + 1.2), layout="constrained")
+    for axis, condition in zip(figure.subplots(1, len(conditions), sharey=True), conditions, strict=True):
+        found = {row["model"]: row for row in rows if tuple(row[key] for key in keys) == condition}
+        for i, name in enumerate(names):
+            if name in found:
+                low, median, high = (float(found[name][f"ratio_{key}"]) for key in ("min", "median", "max"))
+                axis.plot([low, high], [i, i], color="C0", alpha=0.5)
+                axis.plot(median, i, "o", color="C0", markersize=4)
+        size, precision, layout, compiled = condition
+        layout = layout.replace("channels_last", "channels last")
+        axis.set_title(
+            f"batch {size}, {precision}\n{layout}{', compiled' if compiled == '1' else ''}", fontsize=8
+        )
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xlim(0.8, 1.8)
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelsize=7)
+        axis.set_yticks(range(len(names)), names)
+    figure.axes[0].invert_yaxis()
+    figure.supxlabel(
+        "time over that of timm's resnet50 (median, minimum and maximum of the rounds)", fontsize=8
+    )
+    figure.savefig(path.with_suffix(".png"), dpi=110)
 
 
 def train(arguments: argparse.Namespace) -> None:
