@@ -37,10 +37,9 @@ class SSIAMixin:
         return self.forward_head(self.forward_features(x))
 
     def prune_intermediate_layers(self, *args, **kwargs) -> list[int]:
-        """timm's; a network without all of its stages has no auxiliary loss."""
+        """timm's; what is pruned gives feature maps and has no auxiliary loss."""
         take = super().prune_intermediate_layers(*args, **kwargs)
-        if not len(self.get_submodule(self.feature_info[-1]["module"])):
-            self.ssia = nn.Identity()
+        self.ssia = nn.Identity()
         return take
 
 
