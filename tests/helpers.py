@@ -14,6 +14,7 @@ from torch import nn
 import timm_attn
 from timm_attn.models import BACKBONES, MECHANISMS, CifarResNet, model_names, parse_name
 from timm_attn.models.blocks import last_norm
+from timm_attn.training.run import read_lines
 
 ROOT = Path(__file__).parents[1]
 
@@ -114,6 +115,30 @@ IMAGENET = [
     "resnext50_32x4d",
     "wide_resnet50_2",
 ]
+
+
+class Stopped(Exception):
+    """A training run was stopped by the test."""
+
+
+def stop_at(step: int):
+    """For ``on_step`` of a training run."""
+
+    def on_step(done: int) -> None:
+        if done == step:
+            raise Stopped
+
+    return on_step
+
+
+def timeless(file: Path) -> list[dict]:
+    """A file of JSON lines without what is measured in seconds."""
+    return [{k: v for k, v in line.items() if "second" not in k} for line in read_lines(file)]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two state dicts have the same bits."""
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
 def parameters(model: nn.Module) -> int:

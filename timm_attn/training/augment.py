@@ -60,9 +60,10 @@ class AutoAugment:
 
     def __init__(self, policy: str, mean: tuple[float, ...], size: int) -> None:
         colour = tuple(min(255, round(255 * m)) for m in mean)
-        make = {"ra": rand_augment_transform, "au": augment_and_mix_transform}.get(
-            "au" if policy.startswith("augmix") else policy[:2], auto_augment_transform
-        )
+        if policy.startswith("rand"):
+            make = rand_augment_transform
+        else:
+            make = augment_and_mix_transform if policy.startswith("augmix") else auto_augment_transform
         self.transform = make(policy, {"translate_const": int(size * 0.45), "img_mean": colour})
 
     def __call__(self, image: np.ndarray, *seed: Any) -> np.ndarray:

@@ -218,13 +218,14 @@ class _Rows(torch.utils.data.Dataset):
     def _image(self, index: int, replace: bool) -> tuple[int, Any]:
         """An image, or where it is corrupt and training goes on without it, the next that is not."""
         tries = len(self.split) if self.skip and replace else 1
-        for row in range(index, index + tries):
+        while True:
+            row = index % len(self.split)
             try:
-                return row % len(self.split), self.split.image(row % len(self.split))
+                return row, self.split.image(row)
             except DataError:
-                if row == index + tries - 1:
+                index, tries = index + 1, tries - 1
+                if not tries:
                     raise
-        raise AssertionError("unreachable")
 
 
 class _Pixels(torch.utils.data.Dataset):

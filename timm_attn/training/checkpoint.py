@@ -158,11 +158,6 @@ def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def json_line(value: dict[str, Any]) -> str:
-    """One line of a file of JSON lines."""
-    return json.dumps(value) + "\n"
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file; zero-dimensional tensors become numbers."""
     path.write_text(json.dumps(value, indent=1, default=lambda v: v.item()), encoding="utf-8")

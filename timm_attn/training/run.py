@@ -96,7 +96,17 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     """Replace a file of JSON lines, whole."""
-    replace_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    replace_file(path, "".join(map(_json_line, lines)).encode())
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add to a file of JSON lines."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(_json_line(line))
+
+
+def _json_line(line: dict[str, Any]) -> str:
+    return json.dumps(line) + "\n"
 
 
 def replace_file(path: Path, content: bytes) -> None:

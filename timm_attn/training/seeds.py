@@ -4,6 +4,7 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,10 @@ def train_seeds(model: str, recipe: Recipe, out: str | Path, seeds: Sequence[int
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError(f"seeds must be different numbers, got {' '.join(map(str, seeds))}")
     refuse_full_folder(out)
-    for i, seed in enumerate(seeds):
-        # The first run checks the input before it makes a folder; then the others are known, too.
-        train(
-            model,
-            dataclasses.replace(recipe, seed=seed),
-            out / f"seed-{seed}",
-            on_start=lambda: _announce(model, recipe, out, seeds) if i == 0 else None,  # noqa: B023
-        )
+    # When a run starts its input has been checked: until then nothing is left behind.
+    announce = partial(_announce, model, recipe, out, seeds)
+    for seed in seeds:
+        train(model, dataclasses.replace(recipe, seed=seed), out / f"seed-{seed}", on_start=announce)
     return _summary(out, seeds)
 
 

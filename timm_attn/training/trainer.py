@@ -28,7 +28,7 @@ from .evaluation import evaluate, sum_dtype
 from .optim import learning_rate, make_criterion, make_mixup, make_optimizer, make_scheduler
 from .progress import Bar
 from .recipe import Recipe
-from .run import CURVES, METRICS, RESULTS, STEPS, read_lines, save_model, write_lines
+from .run import CURVES, METRICS, RESULTS, STEPS, append_line, read_lines, save_model, write_lines
 from .setup import Splits, freeze_backbone
 
 OnStep = Callable[[int], None]
@@ -205,8 +205,7 @@ class Trainer:
             write_lines(self.run / METRICS, self.metrics)
             if time.perf_counter() - self.drawn > DRAW_SECONDS:
                 self._draw()
-        if recipe.track:
-            self.accelerator.log({k: v for k, v in line.items() if k not in ("epoch", "step")}, self.step)
+        self._track(line)
         self._save()
         if epoch + 1 < recipe.epochs:
             self._check_signal(saved=True)
@@ -242,7 +241,7 @@ class Trainer:
                 dispatch_clip_grad(self.clipped, recipe.clip_grad, mode=recipe.clip_mode)
         # With a scaler infinite gradients are usual: it passes over the step.
         fine = total.isfinite() if scaler is not None else total.isfinite() & norm.isfinite()
-        step, rate = (torch.full_like(total, n) for n in (self.step + 1, self._rate()))
+        step, rate = (torch.full_like(total, n) for n in (self.step + 1, learning_rate(self.optimizer)))
         now = torch.stack([step, total, norm, rate])
         self.trouble = torch.where(fine | self.trouble[0].isfinite(), self.trouble, now.to(self.trouble))
         self.optimizer.step()
@@ -250,9 +249,6 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.network, self.step + 1)
         return total, norm
-
-    def _rate(self) -> float:
-        return learning_rate(self.optimizer)
 
     def _reduce(self, tensor: Tensor) -> list[float]:
         """Sum over all processes."""
@@ -319,14 +315,16 @@ class Trainer:
         line = {
             "step": self.step,
             "epoch": epoch + 1,
-            "lr": self._rate(),
+            "lr": learning_rate(self.optimizer),
             "train_loss": self._reduce(loss[None])[0] / processes,
             "grad_norm": norm.item() if norm.isfinite() else None,  # JSON has no infinity
             "images_per_second": images / (time.perf_counter() - started),
         }
         if self.main:
-            with (self.run / STEPS).open("a", encoding="utf-8") as stream:
-                stream.write(checkpoint.json_line(line))
+            append_line(self.run / STEPS, line)
+        self._track(line)
+
+    def _track(self, line: dict[str, Any]) -> None:
         if self.recipe.track:
             self.accelerator.log({k: v for k, v in line.items() if k not in ("epoch", "step")}, self.step)
 
@@ -361,10 +359,8 @@ class Trainer:
         if self.test_batches is not None:
             assert self.splits.test is not None
             self._share_buffers()
-            figures, split = (
-                evaluate(self.averaged, self.test_batches, self.accelerator),
-                self.splits.test.name,
-            )
+            split = self.splits.test.name
+            figures = evaluate(self.averaged, self.test_batches, self.accelerator)
         best = max(self.metrics, key=lambda line: line["top1"])
         return {
             "split": split,
