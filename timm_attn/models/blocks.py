@@ -17,6 +17,18 @@ def last_norm(block: Any) -> Any:
     return block.bn3 if isinstance(block, Bottleneck) else block.bn2
 
 
+def add_shortcut(x: Tensor, shortcut: Tensor, gate: Tensor | None = None) -> Tensor:
+    """Add the shortcut B × C × H × W to a branch, times a gate B × C if there is one; overwrites x if it may."""
+    if gate is None:
+        x += shortcut
+        return x
+    gate = gate[:, :, None, None]
+    # One pass over the map instead of two; a new map costs more than the pass where memory is slow.
+    if torch.is_grad_enabled() or x.dtype != shortcut.dtype:
+        return torch.addcmul(shortcut, x, gate)
+    return torch.addcmul(shortcut, x, gate, out=x)
+
+
 class FoldableMixin:
     """Lets a module in timm's attention slot fold into the norm layer before it.
 
@@ -55,9 +67,7 @@ class SplitBasicBlock(BasicBlock):
             x = self.drop_path(x)
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        # One pass over the map instead of two.
-        x = x + shortcut if gate is None else torch.addcmul(shortcut, x, gate[:, :, None, None])
-        return self.act2(x)
+        return self.act2(add_shortcut(x, shortcut, gate))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.merge(self.branch(x), x)
@@ -82,9 +92,7 @@ class SplitBottleneck(Bottleneck):
             x = self.drop_path(x)
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        # One pass over the map instead of two.
-        x = x + shortcut if gate is None else torch.addcmul(shortcut, x, gate[:, :, None, None])
-        return self.act3(x)
+        return self.act3(add_shortcut(x, shortcut, gate))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.merge(self.branch(x), x)
