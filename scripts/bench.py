@@ -12,6 +12,7 @@ import argparse
 import csv
 import itertools
 import json
+import math
 import platform
 import statistics
 import time
@@ -178,11 +179,28 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def operations(model: nn.Module, size: int) -> list[str]:
+    """The operations that a network runs, in their order, each with the shape of its result."""
+    program = torch.export.export(model.eval(), (torch.zeros(1, 3, size, size),))
+    nodes = (node for node in program.graph.nodes if node.op == "call_function")
+    return [f"{node.target} {tuple(node.meta['val'].shape)}" for node in nodes]
+
+
+def assert_stock(size: int) -> None:
+    """What folds away runs the same operations as the plain network: there is nothing to time."""
+    stock = operations(timm.create_model("resnet50"), size)
+    for name in ("resnet50_asr", "resnet50_ssia"):
+        if operations(timm_attn.fold(timm.create_model(name)), size) != stock:
+            raise AssertionError(f"the folded {name} does not run what resnet50 runs")
+        console.print(f"the folded {name} runs the {len(stock)} operations of resnet50")
+
+
 @torch.no_grad()
 def infer(arguments: argparse.Namespace) -> None:
     """Latency at batch 1 and throughput at larger batches, in eval mode."""
     device = torch.device(arguments.device)
     size = arguments.img_size
+    assert_stock(size)
     models = {name: INFER[name]().eval().to(device) for name in arguments.models or INFER}
     baselines = [(name, "resnet50") for name in models if name != "resnet50"]
     pairs = [*baselines, *(pair for pair in INFER_PAIRS if set(pair) <= set(models))]
@@ -244,8 +262,11 @@ def draw(path: Path) -> None:
     names = list(dict.fromkeys(row["model"] for row in rows if row["model"] != "resnet50"))
     keys = ("infer_batch_size", "precision", "memory_format", "compiled")
     conditions = list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
-    figure = Figure(figsize=(11, 0.36 * len(names) + 1.2), layout="constrained")
-    for axis, condition in zip(figure.subplots(1, len(conditions), sharey=True), conditions, strict=True):
+    columns = min(4, len(conditions))
+    lines = math.ceil(len(conditions) / columns)
+    figure = Figure(figsize=(11, lines * (0.25 * len(names) + 0.9)), layout="constrained")
+    axes = figure.subplots(lines, columns, sharey=True, sharex=True, squeeze=False).flat
+    for axis, condition in zip(axes, conditions, strict=False):
         found = {row["model"]: row for row in rows if tuple(row[key] for key in keys) == condition}
         for i, name in enumerate(names):
             if name in found:

@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers.create_attn import create_attn
 from torch import Tensor, nn
 
@@ -160,6 +161,21 @@ class ASR(nn.Module):
         if self.attention is not None:
             x = self.attention(x)
         return x
+
+    @torch.jit.unused
+    def after_norm(self, norm: Any, x: Tensor) -> Tensor:
+        """``self(norm(x))`` of a BatchNorm2d: its weight and bias carry the gate, as they do when it is folded.
+
+        Forward and backward pass each save a pass over the map.
+        """
+        gate = self.gate()[0]
+        weight, bias = norm.weight * gate, norm.bias * gate
+        if norm.training:
+            norm.num_batches_tracked.add_(1)
+        x = F.batch_norm(
+            x, norm.running_mean, norm.running_var, weight, bias, norm.training, norm.momentum, norm.eps
+        )
+        return x if self.attention is None else self.attention(x)
 
     @torch.no_grad()
     def fold_into(self, norm: Any) -> nn.Module | None:

@@ -29,24 +29,15 @@ def add_shortcut(x: Tensor, shortcut: Tensor, gate: Tensor | None = None) -> Ten
     return torch.addcmul(shortcut, x, gate, out=x)
 
 
-class FoldableMixin:
-    """Lets a module in timm's attention slot fold into the norm layer before it.
-
-    Such a module has a method ``fold_into(norm)`` that returns what takes its place in the slot.
-    """
-
-    def reparameterize(self) -> None:
-        """The hook that ``timm.utils.reparameterize_model`` calls."""
-        if hasattr(self.se, "fold_into"):
-            self.se = self.se.fold_into(last_norm(self))
-
-
-class FoldableBasicBlock(FoldableMixin, BasicBlock):
-    """timm's BasicBlock; what folds in its attention slot folds into bn2."""
-
-
-class FoldableBottleneck(FoldableMixin, Bottleneck):
-    """timm's Bottleneck; what folds in its attention slot folds into bn3."""
+def attend(norm: Any, attention: Any, x: Tensor) -> Tensor:
+    """The last norm layer and the attention after it; in training in one pass over the map, if there is a way."""
+    if attention is None:
+        return norm(x)
+    # What replaces a plain norm (synchronised, frozen, parametrised) has a forward of its own.
+    plain = type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
+    if attention.training and plain and norm.momentum is not None and hasattr(attention, "after_norm"):
+        return attention.after_norm(norm, x)
+    return attention(norm(x))
 
 
 class SplitBasicBlock(BasicBlock):
@@ -56,7 +47,10 @@ class SplitBasicBlock(BasicBlock):
         """The residual branch up to its last norm layer and the attention after it."""
         x = self.act1(self.drop_block(self.bn1(self.conv1(x))))
         x = self.aa(x)  # pyright: ignore[reportOptionalCall] (an Identity without anti-aliasing)
-        x = self.bn2(self.conv2(x))
+        x = self.conv2(x)
+        if not torch.jit.is_scripting():
+            return attend(self.bn2, self.se, x)
+        x = self.bn2(x)
         if self.se is not None:
             x = self.se(x)
         return x
@@ -81,7 +75,10 @@ class SplitBottleneck(Bottleneck):
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.drop_block(self.bn2(self.conv2(x))))
         x = self.aa(x)  # pyright: ignore[reportOptionalCall] (an Identity without anti-aliasing)
-        x = self.bn3(self.conv3(x))
+        x = self.conv3(x)
+        if not torch.jit.is_scripting():
+            return attend(self.bn3, self.se, x)
+        x = self.bn3(x)
         if self.se is not None:
             x = self.se(x)
         return x
@@ -96,6 +93,27 @@ class SplitBottleneck(Bottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.merge(self.branch(x), x)
+
+
+class FoldableMixin:
+    """Lets a module in timm's attention slot fold into the norm layer before it.
+
+    Such a module has a method ``fold_into(norm)`` that returns what takes its place in the slot. If it has
+    ``after_norm(norm, x)``, the same as ``self(norm(x))`` for a BatchNorm2d, that is what training calls.
+    """
+
+    def reparameterize(self) -> None:
+        """The hook that ``timm.utils.reparameterize_model`` calls."""
+        if hasattr(self.se, "fold_into"):
+            self.se = self.se.fold_into(last_norm(self))
+
+
+class FoldableBasicBlock(FoldableMixin, SplitBasicBlock):
+    """timm's BasicBlock; what folds in its attention slot folds into bn2."""
+
+
+class FoldableBottleneck(FoldableMixin, SplitBottleneck):
+    """timm's Bottleneck; what folds in its attention slot folds into bn3."""
 
 
 class ConAMMixin:
