@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .options import check_number, check_whole
+from .pooling import channel_mean
 
 
 class ConAM(nn.Module):
@@ -73,7 +74,7 @@ class ConAM(nn.Module):
             patches = F.avg_pool2d(x, self.patch_size)
         else:
             patches = F.adaptive_avg_pool2d(x, (self.grid, self.grid))
-        means = torch.cat([patches.flatten(2), x.mean((2, 3))[:, :, None]], 2).transpose(1, 2)
+        means = torch.cat([patches.flatten(2), channel_mean(x)[:, :, None]], 2).transpose(1, 2)
         means = self.fc2(self.fc1(means).relu()).relu()
         # The sum over C channels may leave float16's range, and scores in bfloat16 are coarse.
         dtype = torch.promote_types(means.dtype, torch.float32)

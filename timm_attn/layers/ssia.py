@@ -15,6 +15,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from .options import check_choice, check_number
+from .pooling import channel_mean
 
 TARGETS = ("channel", "last", "spatial")
 
@@ -127,7 +128,7 @@ class SSIA(nn.Module):
                 losses.append(difference.square().sum(1).mean())
             else:
                 head: Any = self.heads[s]
-                guess = head(x.mean((2, 3), dtype=dtype).to(head.weight.dtype)).to(dtype)
+                guess = head(channel_mean(x, dtype).to(head.weight.dtype)).to(dtype)
                 wanted = above.mean((2, 3), dtype=dtype)
                 losses.append(1 - F.cosine_similarity(_standardise(guess), _standardise(wanted)).mean())
         return torch.stack(losses).mean()

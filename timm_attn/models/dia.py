@@ -9,6 +9,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from ..layers import DIACell
+from ..layers.pooling import channel_mean
 from .blocks import SplitBasicBlock, SplitBottleneck
 from .cifar import CifarResNet
 
@@ -17,7 +18,7 @@ def _step(
     block: SplitBasicBlock | SplitBottleneck, cell: DIACell, x: Tensor, h: Tensor, c: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     f = block.branch(x)
-    h, c = cell(f.mean((2, 3)), h, c)
+    h, c = cell(channel_mean(f), h, c)
     return block.merge(f, x, h), h, c
 
 
@@ -44,7 +45,7 @@ class DIAStage(nn.Sequential):
                 x, h, c = checkpoint(_step, block, cell, x, h, c)
             else:
                 f = block.branch(x)
-                h, c = cell(f.mean((2, 3)), h, c)
+                h, c = cell(channel_mean(f), h, c)
                 x = block.merge(f, x, h)
         return x
 

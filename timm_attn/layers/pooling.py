@@ -1,0 +1,40 @@
+"""The mean over the pixels, with a backward pass for maps in channels-last memory."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _ChannelMean(torch.autograd.Function):
+    """PyTorch's own gradient of a mean has another memory format than a channels-last map.
+
+    To add the two, which follows since the map is used again, then takes longer than the mean itself.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.mean((2, 3), dtype=dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        height, width = ctx.shape[2:]
+        grad = (grads[0] / (height * width)).to(ctx.dtype)[:, :, None, None]
+        # One row of the map, in memory: with whole rows, not pixels, to add, the loop over them is long.
+        row = grad.expand(-1, -1, 1, width).contiguous(memory_format=torch.channels_last)
+        return row.expand(ctx.shape), None
+
+
+def channel_mean(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Mean of a map (B × C × H × W) over its pixels: B × C, in the map's dtype or another."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript knows this question alone)
+        # A tracer's stand-in for a tensor is none.
+        if isinstance(x, Tensor) and x.requires_grad and not x.is_contiguous():
+            return _ChannelMean.apply(x, dtype or x.dtype)  # pyright: ignore[reportReturnType]
+    return x.mean((2, 3), dtype=dtype)
