@@ -12,7 +12,6 @@ import argparse
 import csv
 import itertools
 import json
-import math
 import platform
 import statistics
 import time
@@ -258,32 +257,35 @@ def draw(path: Path) -> None:
     from matplotlib.figure import Figure
 
     with path.open(newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["baseline"] == "resnet50"]
-    names = list(dict.fromkeys(row["model"] for row in rows if row["model"] != "resnet50"))
+        rows = [row for row in csv.DictReader(stream) if row["baseline"] == "resnet50" != row["model"]]
     keys = ("infer_batch_size", "precision", "memory_format", "compiled")
-    conditions = list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
-    columns = min(4, len(conditions))
-    lines = math.ceil(len(conditions) / columns)
-    figure = Figure(figsize=(11, lines * (0.25 * len(names) + 0.9)), layout="constrained")
-    axes = figure.subplots(lines, columns, sharey=True, sharex=True, squeeze=False).flat
-    for axis, condition in zip(axes, conditions, strict=False):
-        found = {row["model"]: row for row in rows if tuple(row[key] for key in keys) == condition}
-        for i, name in enumerate(names):
-            if name in found:
-                low, median, high = (float(found[name][f"ratio_{key}"]) for key in ("min", "median", "max"))
+    by_condition: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        by_condition.setdefault(tuple(row[key] for key in keys), {})[row["model"]] = row
+    conditions = list(by_condition.items())
+    lines = [conditions[i : i + 4] for i in range(0, len(conditions), 4)]
+    names = [list(dict.fromkeys(name for _, found in line for name in found)) for line in lines]
+    heights = [len(line) + 3 for line in names]
+    figure = Figure(figsize=(11, 0.2 * sum(heights) + 0.5), layout="constrained")
+    grid = {"height_ratios": heights}
+    axes = figure.subplots(len(lines), 4, sharey="row", sharex=True, squeeze=False, gridspec_kw=grid)
+    for line, names_of_line, axes_of_line in zip(lines, names, axes, strict=True):
+        for (condition, found), axis in zip(line, axes_of_line, strict=False):
+            for i, row in enumerate(found[name] for name in names_of_line):
+                low, median, high = (float(row[f"ratio_{key}"]) for key in ("min", "median", "max"))
                 axis.plot([low, high], [i, i], color="C0", alpha=0.5)
                 axis.plot(median, i, "o", color="C0", markersize=4)
-        size, precision, layout, compiled = condition
-        layout = layout.replace("channels_last", "channels last")
-        axis.set_title(
-            f"batch {size}, {precision}\n{layout}{', compiled' if compiled == '1' else ''}", fontsize=8
-        )
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_xlim(0.8, 1.8)
-        axis.grid(alpha=0.3)
-        axis.tick_params(labelsize=7)
-        axis.set_yticks(range(len(names)), names)
-    figure.axes[0].invert_yaxis()
+            size, precision, layout, compiled = condition
+            layout = layout.replace("channels_last", "channels last")
+            axis.set_title(
+                f"batch {size}, {precision}\n{layout}{', compiled' if compiled == '1' else ''}", fontsize=8
+            )
+            axis.axvline(1, color="black", linewidth=0.8)
+            axis.set_xlim(0.75, 1.8)
+            axis.grid(alpha=0.3)
+            axis.tick_params(labelsize=7)
+            axis.set_yticks(range(len(names_of_line)), names_of_line)
+        axes_of_line[0].invert_yaxis()
     figure.supxlabel(
         "time over that of timm's resnet50 (median, minimum and maximum of the rounds)", fontsize=8
     )

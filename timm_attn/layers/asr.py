@@ -164,7 +164,7 @@ class ASR(nn.Module):
 
     @torch.jit.unused
     def after_norm(self, norm: Any, x: Tensor) -> Tensor:
-        """``self(norm(x))`` of a BatchNorm2d: its weight and bias carry the gate, as they do when it is folded.
+        """``self(norm(x))`` of a BatchNorm2d: its weight and bias carry the gate, as when it is folded.
 
         Forward and backward pass each save a pass over the map.
         """

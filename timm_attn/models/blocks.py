@@ -18,7 +18,7 @@ def last_norm(block: Any) -> Any:
 
 
 def add_shortcut(x: Tensor, shortcut: Tensor, gate: Tensor | None = None) -> Tensor:
-    """Add the shortcut B × C × H × W to a branch, times a gate B × C if there is one; overwrites x if it may."""
+    """Add the shortcut to a branch (B × C × H × W), times a gate B × C if there is one; may overwrite x."""
     if gate is None:
         x += shortcut
         return x
@@ -30,7 +30,7 @@ def add_shortcut(x: Tensor, shortcut: Tensor, gate: Tensor | None = None) -> Ten
 
 
 def attend(norm: Any, attention: Any, x: Tensor) -> Tensor:
-    """The last norm layer and the attention after it; in training in one pass over the map, if there is a way."""
+    """The last norm layer and the attention after it; in training in one pass over the map if it can be."""
     if attention is None:
         return norm(x)
     # What replaces a plain norm (synchronised, frozen, parametrised) has a forward of its own.
