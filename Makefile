@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Workers of the test suite; one thread each.
 JOBS ?= 2
 
-.PHONY: demo test test-all test-timm lint bench clean
+.PHONY: demo test test-all test-timm lint dist bench clean
 
 # The environment is made once and again whenever pyproject.toml changes.
 .venv.ok: pyproject.toml
@@ -30,6 +30,12 @@ test-all: test
 # timm's own tests of models over small networks of this package: two minutes.
 test-timm: .venv.ok
 	$(BIN)/python scripts/test_timm.py
+
+# sdist and wheel, and the README's first block from the wheel alone.
+dist: .venv.ok
+	rm -rf dist
+	$(BIN)/python -m hatchling build -d dist
+	$(PYTHON) scripts/try_wheel.py dist
 
 bench: .venv.ok
 	$(BIN)/python scripts/bench_import.py

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import timm
 import torch
 from timm.models.resnet import ResNet
@@ -149,6 +150,13 @@ def parameters(model: nn.Module) -> int:
 def flip_last_bit(content: bytes) -> bytes:
     """The same number of bytes, one of them wrong."""
     return content[:-1] + bytes([content[-1] ^ 1])
+
+
+def use_hub(monkeypatch, endpoint: str) -> None:
+    """Let the Hub client of this process talk to a server; it reads HF_ENDPOINT only once."""
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def python(

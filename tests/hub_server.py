@@ -22,6 +22,7 @@ import itertools
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -161,9 +162,14 @@ class Fault:
     """A failure to come: see `HubServer.fail_at`."""
 
     n: int
-    status: int | None
-    match: str
-    applied: bool
+    status: int | None = 503
+    match: str = ""
+    applied: bool = False
+    methods: tuple[str, ...] = ("POST", "PUT")
+    delay: float = 0.0
+    cut: bool = False
+    lasting: bool = False
+    then_all: bool = False
 
 
 def now() -> str:
@@ -281,26 +287,60 @@ class HubServer:
         with self._lock:
             self._faults.append(Fault(n, status, match, applied))
 
+    def fail_reads(self, status: int | None = 500, *, match: str = "") -> None:
+        """From now on answer every GET and HEAD whose path contains ``match`` with ``status``, or hang up."""
+        self._faults.append(Fault(1, status, match, methods=("GET", "HEAD"), lasting=True))
+
+    def cut_at(self, n: int, *, match: str = "", methods: tuple[str, ...] = ("GET",)) -> None:
+        """Break the connection in the middle of the ``n``-th further request of these methods.
+
+        Of a GET, half of the content is sent; of a POST or PUT, half of the content is read.
+        """
+        self._faults.append(Fault(n, None, match, methods=methods, cut=True))
+
+    def stop_after(self, n: int, applied: bool = False) -> None:
+        """Hang up at the ``n``-th further request and at all after it, as if the client were gone.
+
+        With ``applied`` the first of them has its effect, and only the answer is lost.
+        """
+        methods = ("GET", "HEAD", "POST", "PUT")
+        self._faults.append(Fault(n, None, applied=applied, methods=methods, then_all=True))
+
+    def go_on(self) -> None:
+        """Forget all faults."""
+        self._faults.clear()
+
+    def slow_down(self, seconds: float, *, match: str = "") -> None:
+        """From now on wait so long before every answer to a request whose path contains ``match``."""
+        methods = ("GET", "HEAD", "POST", "PUT")
+        self._faults.append(Fault(1, None, match, applied=True, methods=methods, delay=seconds, lasting=True))
+
     # ---- from a request to an answer ----
 
-    def answer(self, request: Request) -> Reply | None:
-        """Answer one request; None means to hang up."""
-        fault = reply = None
+    def fault(self, method: str, path: str) -> Fault | None:
+        """Note a request, and say what is to go wrong with it."""
+        found = None
         with self._lock:
-            self.requests.append((request.method, request.path))
-            if request.method in ("POST", "PUT"):
-                for pending in [f for f in self._faults if f.match in request.path]:
-                    pending.n -= 1
-                    fault = fault if pending.n else pending
-                self._faults = [f for f in self._faults if f.n]
-        if fault is None or fault.applied:
+            self.requests.append((method, path))
+            for pending in [f for f in self._faults if f.match in path and method in f.methods]:
+                pending.n -= not pending.lasting
+                found = pending if pending.lasting or not pending.n else found
+            self._faults = [f for f in self._faults if f.n]
+            if found and found.then_all:
+                self._faults.append(Fault(1, None, methods=found.methods, lasting=True))
+        return found
+
+    def answer(self, request: Request, fault: Fault | None = None) -> Reply | None:
+        """Answer one request; None means to hang up."""
+        reply = None
+        if fault is None or fault.applied or fault.cut:
             try:
                 reply = as_reply(self._handle(request))
             except HubError as error:
                 reply = as_reply(error.body, error.status, error.headers)
             except (KeyError, TypeError, ValueError) as error:
                 reply = as_reply({"error": f"Malformed request: {error!r}"}, 400)
-        if fault:
+        if fault and not fault.cut and not fault.delay:
             reply = as_reply({"error": "Injected fault"}, fault.status) if fault.status else None
         return reply
 
@@ -608,10 +648,17 @@ class _HttpHandler(BaseHTTPRequestHandler):
     server: _HttpServer
 
     def _serve(self) -> None:
-        # Read the body even where it is refused: otherwise the client may get a broken pipe, not the answer.
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        reply = self.server.hub.answer(Request(self.command, self.path, self.headers, body))
+        fault = self.server.hub.fault(self.command, urlsplit(self.path).path)
         self.close_connection = True
+        length = int(self.headers.get("Content-Length") or 0)
+        if fault and fault.cut and length:
+            self.rfile.read(length // 2)
+            return
+        # Read the body even where it is refused: otherwise the client may get a broken pipe, not the answer.
+        body = self.rfile.read(length)
+        if fault and fault.delay:
+            time.sleep(fault.delay)
+        reply = self.server.hub.answer(Request(self.command, self.path, self.headers, body), fault)
         if reply is None:
             return
         status, headers, data = reply
@@ -621,7 +668,7 @@ class _HttpHandler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if fault and fault.cut else data)
 
     do_GET = do_HEAD = do_POST = do_PUT = _serve
 

@@ -5,20 +5,16 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from dataclasses import replace
-from pathlib import Path
 
 import huggingface_hub
 import pytest
 import timm
 import torch
-import yaml
-from helpers import ROOT, flip_last_bit, python
+from helpers import ROOT, python, use_hub
 from hub_server import HubServer
 
 from timm_attn.errors import UserError
 from timm_attn.publish import export, publish
-from timm_attn.publish.card import card
 from timm_attn.training import Recipe, load_model, train
 from timm_attn.weights import WeightsError, read_index, sha256
 
@@ -40,7 +36,7 @@ def hub(tmp_path_factory):
 
 def test_export_lays_out_repositories(hub):
     folder, _ = hub
-    names = {p.name for p in folder.iterdir()}
+    names = {p.name for p in folder.iterdir()} - {"results.csv"}
     folded = "resnet18.asr_sgd_digits_folded"
     fused = "resnet20_dia.sgd_digits_folded"
     assert names == {"resnet20_dia.sgd_digits", fused, "resnet18_asr.sgd_digits", folded, "index.json"}
@@ -60,14 +56,14 @@ def test_index_agrees_with_files_and_cards(hub):
     checkpoints = {c.name: c for c in read_index(folder)}
     assert len(checkpoints) == 4
     for checkpoint in checkpoints.values():
-        assert set(checkpoint.files) == {p.name for p in checkpoint.folder.iterdir()}
+        assert set(checkpoint.files) | {"README.md"} == {p.name for p in checkpoint.folder.iterdir()}
         for name in checkpoint.files:
             assert checkpoint.verified(name).is_file()
         card = huggingface_hub.ModelCard.load(checkpoint.folder / "README.md")
         assert (card.data["library_name"], card.data.license) == ("timm", "apache-2.0")
         assert card.data.eval_results[0].metric_value == pytest.approx(checkpoint.metrics["top1"], abs=1e-4)
-        assert f"| top-1 | {checkpoint.metrics['top1']:.2f} % |" in card.text
-        assert "n = 1 (seed 0)" in card.text
+        assert f"| {checkpoint.metrics['top1']:.2f} |" in card.text and "(seed 0)" in card.text
+        assert checkpoint.over_seeds["top1"]["n"] == 1 and checkpoint.dataset["license"] == "cc-by-4.0"
     for trained, folded in (
         ("resnet18_asr.sgd_digits", "resnet18.asr_sgd_digits_folded"),
         ("resnet20_dia.sgd_digits", "resnet20_dia.sgd_digits_folded"),
@@ -78,29 +74,6 @@ def test_index_agrees_with_files_and_cards(hub):
         assert 0 < folded.metrics["logit_difference"] <= 1e-5
         assert folded.metrics["top1"] == trained.metrics["top1"]
     assert checkpoints["resnet20_dia.sgd_digits_folded"].model_args["folded"] is True
-
-
-def card_of(mechanism: str, *options: str, **changes) -> str:
-    """The card of a checkpoint like the shipped resnet20_asr."""
-    shipped = next(c for c in read_index(ROOT / "hub") if c.name == "resnet20_asr.sgd5_c10")
-    recipe = yaml.safe_load((shipped.folder / "recipe.yaml").read_text())
-    details = {**shipped.details, "mechanism": mechanism}
-    return card(replace(shipped, details=details, **changes), {**recipe, "model_kwargs": list(options)})
-
-
-def test_a_card_says_which_options_there_were_and_what_is_left():
-    assert "Architecture `resnet20_asr` with `delta=2`, `generator=eca`, trained on" in card_of(
-        "asr", "delta=2", "generator=eca"
-    )
-    folded = {"architecture": "resnet20", "folded_from": "resnet20_asr.x"}
-    assert "form of `resnet20_asr.x` with `delta=2`, a plain network" in card_of("asr", "delta=2", **folded)
-    for changes in (
-        {"architecture": "resnet20_se", "folded_from": "resnet20_asr_se.x"},
-        {**folded, "model_args": {"block_args": {"attn_layer": "eca"}}},
-    ):
-        text = card_of("asr_se", **changes)
-        assert "a network with only the attention that stood on top" in text and "plain network" not in text
-    assert "SE on top of it, which stays" in card_of("asr_se", architecture="resnet20_asr_se")
 
 
 def test_names_find_weights_without_network(hub):
@@ -201,101 +174,68 @@ def test_export_refuses_what_is_there_and_leaves_nothing_of_a_failure(hub, tmp_p
         export(tmp_path, "x", folder)
 
 
-# ----------------------------------------------------------------------------------------------- publish
+# ------------------------------------------------------------------------------- loaded by other libraries
 
 
 @pytest.fixture
-def server(monkeypatch):
-    tokens = {"hf_alice": {"name": "alice", "orgs": {"my-org": "write", "other-org": "read"}}}
-    with HubServer(tokens=tokens) as hub_server:
-        monkeypatch.setenv("HF_TOKEN", "hf_alice")
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub_server.endpoint)
+def server(hub, monkeypatch, tmp_path):
+    """A server with the folded ResNet-18 and the ResNet-20 with DIA."""
+    with HubServer(tokens={"hf_alice0000": {"name": "alice", "orgs": {"my-org": "write"}}}) as hub_server:
+        monkeypatch.setenv("HF_TOKEN", "hf_alice0000")
+        use_hub(monkeypatch, hub_server.endpoint)
+        copy = shutil.copytree(hub[0], tmp_path / "hub")
+        publish([copy / "resnet18.asr_sgd_digits_folded", copy / "resnet20_dia.sgd_digits"], "my-org")
         yield hub_server
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+def test_a_folded_repository_needs_only_timm(server):
+    code = """
+import sys, timm
+assert timm.create_model('hf-hub:my-org/resnet18.asr_sgd_digits_folded', pretrained=True).num_classes == 10
+assert not [m for m in sys.modules if m.startswith("timm_attn")]
+"""
+    result = python("-c", code, env={"HF_ENDPOINT": server.endpoint})
+    assert result.returncode == 0, result.stderr
 
 
-def test_publish_is_one_commit_that_loads_back(hub, server):
-    folder = hub[0] / "resnet20_dia.sgd_digits"
-    info = publish(folder, "my-org")
-    assert info.commit_url
-    repository = server.files("my-org/resnet20_dia.sgd_digits")
-    uploaded = {name: content for name, content in repository.items() if name != ".gitattributes"}
-    expected = files(folder)
-    card = expected.pop("README.md").replace(b"{ORG}", b"my-org")
-    assert uploaded.pop("README.md") == card
-    assert uploaded == expected
-    commits = [path for method, path in server.requests if method == "POST" and "/commit/" in path]
-    assert len(commits) == 1
+def test_a_published_repository_loads_with_the_plugin(hub, server):
     code = f"""
 import timm, timm_attn, torch
 x = torch.randn(2, 3, 16, 16)
 model = timm.create_model("hf-hub:my-org/resnet20_dia.sgd_digits", pretrained=True).eval()
-assert torch.equal(model(x), timm.create_model("local-dir:{folder}", pretrained=True).eval()(x))
+assert torch.equal(model(x), timm.create_model("local-dir:{hub[0]}/resnet20_dia.sgd_digits", pretrained=True).eval()(x))
 """
-    result = python("-c", code, env={"HF_ENDPOINT": server.endpoint, "HF_TOKEN": "hf_alice"})
+    result = python("-c", code, env={"HF_ENDPOINT": server.endpoint})
     assert result.returncode == 0, result.stderr
 
 
-def test_a_folded_repository_needs_only_timm(hub, server):
-    publish(hub[0] / "resnet18.asr_sgd_digits_folded", "my-org")
-    code = "import timm; print(timm.create_model('hf-hub:my-org/resnet18.asr_sgd_digits_folded', pretrained=True).num_classes)"
-    result = python("-c", code, env={"HF_ENDPOINT": server.endpoint})
-    assert result.stdout == "10\n", result.stderr
+TRANSFORMERS = """
+import sys, torch, timm
+name, plugin = sys.argv[1:]
+if plugin:
+    import timm_attn
+from PIL import Image
+from transformers import AutoModelForImageClassification, pipeline
+x = torch.randn(2, 3, 16, 16)
+model = AutoModelForImageClassification.from_pretrained(name).eval()
+expected = timm.create_model("hf-hub:" + name, pretrained=True).eval()
+with torch.no_grad():
+    assert torch.equal(model(x).logits, expected(x))
+assert plugin or not [m for m in sys.modules if m.startswith("timm_attn")]
+found = pipeline("image-classification", model=name)(Image.new("RGB", (16, 16)))
+assert {row["label"] for row in found} <= set("0123456789"), found
+"""
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize(
-    ("to", "message"), [("other-org", "no right to write there"), ("nobody", "no right to write")]
+    ("name", "plugin"), [("resnet18.asr_sgd_digits_folded", ""), ("resnet20_dia.sgd_digits", "plugin")]
 )
-def test_publishing_without_rights_leaves_nothing(to, message, hub, server):
-    with pytest.raises(UserError, match=f"cannot publish {to}/resnet20_dia.sgd_digits: .*{message}"):
-        publish(hub[0] / "resnet20_dia.sgd_digits", to)
-    assert not [path for method, path in server.requests if "/commit/" in path]
-
-
-def test_publishing_without_a_token(hub, server, monkeypatch):
-    monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UserError, match="log in with"):
-        publish(hub[0] / "resnet20_dia.sgd_digits", "my-org")
-
-
-def test_a_concurrent_commit_stops_the_upload(hub, server):
-    name = "my-org/resnet20_dia.sgd_digits"
-    server.put_files(name, {"README.md": b"---\nlicense: mit\n---\nolder"})
-
-    def meanwhile(repo_id: str) -> None:
-        server.before_commit = None
-        server.put_files(repo_id, {"note.txt": b"hello"})
-
-    server.before_commit = meanwhile
-    with pytest.raises(UserError, match="somebody else committed"):
-        publish(hub[0] / "resnet20_dia.sgd_digits", "my-org")
-    assert set(server.files(name)) - {".gitattributes"} == {"README.md", "note.txt"}
-    publish(hub[0] / "resnet20_dia.sgd_digits", "my-org")
-    assert "model.safetensors" in server.files(name)
-
-
-def test_a_failing_commit_uploads_no_part(hub, server):
-    server.fail_at(1, 500, match="/commit/")
-    with pytest.raises(UserError, match="no file was committed"):
-        publish(hub[0] / "resnet20_dia.sgd_digits", "my-org")
-    assert set(server.files("my-org/resnet20_dia.sgd_digits")) <= {".gitattributes"}
-
-
-@pytest.mark.parametrize("damage", ["weights", "config", "card"])
-def test_a_damaged_folder_is_not_published(damage, hub, server, tmp_path):
-    folder = shutil.copytree(hub[0], tmp_path / "hub") / "resnet20_dia.sgd_digits"
-    if damage == "weights":
-        (folder / "model.safetensors").write_bytes(flip_last_bit((folder / "model.safetensors").read_bytes()))
-    elif damage == "config":
-        (folder / "config.json").unlink()
-    else:
-        (folder / "README.md").write_text("changed")
-    with pytest.raises((UserError, WeightsError), match=r"damaged|no config\.json"):
-        publish(folder, "my-org")
-    assert not server.requests
+def test_transformers_reads_it(name, plugin, server, tmp_path):
+    pytest.importorskip("transformers")
+    env = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path)}
+    result = python("-c", TRANSFORMERS, f"my-org/{name}", plugin, env=env)
+    assert result.returncode == 0, result.stderr
 
 
 # ------------------------------------------------------------------------------------------------- wheel

@@ -1,6 +1,5 @@
 """Pretrained weights as timm's users take them: whole, for other classes, other inputs, or features only."""
 
-import dataclasses
 import json
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from helpers import SMALL, narrow, python, randomise
 from safetensors.torch import load_file, save_file
 
-from timm_attn.weights import Checkpoint, sha256
+from timm_attn.weights import Checkpoint, sha256, write_index
 
 WAYS = {
     "whole": {},
@@ -32,22 +31,34 @@ for name in names:
 """
 
 
-def make_hub(folder, damage=lambda name, state: state):
-    """A hub folder with random weights of a small network of every mechanism and block type."""
-    entries = {}
-    for seed, name in enumerate(SMALL):
-        model = randomise(narrow(name), seed)
+def write_hub(folder, names, damage=lambda name, state: state, states=None):
+    """A hub folder with a small network of every architecture, with random weights or those given."""
+    checkpoints = []
+    for seed, name in enumerate(names):
+        model = narrow(name)
+        state = (states or {}).get(name) or randomise(model, seed).state_dict()
         place = folder / f"{name}.x"
         place.mkdir(parents=True)
         path = place / "model.safetensors"
-        save_file(damage(name, model.state_dict()), path)
-        cfg = {**timm.models.get_pretrained_cfg(name).to_dict(), "num_classes": 10, "tag": "x"}
-        arguments = {k: v for k, v in model._model_args.items() if k != "num_classes"}
-        files = {path.name: {"sha256": sha256(path), "size": path.stat().st_size}}
-        entry = dataclasses.asdict(Checkpoint(name, place, name, "x", cfg, arguments, files))
-        entries[place.name] = {k: v for k, v in entry.items() if k not in ("name", "folder")}
-    (folder / "index.json").write_text(json.dumps({"checkpoints": entries}))
+        save_file(damage(name, state), path)
+        cfg = timm.models.get_pretrained_cfg(name).to_dict(remove_source=True)
+        checkpoint = Checkpoint(
+            f"{name}.x",
+            place,
+            name,
+            "x",
+            pretrained_cfg={**cfg, "num_classes": 10, "label_names": None, "tag": "x"},
+            model_args={k: v for k, v in model._model_args.items() if k != "num_classes"},
+            files={path.name: {"sha256": sha256(path), "size": path.stat().st_size}},
+        )
+        checkpoints.append(checkpoint)
+    write_index(folder, checkpoints)
     return folder
+
+
+def make_hub(folder, damage=lambda name, state: state):
+    """A hub folder with random weights of a small network of every mechanism and block type."""
+    return write_hub(folder, SMALL, damage)
 
 
 def create_all(hub, out) -> list:

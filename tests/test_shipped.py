@@ -1,7 +1,5 @@
 """The weights that ship, their cards, and what the README says of them."""
 
-import re
-
 import pytest
 import timm
 import torch
@@ -23,7 +21,8 @@ def test_shipped_weights_load_by_name(name):
     checkpoint = SHIPPED[name]
     for filename in checkpoint.files:
         checkpoint.verified(filename)
-    assert {p.name for p in checkpoint.folder.iterdir()} == set(checkpoint.files)
+    rendered = {"README.md", ".eval_results"}
+    assert {p.name for p in checkpoint.folder.iterdir()} == set(checkpoint.files) | rendered
     model = timm.create_model(name, pretrained=True).eval()
     again = timm.create_model(f"local-dir:{checkpoint.folder}", pretrained=True).eval()
     x = torch.randn(2, *model.pretrained_cfg["input_size"])
@@ -45,12 +44,3 @@ def test_shipped_folded_weights_are_the_fold_of_the_trained(name):
     x = torch.randn(4, *trained.pretrained_cfg["input_size"])
     assert relative_difference(trained, folded, x) <= 1e-5
     assert relative_difference(timm_attn.fold(trained), folded, x) == 0
-
-
-def test_the_readme_says_what_was_measured():
-    rows = re.findall(r"^\| `([\w.]+)` \|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    rows = {name: cells for name, cells in rows if name in SHIPPED}
-    assert set(rows) == set(SHIPPED)
-    for name, cells in rows.items():
-        metrics = SHIPPED[name].metrics
-        assert f"{metrics['top1']:.2f}" in cells and f"{metrics['parameters']:,}" in cells, name

@@ -20,6 +20,7 @@ from timm_attn.training import checkpoint as checkpoints
 from timm_attn.training.evaluation import evaluate
 from timm_attn.training.recipe_file import load_recipe, recipe_arguments, save_recipe
 from timm_attn.training.run import METRICS, read_metrics, read_results
+from timm_attn.weights import WeightsError
 
 TINY = ("channels=[8,8,8]", "layers=[1,1,1]", "drop_path_rate=0.2")
 FAST = {
@@ -279,7 +280,7 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not a run folder"):
         resume(tmp_path)
-    with pytest.raises(UserError, match="neither a run nor a hub folder"):
+    with pytest.raises(WeightsError, match=r"has no config.json: name a run folder or a hub folder"):
         load_model(str(tmp_path))
 
 

@@ -6,19 +6,22 @@ Importing this package registers its models, so that ``timm.create_model("resnet
 from . import models
 from .fold import FoldError, FoldReport, NothingToFold, fold, verify_fold
 from .graft import graft
-from .models import model_names
+from .models import model_names, register_folder
 from .models.grafting import GraftError
 from .version import __version__
+from .weights import WeightsError
 
 __all__ = [
     "FoldError",
     "FoldReport",
     "GraftError",
     "NothingToFold",
+    "WeightsError",
     "__version__",
     "fold",
     "graft",
     "model_names",
     "models",
+    "register_folder",
     "verify_fold",
 ]

@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from .training import train as train_run
 from .training.recipe_file import recipe_arguments
 from .training.run import is_run, save_model
 from .training.seeds import is_seeds
-from .weights import WeightsError, checkpoints
+from .weights import Checkpoint, WeightsError, checkpoints
 
 app = SubcommandApp()
 console = Console(soft_wrap=True, highlight=False)
@@ -199,83 +200,124 @@ def export(
     data: str | None = None,
     onnx: bool = False,
     torch_export: bool = False,
+    dataset_license: str | None = None,
 ) -> None:
     """Write a finished run as hub folders, with cards: the trained form and, where it folds, the folded one.
 
     Args:
-        run: A run folder.
+        run: A run folder, or one with the runs of several seeds: the median one is written, all are measured.
         tag: Name of recipe and data, e.g. sgd_c10.
         hub: Hub folder to write into.
         dataset: What cards call the data set, e.g. uoft-cs/cifar10.
         data: Where the data lies, if it is not where the run had it.
         onnx: Write model.onnx too, with a dynamic batch size, compared in onnxruntime.
         torch_export: Write model.pt2 too, for torch.export.load.
+        dataset_license: Licence of the images, e.g. cc-by-4.0, where it is not known here.
     """
     from .publish import export as export_run
 
-    table = Table("folder", "parameters", "top-1", "logit difference")
-    for checkpoint in export_run(run, tag, hub, dataset, data, onnx, torch_export):
-        metrics = checkpoint.metrics
+    table = Table("folder", "parameters", "top-1", "mean", "n", "logit difference")
+    for checkpoint in export_run(run, tag, hub, dataset, data, onnx, torch_export, dataset_license):
+        metrics, over = checkpoint.metrics, checkpoint.over_seeds["top1"]
         table.add_row(
             str(checkpoint.folder),
             f"{metrics['parameters']:,}",
             f"{metrics['top1']:.2f}",
+            _figure(over, 2),
+            str(over["n"]),
             f"{metrics['logit_difference']:.1e}",
         )
     console.print(table)
 
 
 @app.command
-def publish(folder: Positional[Path], /, to: str, private: bool = False) -> None:
-    """Upload a hub folder to the Hugging Face Hub, in one commit.
+def publish(
+    folders: Positional[tuple[Path, ...]],
+    /,
+    to: str,
+    private: bool = False,
+    create_pr: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Upload checkpoints of a hub folder to the Hugging Face Hub: checked, one commit each, and read back.
 
     Args:
-        folder: A checkpoint of a hub folder, e.g. hub/resnet20_dia.sgd_c10.
+        folders: Checkpoints of a hub folder, e.g. hub/resnet20_dia.sgd_c10.
         to: User or organisation.
-        private: Make a new repository private.
+        private: Make new repositories private.
+        create_pr: Open a pull request in an existing repository.
+        dry_run: Show what would be sent, and send nothing.
     """
-    from .publish import publish as publish_folder
+    from rich.progress import track
 
-    info = publish_folder(folder, to, private)
-    console.print(f"{info.commit_url}")
+    from .publish import publish as publish_folders
+
+    if not folders:
+        raise UserError("name the folders to publish, e.g. hub/resnet20_dia.sgd_c10")
+    bar = partial(track, description="publishing", console=console)
+    done = publish_folders(folders, to, private, create_pr, dry_run, bar)
+    if dry_run:
+        table = Table("repository", "file", "bytes", title="would be sent")
+        for repository in done:
+            for path, size in repository.files.items():
+                table.add_row(repository.repo_id, path, f"{size:,}")
+    else:
+        table = Table("repository", "version", "", "page")
+        for repository in done:
+            state = "sent" if repository.sent else "was there"
+            table.add_row(repository.repo_id, repository.tag or "", state, repository.url)
+    console.print(table)
 
 
 @app.command(name="list")
-def list_command(pattern: Positional[str] = "*", /) -> None:
+def list_command(
+    pattern: Positional[str] = "*",
+    /,
+    mechanism: str | None = None,
+    data: str | None = None,
+    weights: bool = False,
+) -> None:
     """Show the models, and the weights that are found for them.
 
     Args:
         pattern: Shell pattern of names, e.g. '*dia*'.
+        mechanism: Only these: plain, se, dia, asr, asr_se, conam, fmm, ssia.
+        data: Only weights trained on this data set, e.g. uoft-cs/cifar10.
+        weights: Only weights, no architectures without.
     """
     from fnmatch import fnmatch
 
-    weights: dict[str, list] = {}
+    by_architecture: dict[str, list[Checkpoint]] = {}
     for checkpoint in checkpoints():
-        weights.setdefault(checkpoint.architecture, []).append(checkpoint)
-    table = Table("model", "backbone", "mechanism", "folds", "weights", "data", "top-1", "n")
-    names = [*model_names(), *(name for name in weights if name not in model_names())]
-    for name in names:
-        found = [c for c in weights.get(name, []) if fnmatch(c.name, pattern)]
-        grafts = [tag for tag in graft_tags(name) if fnmatch(f"{name}.{tag}", pattern)]
-        if not found and not grafts and not fnmatch(name, pattern):
+        by_architecture.setdefault(checkpoint.architecture, []).append(checkpoint)
+    table = Table("model", "backbone", "mechanism", "folds", "weights", "data", "top-1", "mean", "n", "lies")
+    for name in [*model_names(), *(name for name in by_architecture if name not in model_names())]:
+        backbone, key = parse_name(name) if name in model_names() else (name, "")
+        if mechanism not in (None, key or "plain"):
             continue
-        backbone, mechanism = parse_name(name) if name in model_names() else (name, "")
-        row = (
-            name,
-            backbone,
-            mechanism or "plain",
-            "yes" if MECHANISMS[mechanism].folds else "",
-        )
-        if not found and not grafts:
-            table.add_row(*row, "", "", "", "")
+        found = [
+            c
+            for c in by_architecture.get(name, [])
+            if fnmatch(c.name, pattern) and data in (None, c.dataset.get("id"))
+        ]
+        grafts = [tag for tag in graft_tags(name) if fnmatch(f"{name}.{tag}", pattern) and data is None]
+        row = (name, backbone, key or "plain", "yes" if MECHANISMS[key].folds else "")
+        if not found and not grafts and fnmatch(name, pattern) and not weights and data is None:
+            table.add_row(*row, "", "", "", "", "", "")
         for tag in grafts:
-            table.add_row(*row, tag, "grafted, not trained with attention", "", "")
+            table.add_row(*row, tag, "grafted, not trained with attention", "", "", "", "timm's repository")
         for checkpoint in found:
-            metrics = checkpoint.metrics
-            figures = (f"{metrics['top1']:.2f}", str(metrics["n"])) if metrics else ("", "")
-            table.add_row(*row, checkpoint.tag, checkpoint.details.get("dataset", ""), *figures)
+            over = checkpoint.over_seeds.get("top1")
+            table.add_row(
+                *row,
+                checkpoint.tag,
+                checkpoint.dataset.get("id", ""),
+                f"{checkpoint.metrics['top1']:.2f}" if "top1" in checkpoint.metrics else "",
+                *((_figure(over, 2), str(over["n"])) if over else ("", "")),
+                "here" if checkpoint.here else str(checkpoint.repo_id or "missing"),
+            )
     if not table.row_count:
-        raise UserError(f"no model matches {pattern!r}: quote the pattern, e.g. '*dia*'")
+        raise UserError(f"no model matches {pattern!r} and the filters: quote the pattern, e.g. '*dia*'")
     console.print(table)
 
 

@@ -11,6 +11,7 @@ class Paper:
         arxiv: arXiv id, or '' for what was not published there.
         summary: What the mechanism does, in one sentence.
         caveat: What a reader must know before comparing with the paper.
+        claim: What it says it gains, with the source of the figures.
     """
 
     title: str
@@ -20,6 +21,7 @@ class Paper:
     arxiv: str
     summary: str
     caveat: str = ""
+    claim: str = ""
 
     @property
     def url(self) -> str:
@@ -74,6 +76,8 @@ PAPERS = {
         2020,
         "1905.10671",
         "One recurrent attention unit shared by all blocks of a stage.",
+        claim="ResNet-164 on CIFAR-100: 76.67 % against 73.43 % of the plain network (means of 5 runs; the "
+        "authors' code).",
     ),
     "asr": Paper(
         "Stripe Observation Guided Inference Cost-free Attention Mechanism",
@@ -83,6 +87,8 @@ PAPERS = {
         "2304.06345",
         "Channel attention on a learnt constant, which folds into the norm layer before it and costs nothing "
         "at inference.",
+        claim="ResNet-164 on CIFAR-100: 75.21 % against 74.10 % of the plain network, best epoch on the test "
+        "split; 74.43 % against 73.54 % at the last epoch (single runs; the authors' code and logs).",
     ),
     "conam": Paper(
         "ConAM: Confidence Attention Module for Convolutional Neural Networks",
@@ -93,6 +99,7 @@ PAPERS = {
         "Weights the patches of a feature map by how far they agree with the whole of it.",
         "The paper was withdrawn from arXiv by its authors (conflict of interest). The formula is that of "
         "their published code; the hidden width, C / 16 by default, is this package's choice.",
+        claim="ResNet-50 on CIFAR-10: about half a point above the plain network, read off a figure.",
     ),
     "fmm": Paper(
         "Towards Understanding the Effectiveness of Attention Mechanism",
@@ -104,6 +111,7 @@ PAPERS = {
         "The paper's text multiplies the branch and the shortcut as they are, which is mode `raw` here. "
         "Modes `bn` (the default) and `sigmoid` normalise both first, as in the first author's code; mode "
         "`gate` and, in all but `raw`, the start with a constant branch are this package's choice.",
+        claim="FMMNet outperforms ResNet on various data sets (abstract).",
     ),
     "ssia": Paper(
         "Self-Supervised Implicit Attention: Guided Attention by The Model Itself",
@@ -114,6 +122,7 @@ PAPERS = {
         "A self-supervised loss by which each stage guides the one below it, in training only.",
         "A re-implementation from the abstract: no code is published, and the loss is this package's "
         "reading.",
+        claim="It outperforms SE and CBAM on several image classification data sets (abstract).",
     ),
 }
 PAPERS["asr_se"] = replace(

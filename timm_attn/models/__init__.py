@@ -3,7 +3,7 @@
 from . import resnet_attn
 from .cifar import CifarResNet
 from .mechanisms import BACKBONES, MECHANISMS
-from .resnet_attn import graft_tags, model_names, parse_name, stock_model
+from .resnet_attn import graft_tags, model_names, parse_name, register_folder, stock_model
 
 __all__ = [
     "BACKBONES",
@@ -12,6 +12,7 @@ __all__ = [
     "graft_tags",
     "model_names",
     "parse_name",
+    "register_folder",
     "resnet_attn",
     "stock_model",
 ]

@@ -14,8 +14,10 @@ layers' classes say what the options mean. timm files a model under the last par
 this file must not be called ``resnet``.
 """
 
+import warnings
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -96,7 +98,7 @@ def checkpoint_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
     timm loads in part, in silence, when the head is adapted or ``features_only`` is asked for; this does not.
 
     Raises:
-        RuntimeError: A key outside the classifier is missing or unexpected.
+        RuntimeError: A key outside the classifier is missing or unexpected, or a tensor has another shape.
         GraftError: The tag asks for a graft, and the weights are not those of the stock network.
     """
 
@@ -107,6 +109,13 @@ def checkpoint_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
         # Here and not in the tag's configuration, which timm also gives a model with random weights.
         cfg["description"] = graft_description(str(cfg.get("hf_hub_id")))
         return state_dict
+    # Of another number of channels or classes, timm adapts these two.
+    adapted = tuple(f"{cfg.get(key)}." for key in ("first_conv", "classifier"))
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items() if not key.startswith(adapted)}
+    wrong = [key for key, shape in shapes.items() if key in state_dict and state_dict[key].shape != shape]
+    if not misfit and wrong:
+        was, is_ = (tuple(shape) for shape in (state_dict[wrong[0]].shape, shapes[wrong[0]]))
+        misfit = f"{wrong[0]} has the shape {was}, not {is_} ({len(wrong)} such in all)"
     if misfit:
         raise RuntimeError(f"the checkpoint does not fit {type(model).__name__}: {misfit}")
     return state_dict
@@ -178,18 +187,20 @@ def _cfg(cifar: bool) -> dict[str, Any]:
     }
 
 
-# timm reads this table while it registers an entry point, so it must stand above them.
 _FIELDS = {field.name for field in fields(PretrainedCfg)}
+
+
+def _cfgs(variant: str) -> dict[str, Any]:
+    """All configurations of an architecture by name and tag, the default first."""
+    cfgs = weights.pretrained_cfgs(variant) | _graft_cfgs(variant)
+    cfgs = cfgs or {variant: _cfg(BACKBONES[_VARIANTS[variant][0]].cifar)}
+    # An index written with another version of timm may have fields that this one does not know.
+    return {tag: {k: v for k, v in cfg.items() if k in _FIELDS} for tag, cfg in cfgs.items()}
+
+
+# timm reads this table while it registers an entry point, so it must stand above them.
 default_cfgs = generate_default_cfgs(
-    {
-        # An index written with another version of timm may have fields that this one does not know.
-        tag: {name: value for name, value in cfg.items() if name in _FIELDS}
-        for variant, (backbone, _) in _VARIANTS.items()
-        for tag, cfg in (
-            (weights.pretrained_cfgs(variant) | _graft_cfgs(variant))
-            or {variant: _cfg(BACKBONES[backbone].cifar)}
-        ).items()
-    }
+    {tag: cfg for variant in _VARIANTS for tag, cfg in _cfgs(variant).items()}
 )
 
 
@@ -206,3 +217,25 @@ def _register(variant: str) -> None:
 
 for _variant in _VARIANTS:
     _register(_variant)
+
+
+def register_folder(folder: str | Path) -> list[str]:
+    """Let ``pretrained=True`` find the checkpoints of a hub folder, before all other places.
+
+    Args:
+        folder: With an ``index.json``, as ``timm-attn export`` writes it.
+
+    Returns:
+        The names that now stand for its checkpoints. Folded networks of timm's own architectures are not
+        among them: ``timm.create_model("local-dir:FOLDER/NAME", pretrained=True)`` loads them.
+
+    Raises:
+        WeightsError: It is no hub folder, or its index says what it must not.
+    """
+    found = [c for c in weights.add_folder(folder) if c.architecture in _VARIANTS]
+    for variant in {c.architecture for c in found}:
+        default_cfgs.update(generate_default_cfgs(_cfgs(variant)))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Overwriting")
+            _register(variant)
+    return [c.name for c in found]

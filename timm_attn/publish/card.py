@@ -1,11 +1,20 @@
-"""Model cards: what a checkpoint is, how to load it, and what was measured."""
+"""Model cards: what a checkpoint is, how to load it, and what was measured. All of it is in the index."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
 
-from ..models import MECHANISMS, model_names, parse_name
-from ..papers import TIMM, Paper
+from ..errors import UserError
+from ..models import model_names, parse_name
+from ..papers import PAPERS, TIMM, Paper
 from ..weights import Checkpoint
 
 TEMPLATE = """---
@@ -20,34 +29,28 @@ TEMPLATE = """---
 
 ## Use
 
-```python
 {usage}
-```
-
-From this folder: `timm.create_model("local-dir:PATH", pretrained=True)`.{runtimes}
 
 ## Measured
 
-| | |
-|---|---|
-| top-1 | {top1:.2f} % |
-| top-5 | {top5:.2f} % |
-| cross-entropy | {loss:.4f} |
-| images | {images:,} ({split} split of {dataset}, all of it) |
-| runs | n = 1 (seed {seed}), epoch {epoch}, the last one |
-| parameters | {parameters:,} |
-| max abs logit difference / max abs logit against the trained network | {logit_difference:.1e} |
+{measured}
 
-Measured in float32 on the files of this repository. One run says nothing about the spread over seeds.
+Top-1, top-5 and cross-entropy are of the files of this repository, in float32, on all {images:,} images of
+the {split} split of {dataset}, after epoch {epoch}, the last one (seed {seed}).{spread}
 
 ![loss, accuracy and learning rate by epoch](curves.png)
 
+## The claim, and what we saw
+
+{claim}
+
 ## Training
 
-{epochs} epochs on {hardware}, precision {precision}, from random weights. All settings are in `recipe.yaml`:
+{epochs} epochs on {hardware}, precision {precision}, from {start}. All settings are in `recipe.yaml`; with
+timm_attn at commit `{git_commit}`:
 
 ```
-timm-attn train {trained} --recipe recipe.yaml --data DATA
+timm-attn train {trained} --recipe recipe.yaml --data DATA --seed {seed}
 ```
 
 {settings}
@@ -57,7 +60,9 @@ timm-attn train {trained} --recipe recipe.yaml --data DATA
 RGB, {height}×{width} pixels, scaled to [0, 1], mean {mean}, std {std}, {interpolation} interpolation, crop
 {crop_pct:g}. Classes: {classes}.
 
-The weights are under Apache-2.0; the images they were trained on have terms of their own.
+## Licence
+
+The weights are under Apache-2.0. Images of {dataset}: {dataset_license}.
 
 ## Citation
 
@@ -67,62 +72,104 @@ The weights are under Apache-2.0; the images they were trained on have terms of 
 """
 RUNTIMES = {"model.onnx": "ONNX runtimes", "model.pt2": "`torch.export.load`"}
 SETTINGS = ("opt", "lr", "momentum", "weight_decay", "batch_size", "sched", "warmup_epochs", "smoothing")
+_LICENSES = {
+    "unknown": "no licence is stated for them",
+    "other": "terms of their own, see the data set's page",
+}
 
 
-def card(checkpoint: Checkpoint, recipe: dict[str, Any]) -> str:
+def card(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], owner: str | None = None) -> str:
     """The README.md of a checkpoint's repository.
 
     Args:
-        checkpoint: Its description; all figures come from there.
-        recipe: The resolved recipe it was trained with.
+        checkpoint: Its entry in the index.
+        others: All entries by name.
+        owner: User or organisation on the Hub; by default that of ``repo_id``. Without one, the card says
+            how to load the folder.
     """
-    metrics, details, cfg = checkpoint.metrics, checkpoint.details, checkpoint.pretrained_cfg
-    paper = _paper(checkpoint)
-    split = list(details["images"])[-1]  # the one that was evaluated
-    fields = [
-        "| " + " | ".join(row) + " |" for row in zip(*((k, str(recipe[k])) for k in SETTINGS), strict=True)
-    ]
-    fields.insert(1, "|---" * len(SETTINGS) + "|")
+    metrics, cfg, recipe = checkpoint.metrics, checkpoint.pretrained_cfg, checkpoint.recipe
+    dataset, training = checkpoint.dataset, checkpoint.training
+    owner = owner or (checkpoint.repo_id or "").partition("/")[0] or None
+    paper = PAPERS.get(checkpoint.mechanism, TIMM)
     options = ", ".join(f"`{option}`" for option in recipe["model_kwargs"])
     options = f" with {options}" if options else ""
-    note = f", trained on {details['dataset']}"
+    note = f", trained on {dataset['id']}"
     if checkpoint.folded_from:
         note += f"; the folded form of `{checkpoint.folded_from}`{options}, {_form(checkpoint)}"
     else:
         note = options + note
+    labels = cfg.get("label_names") or []
     text = TEMPLATE.format(
-        metadata=_metadata(checkpoint, split).to_yaml(),
+        metadata=_metadata(checkpoint, owner).to_yaml(),
         name=checkpoint.name,
-        summary=paper.summary,
         architecture=checkpoint.architecture,
-        dataset=details["dataset"],
+        summary=paper.summary,
         note=note,
         origin="Re-implementation in timm_attn of" if paper.arxiv else "Code:",
         paper=paper.title,
         url=paper.url,
         authors=paper.authors.replace(" and ", ", "),
         venue=paper.venue,
-        caveat=f"\n{paper.caveat}" if paper.caveat else "",
-        usage=_usage(checkpoint),
-        runtimes=_runtimes(checkpoint),
-        split=split,
+        caveat="".join(f"\n{caveat}" for caveat in checkpoint.caveats),
+        usage=_usage(checkpoint, others, owner),
+        measured=_measured(checkpoint, others),
+        spread=_spread(checkpoint),
+        claim=_claim(checkpoint, others, paper),
         trained=(checkpoint.folded_from or checkpoint.name).split(".")[0],
-        settings="\n".join(fields),
+        start=f"`{recipe['init']}`" if recipe.get("init") else "random weights",
+        settings=_settings(recipe),
+        epochs=recipe["epochs"],
+        dataset=dataset["id"],
+        split=dataset["split"],
+        dataset_license=_LICENSES.get(dataset["license"], dataset["license"]),
+        hardware=training["hardware"],
+        precision=training["precision"],
+        git_commit=training["git_commit"] or "unknown",
         height=cfg["input_size"][1],
         width=cfg["input_size"][2],
-        classes=", ".join(cfg["label_names"][:20]) + (", …" if len(cfg["label_names"]) > 20 else ""),
+        classes=", ".join(labels[:20]) + (", …" if len(labels) > 20 else ""),
         bibtex=paper.bibtex,
-        **{key: details[key] for key in ("seed", "epochs", "precision")},
-        hardware=details["hardware"]
-        if isinstance(details["hardware"], str)
-        else ", ".join(details["hardware"]),
         **{key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")},
-        **{
-            k: metrics[k]
-            for k in ("top1", "top5", "loss", "images", "epoch", "parameters", "logit_difference")
-        },
+        **{key: metrics[key] for key in ("images", "epoch", "seed")},
     )
     return str(ModelCard(text))
+
+
+def eval_results(checkpoint: Checkpoint) -> dict[str, str]:
+    """``.eval_results/*.yaml`` by path, in the Hub's format; none for data that the Hub does not have."""
+    dataset = checkpoint.dataset["id"]
+    if "/" not in dataset:
+        return {}
+    over = checkpoint.over_seeds
+    note = f"{checkpoint.dataset['split']} split, top-1 (%), last epoch, seed {checkpoint.metrics['seed']}"
+    note += f", one of n = {over['top1']['n']}" if over else ""
+    entry = EvalResultEntry(
+        dataset_id=dataset,
+        task_id="image-classification",
+        value=round(checkpoint.metrics["top1"], 4),
+        notes=note,
+    )
+    content = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+    return {f".eval_results/{dataset.split('/')[1]}.yaml": content}
+
+
+def read_card(text: str, where: str) -> ModelCardData:
+    """The metadata of a card.
+
+    Raises:
+        UserError: It has none, or they are not what huggingface_hub reads.
+    """
+    try:
+        data: Any = ModelCard(text).data
+        missing = [key for key in ("license", "library_name", "pipeline_tag") if not getattr(data, key, None)]
+    except Exception as error:  # YAML's, and whatever a wrong type leads to
+        lines = str(error).strip().splitlines() or [""]
+        raise UserError(
+            f"the metadata of {where} cannot be read: {type(error).__name__}: {lines[0]}"
+        ) from None
+    if missing:
+        raise UserError(f"the metadata of {where} have no {', '.join(missing)}: render the card again")
+    return data
 
 
 def _form(checkpoint: Checkpoint) -> str:
@@ -136,13 +183,8 @@ def _form(checkpoint: Checkpoint) -> str:
     return "a network with only the attention that stood on top, with the same output"
 
 
-def _paper(checkpoint: Checkpoint) -> Paper:
-    mechanism = MECHANISMS.get(checkpoint.details["mechanism"])
-    return mechanism.paper if mechanism else TIMM
-
-
-def _metadata(checkpoint: Checkpoint, split: str) -> ModelCardData:
-    dataset = checkpoint.details["dataset"]
+def _metadata(checkpoint: Checkpoint, owner: str | None) -> ModelCardData:
+    dataset, split = checkpoint.dataset["id"], checkpoint.dataset["split"]
     results = [
         EvalResult(
             task_type="image-classification",
@@ -155,30 +197,123 @@ def _metadata(checkpoint: Checkpoint, split: str) -> ModelCardData:
         )
         for name, key in (("Top-1 accuracy (%)", "top1"), ("Top-5 accuracy (%)", "top5"))
     ]
-    arxiv = _paper(checkpoint).arxiv
+    arxiv = PAPERS.get(checkpoint.mechanism, TIMM).arxiv
+    tags = ["image-classification", "timm", "timm_attn", *([f"arxiv:{arxiv}"] if arxiv else [])]
+    if checkpoint.architecture not in model_names():
+        tags.append("transformers")
+    base = f"{owner}/{checkpoint.folded_from}" if owner and checkpoint.folded_from else None
     return ModelCardData(
         license="apache-2.0",
         library_name="timm",
         pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "timm_attn", *([f"arxiv:{arxiv}"] if arxiv else [])],
+        tags=tags,
+        base_model=base,
         datasets=[dataset] if "/" in dataset else None,
         model_name=checkpoint.name,
         eval_results=results,
     )
 
 
-def _runtimes(checkpoint: Checkpoint) -> str:
-    lines = [
-        f"\n`{name}`, for {RUNTIMES[name]}: images in, logits out, any batch size; max abs logit difference "
+def _usage(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], owner: str | None) -> str:
+    name = f"hf-hub:{owner}/{checkpoint.name}" if owner else "local-dir:PATH_OF_THIS_FOLDER"
+    own = checkpoint.architecture in model_names()
+    lines = ["# pip install timm-attn", "import timm", "import timm_attn  # registers the architecture"]
+    lines = [*(lines if own else ["import timm"]), ""]
+    lines.append(f'model = timm.create_model("{name}", pretrained=True).eval()')
+    blocks = ["```python\n" + "\n".join(lines) + "\n```"]
+    if own and owner and checkpoint.name in others:
+        blocks.append(
+            f'By name, compared with the sha256 of the index: `timm.create_model("{checkpoint.name}", '
+            "pretrained=True)`."
+        )
+    if not own and owner:
+        blocks.append(
+            "It needs no plugin, and transformers reads it too:\n\n```python\n"
+            "from transformers import pipeline\n\n"
+            f'classify = pipeline("image-classification", model="{owner}/{checkpoint.name}")\n```'
+        )
+    if checkpoint.folded:
+        blocks.append(f"For inference there is its folded form, `{checkpoint.folded}`.")
+    blocks += [
+        f"`{name}`, for {RUNTIMES[name]}: images in, logits out, any batch size; max abs logit difference "
         f"/ max abs logit against PyTorch {difference:.1e}."
-        for name, difference in checkpoint.details.get("runtimes", {}).items()
+        for name, difference in checkpoint.runtimes.items()
     ]
-    return "".join(f"\n{line}" for line in lines)
+    return "\n\n".join(blocks)
 
 
-def _usage(checkpoint: Checkpoint) -> str:
-    lines = ["import timm"]
-    if checkpoint.architecture in model_names():
-        lines = ["# pip install timm-attn", "import timm", "import timm_attn  # registers the architecture"]
-    lines += ["", f'model = timm.create_model("hf-hub:{{ORG}}/{checkpoint.name}", pretrained=True).eval()']
+def _measured(checkpoint: Checkpoint, others: Mapping[str, Checkpoint]) -> str:
+    """This checkpoint's figures beside those of its controls and its other form."""
+    names = [checkpoint.folded_from, checkpoint.folded, *checkpoint.controls]
+    rows = [checkpoint, *(others[name] for name in names if name in others)]
+    lines = [
+        "| | parameters | top-1 (%) | top-5 (%) | cross-entropy | top-1, mean ± std (n) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        what = {
+            checkpoint.name: "**this one**",
+            checkpoint.folded_from: "as trained",
+            checkpoint.folded: "folded",
+        }.get(row.name, "control, same recipe")
+        metrics = row.metrics
+        lines.append(
+            f"| {what}, `{row.name}` | {metrics['parameters']:,} | {metrics['top1']:.2f} "
+            f"| {metrics['top5']:.2f} | {metrics['loss']:.4f} | {figure(row.over_seeds.get('top1'))} |"
+        )
+    if checkpoint.folded_from:
+        difference = checkpoint.metrics["logit_difference"]
+        lines.append(
+            f"\nmax abs logit difference / max abs logit against the trained network: {difference:.1e}."
+        )
     return "\n".join(lines)
+
+
+def figure(value: dict[str, Any] | None) -> str:
+    """Mean, standard deviation and number of runs."""
+    if not value:
+        return "–"
+    std = "" if value["std"] is None else f" ± {value['std']:.2f}"
+    return f"{value['mean']:.2f}{std} ({value['n']})"
+
+
+def _spread(checkpoint: Checkpoint) -> str:
+    over = checkpoint.over_seeds
+    if not over or over["top1"]["n"] == 1:
+        return " One run says nothing about the spread over seeds."
+    seeds = ", ".join(map(str, over["seeds"]))
+    return (
+        f"\nMean and sample standard deviation are over the runs with seeds {seeds}; this is the median one."
+    )
+
+
+def _claim(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], paper: Paper) -> str:
+    lines = [f"The paper: {paper.claim}"] if paper.claim else []
+    own = checkpoint.over_seeds.get("top1")
+    for name in checkpoint.controls:
+        control = others[name].over_seeds.get("top1") if name in others else None
+        if not own or not control:
+            continue
+        difference = own["mean"] - control["mean"]
+        lines.append(
+            f"Here, with one recipe: {figure(own)} % against {figure(control)} % of `{name}`, a difference "
+            f"of {difference:+.2f} points, {judge(own, control)}."
+        )
+    if len(lines) < 2 and not checkpoint.controls and checkpoint.mechanism not in ("resnet", "se"):
+        lines.append("No control was trained with the same recipe: nothing is said about the claim.")
+    return "\n\n".join(lines) or "This network is a control: it stands for no claim of ours."
+
+
+def judge(a: dict[str, Any], b: dict[str, Any]) -> str:
+    """Whether two means differ by more than twice the standard error of their difference."""
+    if a["std"] is None or b["std"] is None:
+        return "of one run each, or of one against several: it may be noise"
+    error = (a["std"] ** 2 / a["n"] + b["std"] ** 2 / b["n"]) ** 0.5
+    far = abs(a["mean"] - b["mean"]) > 2 * error
+    return f"{'more' if far else 'less'} than twice its standard error ({error:.2f})"
+
+
+def _settings(recipe: Mapping[str, Any]) -> str:
+    names = [key for key in SETTINGS if key in recipe]
+    rows = [names, ["---"] * len(names), [str(recipe[key]) for key in names]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -1,8 +1,10 @@
-"""A finished run to folders laid out as Hub repositories, with what was measured of the very files."""
+"""Finished runs to folders laid out as Hub repositories, with what was measured of the very files."""
 
 import dataclasses
-import json
 import shutil
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +14,29 @@ import yaml
 from ..errors import UserError
 from ..fold import BOUNDS, NothingToFold, example_input, fold, relative_difference
 from ..models import model_names, parse_name, stock_model
+from ..papers import PAPERS, TIMM
 from ..training import Recipe, load_model, validate
 from ..training.recipe_file import load_recipe
-from ..training.run import (
-    CONFIG,
-    CURVES,
-    METRICS,
-    RECIPE,
-    open_run,
-    read_results,
-    replace_file,
-    save_model,
-)
-from ..weights import INDEX, Checkpoint, read_index, sha256
-from .card import card
+from ..training.run import CURVES, METRICS, RECIPE, open_run, read_results, save_model
+from ..training.seeds import is_seeds
+from ..weights import CONFIG, INDEX, Checkpoint, read_config, read_index, sha256, write_index
+from .datasets import license_of
 from .deploy import ONNX, PROGRAM, write_onnx, write_program
+from .render import render, rendered
+
+WRITERS = {ONNX: write_onnx, PROGRAM: write_program}
+FIGURES = ("top1", "top5", "loss")
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A network to export: as it was trained, or folded."""
+
+    name: str
+    architecture: str
+    tag: str
+    model: Any
+    folded_from: str | None = None
 
 
 def export(
@@ -37,74 +47,90 @@ def export(
     data: str | None = None,
     onnx: bool = False,
     torch_export: bool = False,
+    dataset_license: str | None = None,
 ) -> list[Checkpoint]:
     """Write ``hub/<architecture>.<tag>`` and, where the model folds, its folded form beside it.
 
     Both are loaded from what was written and measured in float32 on the run's evaluation split; the figures
-    go into the cards and into ``hub/index.json``.
+    go into ``hub/index.json``, from which cards and results are rendered. Of the runs of several seeds, the
+    one with the median top-1 is written (of an even number, the lower of the two in the middle), and all are
+    measured.
 
     Args:
-        run: A finished run.
+        run: A finished run, or the finished runs of several seeds.
         tag: Name of recipe and data, e.g. ``sgd_c10``.
         hub: The hub folder.
         dataset: What cards call the data set; by default its Hub id or the folder's name.
         data: Where the data lies now, if not where the run had it.
         onnx: Write ``model.onnx`` too.
         torch_export: Write ``model.pt2`` too, for ``torch.export.load``.
+        dataset_license: Licence of the images, e.g. ``cc-by-4.0``, where this package does not know it.
 
     Raises:
         UserError: The run is not one or not finished, the tag is not a name, a checkpoint of that name is
-            there, or the data cannot be read. Nothing is written then.
+            there, the data cannot be read, or its licence is not known. Nothing is written then.
         FoldError: The folded model, or a file for another runtime, differs from the trained one.
     """
+    run, other_runs = _median(run)
     about = open_run(run, finished=True)
     read_results(run)
     if not tag or not tag.replace("_", "").isalnum():
         raise UserError(f"tag {tag!r} must be letters, digits and underscores, e.g. sgd_c10")
+    dataset = str(dataset or about["data"])
+    license_ = license_of(dataset, dataset_license)
     trained = load_recipe(run / RECIPE)
     recipe = dataclasses.replace(trained, data=data or trained.data, precision="no")
-    architecture = about["model"]
-    mechanism = parse_name(architecture)[1] if architecture in model_names() else "timm"
-    name = f"{architecture}.{tag}"
-    model = load_model(str(run))
-    forms: list[tuple[str, str, str, Any, str | None]] = [(name, architecture, tag, model, None)]
-    try:
-        folded = fold(model)
-    except NothingToFold:
-        pass
-    else:
-        stock = stock_model(model, folded)
-        plain = stock.pretrained_cfg["architecture"]
-        folded_tag = f"{tag}_folded" if plain == architecture else f"{mechanism}_{tag}_folded"
-        forms.append((f"{plain}.{folded_tag}", plain, folded_tag, stock, name))
-    for form_name, *_ in forms:
-        if (hub / form_name).exists():
+    forms = _forms(about["model"], tag, run)
+    for form in forms:
+        if (hub / form.name).exists():
             raise UserError(
-                f"{hub / form_name} is there already: choose another --tag or --hub, or remove it"
+                f"{hub / form.name} is there already: choose another --tag or --hub, or remove it"
             )
+    others = [_forms(about["model"], tag, other) for other in other_runs]
 
     known = read_index(hub) if (hub / INDEX).is_file() else []
-    details = {
-        "dataset": dataset or about["data"],
+    mechanism = parse_name(about["model"])[1] or "resnet" if about["model"] in model_names() else "timm"
+    paper = PAPERS.get(mechanism, TIMM)
+    resolved = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
+    fields = {
+        "recipe": {key: value for key, value in resolved.items() if key not in ("data", "seed")},
+        "dataset": {
+            "id": dataset,
+            "license": license_,
+            "split": list(about["images"])[-1],  # the one that was evaluated
+            "images": about["images"],
+        },
+        "training": {
+            "precision": trained.precision,
+            **{key: about[key] for key in ("git_commit", "packages", "hardware")},
+        },
         "mechanism": mechanism,
-        "epochs": recipe.epochs,
-        "seed": recipe.seed,
-        "precision": trained.precision,
-        **{key: about[key] for key in ("images", "git_commit", "packages", "hardware")},
-        "siblings": [form[0] for form in forms],
-        "runtimes": [name for name, wanted in ((ONNX, onnx), (PROGRAM, torch_export)) if wanted],
+        "paper": {"title": paper.title, "arxiv": paper.arxiv, "url": paper.url},
+        "caveats": [paper.caveat] if paper.caveat else [],
     }
-    written, partials = [], []
+    runtimes = [name for name, wanted in ((ONNX, onnx), (PROGRAM, torch_export)) if wanted]
+    written: list[Checkpoint] = []
+    partials: list[tuple[Path, Path]] = []
     try:
-        for form_name, form_architecture, form_tag, form_model, folded_from in forms:
-            partial = hub / f".{form_name}.partial"
+        for i, form in enumerate(forms):
+            partial = hub / f".{form.name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            partials.append((partial, hub / form_name))
-            checkpoint = _write(
-                partial, form_name, form_architecture, form_tag, form_model, folded_from, details, recipe, run
+            partials.append((partial, hub / form.name))
+            checkpoint = _write(partial, form, run, recipe, runtimes, {**resolved, "data": dataset})
+            figures = [checkpoint.metrics, *(validate(other[i].model, recipe) for other in others)]
+            seeds = [trained.seed, *(load_recipe(other / RECIPE).seed for other in other_runs)]
+            over = {"seeds": sorted(seeds), **{key: _spread([f[key] for f in figures]) for key in FIGURES}}
+            folded = forms[1].name if form.folded_from is None and len(forms) > 1 else None
+            written.append(
+                dataclasses.replace(
+                    checkpoint, folder=hub / form.name, over_seeds=over, folded=folded, **fields
+                )
             )
-            written.append(dataclasses.replace(checkpoint, folder=hub / form_name))
+        for (partial, _), checkpoint in zip(partials, written, strict=True):
+            for path, text in rendered(checkpoint, link([*known, *written])).items():
+                (partial / path).parent.mkdir(exist_ok=True)
+                (partial / path).write_text(text, encoding="utf-8")
         for partial, final in partials:
             partial.rename(final)
     except BaseException:
@@ -112,73 +138,108 @@ def export(
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(final, ignore_errors=True)
         raise
-    _write_index(hub, [*known, *written])
-    return written
+    linked = link([*known, *written])
+    write_index(hub, linked)
+    render(hub)  # the cards of those that were there may name the new ones
+    return [c for c in linked if c.name in {form.name for form in forms}]
 
 
-def _about(path: Path) -> dict[str, Any]:
-    return {"sha256": sha256(path), "size": path.stat().st_size}
+def link(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
+    """Entries of an index with their controls: plain and SE networks of the same backbone and recipe."""
+    checkpoints = list(checkpoints)
+    by_name = {c.name: c for c in checkpoints}
+
+    def key(checkpoint: Checkpoint) -> tuple[Any, ...]:
+        trained = by_name.get(checkpoint.folded_from or "", checkpoint)
+        backbone = (
+            parse_name(trained.architecture)[0]
+            if trained.architecture in model_names()
+            else trained.architecture
+        )
+        recipe = {name: value for name, value in trained.recipe.items() if name != "model_kwargs"}
+        return backbone, recipe, checkpoint.dataset.get("id")
+
+    controls = [c for c in checkpoints if c.mechanism in ("resnet", "se") and not c.folded_from]
+    return [
+        dataclasses.replace(
+            c,
+            controls=[
+                other.name
+                for other in controls
+                if other.name not in (c.name, c.folded_from) and key(other) == key(c)
+            ],
+        )
+        for c in checkpoints
+    ]
 
 
-def _saved_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+def _median(run: Path) -> tuple[Path, list[Path]]:
+    """The run to write and the others, where there are several seeds."""
+    if not is_seeds(run):
+        return run, []
+    read_results(run)  # written when all of them are finished
+    runs = sorted(run.glob("seed-*"), key=lambda path: read_results(path)["top1"])
+    chosen = runs[(len(runs) - 1) // 2]
+    return chosen, [other for other in runs if other != chosen]
+
+
+def _forms(architecture: str, tag: str, run: Path) -> list[_Form]:
+    """The model of a run and, where it folds, its folded form."""
+    model = load_model(str(run))
+    name = f"{architecture}.{tag}"
+    forms = [_Form(name, architecture, tag, model)]
+    try:
+        folded = fold(model)
+    except NothingToFold:
+        return forms
+    stock = stock_model(model, folded)
+    plain = stock.pretrained_cfg["architecture"]
+    mechanism = parse_name(architecture)[1]
+    folded_tag = f"{tag}_folded" if plain == architecture else f"{mechanism}_{tag}_folded"
+    return [*forms, _Form(f"{plain}.{folded_tag}", plain, folded_tag, stock, name)]
 
 
 def _write(
-    folder: Path,
-    name: str,
-    architecture: str,
-    tag: str,
-    model: Any,
-    folded_from: str | None,
-    details: dict[str, Any],
-    recipe: Recipe,
-    run: Path,
+    folder: Path, form: _Form, run: Path, recipe: Recipe, runtimes: Sequence[str], resolved: dict[str, Any]
 ) -> Checkpoint:
-    """Fill one folder, measure the model loaded back from it, and describe it."""
-    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "tag": tag}
-    save_model(model, folder, list(model.pretrained_cfg["label_names"]))
+    """Fill one folder, the rendered files aside, and measure the model loaded back from it."""
+    cfg = {"license": "apache-2.0", **form.model.pretrained_cfg, "tag": form.tag}
+    form.model.pretrained_cfg = form.model.default_cfg = cfg
+    save_model(form.model, folder, list(form.model.pretrained_cfg["label_names"]))
     loaded = load_model(f"local-dir:{folder}")
     difference = relative_difference(load_model(str(run)), loaded, example_input(loaded, 8))
     if not difference <= BOUNDS[torch.float32]:
-        raise UserError(f"{name} does not compute what {run} computes: relative difference {difference:.3g}")
+        raise UserError(
+            f"{form.name} does not compute what {run} computes: relative difference {difference:.3g}"
+        )
+    measured = validate(loaded, recipe)
     metrics = {
-        **{k: v for k, v in validate(loaded, recipe).items() if k != "eval_images_per_second"},
-        "n": 1,
+        **{key: measured[key] for key in (*FIGURES, "images")},
         "epoch": read_results(run)["epoch"],
+        "seed": recipe.seed,
         "parameters": sum(p.numel() for p in loaded.parameters()),
         "logit_difference": difference,
     }
-    writers = {ONNX: write_onnx, PROGRAM: write_program}
-    details = {**details, "runtimes": {f: writers[f](loaded, folder / f) for f in details["runtimes"]}}
-    shutil.copy(run / CURVES, folder / CURVES)
-    shutil.copy(run / METRICS, folder / METRICS)
-    resolved = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
-    (folder / RECIPE).write_text(yaml.safe_dump({**resolved, "data": details["dataset"]}, sort_keys=False))
-    config = _saved_config(folder)
-    checkpoint = Checkpoint(
-        name=name,
+    differences = {name: WRITERS[name](loaded, folder / name) for name in runtimes}
+    for name in (CURVES, METRICS):
+        shutil.copy(run / name, folder / name)
+    (folder / RECIPE).write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+    config = read_config(folder / CONFIG)
+    cfg = {"num_classes": config["num_classes"], "label_names": config["label_names"]}
+    return Checkpoint(
+        name=form.name,
         folder=folder,
-        architecture=architecture,
-        tag=tag,
-        pretrained_cfg={
-            **config["pretrained_cfg"],
-            "num_classes": config["num_classes"],
-            "label_names": config["label_names"],
-        },
+        architecture=form.architecture,
+        tag=form.tag,
+        pretrained_cfg={**config["pretrained_cfg"], **cfg},
         model_args=config.get("model_args", {}),
+        files={p.name: {"sha256": sha256(p), "size": p.stat().st_size} for p in sorted(folder.iterdir())},
         metrics=metrics,
-        folded_from=folded_from,
-        details=details,
+        runtimes=differences,
+        folded_from=form.folded_from,
     )
-    (folder / "README.md").write_text(card(checkpoint, resolved), encoding="utf-8")
-    files = {p.name: _about(p) for p in sorted(folder.iterdir())}
-    return dataclasses.replace(checkpoint, files=files)
 
 
-def _write_index(hub: Path, checkpoints: list[Checkpoint]) -> None:
-    entries = {}
-    for checkpoint in sorted(checkpoints, key=lambda c: c.name):
-        entry = dataclasses.asdict(checkpoint)
-        entries[checkpoint.name] = {k: v for k, v in entry.items() if k not in ("name", "folder")}
-    replace_file(hub / INDEX, (json.dumps({"checkpoints": entries}, indent=1) + "\n").encode())
+def _spread(values: list[float]) -> dict[str, Any]:
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "std": std, "n": len(values)}

@@ -3,7 +3,7 @@
 import io
 from typing import Any
 
-from .run import replace_file
+from ..files import replace_file
 
 
 def draw(lines: list[dict[str, Any]], title: str, path) -> None:

@@ -27,10 +27,11 @@ from timm.models import save_for_hf
 from torch import nn
 
 from ..errors import UserError
+from ..files import replace_file
+from ..weights import CONFIG, WEIGHTS
 
 RECIPE, ENVIRONMENT, METRICS, CURVES = "recipe.yaml", "environment.json", "metrics.jsonl", "curves.png"
 STEPS, RESULTS = "steps.jsonl", "results.json"
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def refuse_full_folder(path: Path) -> None:
@@ -107,16 +108,6 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 def _json_line(line: dict[str, Any]) -> str:
     return json.dumps(line) + "\n"
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
 
 
 def save_model(model: nn.Module, folder: Path, label_names: list[str]) -> None:

@@ -18,10 +18,11 @@ from torch import nn
 from ..errors import UserError
 from ..graft import graft
 from ..models import MECHANISMS, model_names, parse_name
+from ..weights import CONFIG, WeightsError, fetch_folder, read_config, read_folder
 from .augment import derive_seed, generator
 from .data import Split, load_split
 from .recipe import Recipe
-from .run import CONFIG, is_run, open_run
+from .run import is_run, open_run
 
 
 @dataclass(frozen=True)
@@ -235,22 +236,31 @@ def _initial(model: str, source: str, classes: int, arguments: dict[str, Any]) -
 def source_name(source: str) -> str:
     """timm's name for weights: a model name, a run or hub folder, ``hf-hub:`` or ``local-dir:``.
 
+    What a folder or a repository holds is looked at before timm sees it.
+
     Raises:
         UserError: The source stands for none of these.
+        WeightsError: Its weights are missing, damaged or pickled, or its configuration cannot be trusted.
     """
-    if ":" in source or timm.is_model(source):
-        return source
-    folder = Path(source)
-    if folder.is_dir():
+    kind, _, rest = source.partition(":")
+    if kind in ("hf-hub", "hf_hub"):
+        folder = fetch_folder(rest)
+        config = read_config(folder / CONFIG)
+    elif kind == "local-dir" or Path(source).is_dir():
+        folder = Path(rest if kind == "local-dir" else source)
         if is_run(folder):
             open_run(folder, finished=True)
-        elif not (folder / CONFIG).is_file():
-            raise UserError(f"{source} is neither a run nor a hub folder: it has no {CONFIG}")
-        return f"local-dir:{source}"
-    if "/" in source or folder.exists():
-        raise UserError(f"{source} is not a folder: name a model, a run folder or a hub folder")
-    check_model(source)
-    return source
+        config = read_folder(folder)
+    else:
+        if "/" in source or Path(source).exists():
+            raise UserError(f"{source} is not a folder: name a model, a run folder or a hub folder")
+        check_model(source)
+        return source
+    if not timm.is_model(config["architecture"]):
+        raise WeightsError(
+            f"{source} is a {config['architecture']!r}, which nobody has registered: import its package first"
+        )
+    return f"local-dir:{folder}"
 
 
 def freeze_backbone(model: str, network: nn.Module, recipe: Recipe) -> list[nn.Module]:

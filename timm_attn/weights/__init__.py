@@ -1,25 +1,28 @@
-"""Where pretrained weights are found: a folder that the user names, then what ships with the package."""
+"""Where pretrained weights are found: folders that the user names, what ships with the package, the Hub."""
 
-from .store import (
-    INDEX,
-    Checkpoint,
-    WeightsError,
-    checkpoints,
-    pretrained_cfgs,
-    read_index,
-    resolve,
-    sha256,
-    shipped_folder,
-)
+from .checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint, sha256
+from .config import fetch_folder, read_config, read_folder
+from .fetch import without_tokens
+from .index import read_index, write_index
+from .schema import WeightsError
+from .store import add_folder, checkpoints, pretrained_cfgs, resolve, shipped_folder
 
 __all__ = [
+    "CONFIG",
     "INDEX",
+    "WEIGHTS",
     "Checkpoint",
     "WeightsError",
+    "add_folder",
     "checkpoints",
+    "fetch_folder",
     "pretrained_cfgs",
+    "read_config",
+    "read_folder",
     "read_index",
     "resolve",
     "sha256",
     "shipped_folder",
+    "without_tokens",
+    "write_index",
 ]

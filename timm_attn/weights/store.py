@@ -1,76 +1,29 @@
-"""Checkpoints as data: the index of a hub folder, and the file that a model name stands for.
+"""The checkpoint that a model name stands for, and the verified file of its weights.
 
-A hub folder holds one folder a checkpoint, laid out as its Hub repository (config.json, model.safetensors,
-README.md), and ``index.json``, which says of each what it is and the sha256 of its files. Two hub folders are
-searched, in this order: the one named by the environment variable TIMM_ATTN_HUB, then the one that ships
-with the package.
+These are searched, in this order:
+
+1. folders given to :func:`add_folder`, the last one first;
+2. the environment variable TIMM_ATTN_HUB, read once: a hub folder, or an organisation of the Hub, whose
+   repositories, at their newest, take the place of the index's;
+3. what ships with the package;
+4. the Hub repository that the shipped index names, at the revision that it names.
 """
 
-import hashlib
-import json
 import os
+import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-INDEX = "index.json"
-WEIGHTS = "model.safetensors"
+from .checkpoint import INDEX, Checkpoint
+from .fetch import NotOnHub
+from .index import read_index
+from .schema import WeightsError
+
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id")
-
-
-class WeightsError(RuntimeError):
-    """Pretrained weights are missing, damaged or unknown."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One checkpoint of a hub folder, as its index describes it.
-
-    Args:
-        name: Folder name, ``<architecture>.<tag>``.
-        folder: Where it lies.
-        pretrained_cfg: timm's pretrained configuration: preprocessing, number of classes, label names.
-        model_args: Keyword arguments that the architecture was built with.
-        files: ``{file name: {"sha256": hex digest, "size": bytes}}``.
-        metrics: ``{"top1": %, "top5": %, "loss": nats, "n": runs, ...}`` as measured on the test split.
-        folded_from: Name of the checkpoint that this one is the folded form of, or None.
-    """
-
-    name: str
-    folder: Path
-    architecture: str
-    tag: str
-    pretrained_cfg: dict[str, Any] = field(default_factory=dict)
-    model_args: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    folded_from: str | None = None
-    details: dict[str, Any] = field(default_factory=dict)
-
-    def verified(self, filename: str = WEIGHTS) -> Path:
-        """Path of one of its files, after comparing size and sha256 with the index.
-
-        Raises:
-            WeightsError: The file is missing or differs from the index.
-        """
-        path = self.folder / filename
-        want = self.files.get(filename)
-        if want is None or not path.is_file():
-            raise WeightsError(f"{path} is missing: restore it, or export the run again")
-        if path.stat().st_size != want["size"] or sha256(path) != want["sha256"]:
-            raise WeightsError(
-                f"{path} is damaged: its sha256 is not the one in {self.folder.parent / INDEX}. "
-                "Restore the file, or export the run again"
-            )
-        return path
-
-
-def sha256(path: str | Path) -> str:
-    """Hex sha256 digest of a file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+_added: list[Path] = []
 
 
 def shipped_folder() -> Path:
@@ -80,44 +33,62 @@ def shipped_folder() -> Path:
     return checkout if (package.parent / "pyproject.toml").is_file() else package / "hub"
 
 
-def read_index(folder: str | Path) -> list[Checkpoint]:
-    """The checkpoints of a hub folder, in the order of its index.
+def add_folder(folder: str | Path) -> list[Checkpoint]:
+    """Search a hub folder before all others from now on; its checkpoints.
 
     Raises:
-        WeightsError: The folder has no index or one that cannot be read.
+        WeightsError: It is no hub folder.
     """
-    folder = Path(folder)
-    path = folder / INDEX
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["checkpoints"]
-        return [Checkpoint(name=name, folder=folder / name, **entry) for name, entry in entries.items()]
-    except FileNotFoundError:
-        raise WeightsError(
-            f"{folder} is no hub folder: it has no {INDEX}. `timm-attn export RUN --hub {folder}` writes one"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
-
-
-def _folders() -> list[Path]:
-    chosen = os.environ.get("TIMM_ATTN_HUB")
-    return [Path(chosen).resolve(), shipped_folder()] if chosen else [shipped_folder()]
+    folder = Path(folder).resolve()
+    found = read_index(folder)
+    if folder in _added:
+        _added.remove(folder)
+    _added.insert(0, folder)
+    candidates.cache_clear()
+    return found
 
 
 @cache
-def checkpoints() -> tuple[Checkpoint, ...]:
-    """All checkpoints that are found by name, first come first served; read once, at import."""
-    found: dict[str, Checkpoint] = {}
+def _chosen() -> tuple[Path | None, str | None]:
+    """The folder or the organisation that TIMM_ATTN_HUB names."""
+    chosen = os.environ.get("TIMM_ATTN_HUB")
+    if chosen and not Path(chosen).exists() and re.fullmatch(r"[A-Za-z0-9][\w-]{0,95}", chosen):
+        return None, chosen
+    return (Path(chosen).resolve() if chosen else None), None
+
+
+def _folders() -> list[Path]:
+    folder, _ = _chosen()
+    return [*_added, *([folder] if folder else []), shipped_folder()]
+
+
+@cache
+def candidates() -> dict[str, list[Checkpoint]]:
+    """By name, the places where a checkpoint can be, in the order in which they are searched."""
+    found: dict[str, list[Checkpoint]] = {}
     for folder in _folders():
         if folder == shipped_folder() and not (folder / INDEX).is_file():
             continue  # a checkout from which nothing was exported yet
         # A broken hub folder must not make the whole package unusable.
         try:
-            for checkpoint in read_index(folder):
-                found.setdefault(checkpoint.name, checkpoint)
+            listed = read_index(folder)
         except WeightsError as error:
             warnings.warn(f"weights are ignored: {error}", stacklevel=2)
-    return tuple(found.values())
+            continue
+        organisation = _chosen()[1]
+        for checkpoint in listed:
+            places = found.setdefault(checkpoint.name, [])
+            if organisation and folder == shipped_folder():
+                elsewhere = folder / "not here"
+                repo_id = f"{organisation}/{checkpoint.name}"
+                places.append(replace(checkpoint, folder=elsewhere, repo_id=repo_id, revision=None, files={}))
+            places.append(checkpoint)
+    return found
+
+
+def checkpoints() -> tuple[Checkpoint, ...]:
+    """All checkpoints that are found by name, each where it is looked for first."""
+    return tuple(places[0] for places in candidates().values())
 
 
 def _by_tag(architecture: str) -> dict[str, Checkpoint]:
@@ -129,8 +100,7 @@ def _by_tag(architecture: str) -> dict[str, Checkpoint]:
 def pretrained_cfgs(architecture: str) -> dict[str, dict[str, Any]]:
     """timm pretrained configurations by ``<architecture>.<tag>``, the default first."""
     return {
-        f"{architecture}.{tag}": {**c.pretrained_cfg, "file": str(c.folder / WEIGHTS)}
-        for tag, c in _by_tag(architecture).items()
+        f"{architecture}.{tag}": {**c.pretrained_cfg, **c.source} for tag, c in _by_tag(architecture).items()
     }
 
 
@@ -146,7 +116,7 @@ def resolve(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         with. Nothing if they name a source of their own (``hf-hub:``, ``local-dir:``, an overlay).
 
     Raises:
-        WeightsError: There are no such weights, or the file is damaged.
+        WeightsError: There are no such weights, they cannot be had, or they are damaged.
     """
     cfg = kwargs.get("pretrained_cfg")
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
@@ -161,11 +131,22 @@ def resolve(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         # timm's scripts pass the whole configuration of a registered tag; others bring their own source.
         fields = cfg if isinstance(cfg, dict) else cfg.to_dict()
         tag = fields.get("tag")
-        if tag not in known or fields.get("file") != str(known[tag].folder / WEIGHTS):
+        if tag not in known or not known[tag].source.items() <= fields.items():
             return {}
-    checkpoint = known[tag]
+    checkpoint, path = _first(known[tag].name)
     arguments = {name: value for name, value in checkpoint.model_args.items() if name not in kwargs}
-    return {**arguments, "pretrained_cfg_overlay": {**overlay, "file": str(checkpoint.verified())}}
+    return {**arguments, "pretrained_cfg_overlay": {**overlay, "file": str(path)}}
+
+
+def _first(name: str) -> tuple[Checkpoint, Path]:
+    """The first place that has a checkpoint, and its weights."""
+    *places, last = candidates()[name]
+    for checkpoint in places:
+        try:
+            return checkpoint, checkpoint.weights()
+        except NotOnHub:  # of the user's organisation; what ships is next
+            continue
+    return last, last.weights()
 
 
 def _not_found(architecture: str, tag: str | None, known: list[str]) -> str:

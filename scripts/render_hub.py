@@ -1,0 +1,30 @@
+"""Write cards, ``.eval_results``, results.csv and the README's table anew from hub/index.json.
+
+python scripts/render_hub.py            # write
+python scripts/render_hub.py --check    # exit 1 if one of them differs
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from timm_attn.publish.render import render
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hub", type=Path, default=ROOT / "hub")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    changed = render(arguments.hub, arguments.readme, write=not arguments.check)
+    print("\n".join(map(str, changed)) or "nothing differs from the index")
+    sys.exit(bool(changed) and arguments.check)
+
+
+if __name__ == "__main__":
+    main()

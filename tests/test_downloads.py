@@ -1,0 +1,231 @@
+"""Weights from a Hub-compatible server: found by plain name, pinned, hashed, and quick to say no."""
+
+import json
+import time
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from helpers import flip_last_bit, narrow, python, randomise, use_hub
+from hub_server import HubServer
+from safetensors.torch import save
+from test_pretrained import write_hub
+
+from timm_attn.training import load_model
+from timm_attn.weights import WeightsError, fetch_folder, sha256
+from timm_attn.weights.fetch import NotOnHub, fetch
+
+REPO = "some-org/resnet20_dia.x"
+CREATE = "import sys, timm, timm_attn, torch; torch.save(timm.create_model(sys.argv[1], pretrained=True).state_dict(), sys.argv[2])"
+
+
+@pytest.fixture
+def server():
+    with HubServer(tokens={"hf_alice0000": {"name": "alice", "orgs": {"my-org": "write"}}}) as hub_server:
+        yield hub_server
+
+
+@pytest.fixture
+def client(server, monkeypatch, tmp_path):
+    """This process talks to the server, with an empty cache."""
+    use_hub(monkeypatch, server.endpoint)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return server
+
+
+@pytest.fixture
+def state():
+    return randomise(narrow("resnet20_dia")).state_dict()
+
+
+@pytest.fixture
+def hub(server, state, tmp_path):
+    """A hub folder whose index names a repository, without the weights."""
+    content = save(state)
+    revision = server.put_files(REPO, {"model.safetensors": content})
+    folder = write_hub(tmp_path / "hub", ["resnet20_dia"], states={"resnet20_dia": state})
+    index = json.loads((folder / "index.json").read_text())
+    entry = index["checkpoints"]["resnet20_dia.x"]
+    entry |= {"repo_id": REPO, "revision": revision}
+    (folder / "index.json").write_text(json.dumps(index))
+    weights = folder / "resnet20_dia.x" / "model.safetensors"
+    assert sha256(weights) == entry["files"]["model.safetensors"]["sha256"]
+    weights.unlink()
+    return folder
+
+
+def create(hub, out, cache, endpoint, name="resnet20_dia.x", **env):
+    env = {"TIMM_ATTN_HUB": str(hub), "HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(cache), **env}
+    started = time.monotonic()
+    result = python("-c", CREATE, name, str(out), env=env)
+    return result, time.monotonic() - started
+
+
+def test_a_plain_name_is_downloaded_once_and_then_served_offline(server, hub, state, tmp_path):
+    out, cache = tmp_path / "out.pt", tmp_path / "cache"
+    # What is newest in the repository is not what the index names.
+    server.put_files(REPO, {"model.safetensors": save({"x": torch.zeros(1)})})
+    result, _ = create(hub, out, cache, server.endpoint)
+    assert result.returncode == 0, result.stderr
+    assert all(torch.equal(tensor, state[key]) for key, tensor in torch.load(out).items())
+    asked = len(server.requests)
+    assert [method for method, _ in server.requests].count("GET") == 1
+    for env in ({}, {"HF_HUB_OFFLINE": "1"}):
+        out.unlink()
+        result, _ = create(hub, out, cache, server.endpoint, "resnet20_dia", **env)
+        assert result.returncode == 0 and out.is_file(), result.stderr
+    assert len(server.requests) == asked
+
+
+def test_without_network_and_cache_it_fails_soon_and_says_how_to_get_the_file(hub, tmp_path):
+    with HubServer() as gone:
+        endpoint = gone.endpoint
+    for env, reason in (({}, "Connect"), ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set")):
+        result, seconds = create(hub, tmp_path / "out.pt", tmp_path / "cache", endpoint, **env)
+        assert result.returncode and not (tmp_path / "out.pt").exists()
+        message = result.stderr.splitlines()[-1]
+        assert message.startswith("timm_attn.weights.schema.WeightsError: cannot get model.safetensors of"), (
+            message
+        )
+        for part in (
+            reason,
+            REPO,
+            endpoint,
+            f"hf download {REPO} model.safetensors --revision",
+            "TIMM_ATTN_HUB",
+        ):
+            assert part in message, (part, message)
+        assert seconds < 30, seconds  # of which the imports take the most
+
+
+def test_a_slow_hub_is_not_waited_for(client):
+    client.put_files(REPO, {"model.safetensors": b"x"})
+    client.slow_down(8, match="/resolve/")
+    started = time.monotonic()
+    with pytest.raises(WeightsError, match="Timeout"):
+        fetch(REPO, "model.safetensors")
+    assert time.monotonic() - started < 7.5
+    assert len(client.requests) == 1
+
+
+@pytest.mark.parametrize("status", [500, 503, None])
+def test_a_failing_hub_is_asked_once(status, client):
+    client.put_files(REPO, {"model.safetensors": b"x"})
+    client.fail_reads(status)
+    with pytest.raises(WeightsError, match="cannot get model.safetensors of"):
+        fetch(REPO, "model.safetensors")
+    assert len(client.requests) == 1
+
+
+def test_wrong_bytes_of_the_right_size_are_not_used_and_not_kept(client, tmp_path):
+    revision = client.put_files(REPO, {"model.safetensors": bytes(1000)})
+    client.corrupt(REPO, "model.safetensors")
+    for pinned in (revision, None):
+        digest = sha256_of(bytes(1000)) if pinned else None
+        with pytest.raises(WeightsError, match="is damaged: what was downloaded"):
+            fetch(REPO, "model.safetensors", pinned, digest)
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.stat().st_size == 1000]
+
+
+def sha256_of(content: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_a_damaged_cache_is_downloaded_anew_and_refused_offline(client, monkeypatch):
+    revision = client.put_files(REPO, {"model.safetensors": bytes(1000)})
+    digest = sha256_of(bytes(1000))
+    path = fetch(REPO, "model.safetensors", revision, digest)
+    path.resolve().write_bytes(flip_last_bit(bytes(1000)))
+    assert fetch(REPO, "model.safetensors", revision, digest).read_bytes() == bytes(1000)
+    path.resolve().write_bytes(flip_last_bit(bytes(1000)))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsError, match="holds a damaged copy"):
+        fetch(REPO, "model.safetensors", revision, digest)
+
+
+def test_a_connection_that_breaks_in_the_middle_of_a_download(client):
+    content = bytes(range(256)) * 4000
+    revision = client.put_files(REPO, {"model.safetensors": content})
+    client.cut_at(1, match="/resolve/")
+    assert fetch(REPO, "model.safetensors", revision, sha256_of(content)).read_bytes() == content
+    assert [method for method, _ in client.requests].count("GET") == 2  # the client goes on where it was
+
+
+@pytest.mark.parametrize(
+    ("repo", "filename", "revision", "message"),
+    [
+        ("some-org/none", "model.safetensors", None, "has no repository some-org/none"),
+        (REPO, "model.safetensors", "v9", f"{REPO} has no revision v9"),
+        (REPO, "other.safetensors", None, f"{REPO} has no other.safetensors. Pickled weights are not read"),
+    ],
+)
+def test_what_is_not_there(repo, filename, revision, message, client):
+    client.put_files(REPO, {"model.safetensors": b"x"})
+    with pytest.raises(NotOnHub, match=message):
+        fetch(repo, filename, revision)
+
+
+def test_a_repository_with_only_pickles_is_refused(client, tmp_path):
+    files = {"config.json": b"{}", "pytorch_model.bin": b"\x80\x04."}
+    client.put_files(REPO, files)
+    with pytest.raises(WeightsError, match="has no model.safetensors. Pickled weights are not read"):
+        load_model(f"hf-hub:{REPO}")
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError, match="pytorch_model.bin is not read, as pickles can run code"):
+        load_model(f"local-dir:{tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["../x", "x", "a/b/c", "some-org/..", "/etc"])
+def test_names_that_are_no_repositories(name, client):
+    with pytest.raises(WeightsError, match="must be ORG/NAME"):
+        fetch_folder(name)
+    assert not client.requests
+
+
+def test_an_organisation_takes_the_place_of_the_index(server, tmp_path):
+    own = timm.create_model("resnet20_dia", pretrained=True).state_dict()
+    theirs = {key: tensor + 1 if tensor.is_floating_point() else tensor for key, tensor in own.items()}
+    server.put_files("other-org/resnet20_dia.sgd5_c10", {"model.safetensors": save(theirs)})
+    out, cache = tmp_path / "out.pt", tmp_path / "cache"
+    # Theirs, at its newest; what ships where they have nothing.
+    for name, expected in (("resnet20_dia", theirs), ("resnet20_asr", None)):
+        result, _ = create("other-org", out, cache, server.endpoint, name)
+        assert result.returncode == 0, result.stderr
+        expected = expected or timm.create_model(name, pretrained=True).state_dict()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in torch.load(out).items())
+    # Without a connection the cache answers, and what ships is not taken in its stead.
+    with HubServer() as gone:
+        endpoint = gone.endpoint
+    result, _ = create("other-org", out, cache, endpoint, "resnet20_dia")
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(torch.load(out)["fc.bias"], theirs["fc.bias"])
+    result, _ = create("other-org", out, cache, endpoint, "resnet20_asr")
+    assert "cannot get model.safetensors of other-org/resnet20_asr.sgd5_c10" in result.stderr
+
+
+def test_a_folder_can_be_registered_later(state, tmp_path):
+    folder = write_hub(tmp_path / "hub", ["resnet20_dia"], states={"resnet20_dia": state})
+    code = f"""
+import warnings; warnings.simplefilter("error", UserWarning)
+import timm, timm_attn, torch
+assert timm_attn.register_folder({str(folder)!r}) == ["resnet20_dia.x"]
+assert timm.models.get_pretrained_cfg("resnet20_dia").tag == "x"
+assert "resnet20_dia.x" in timm.list_models("resnet20_dia*", pretrained=True)
+model = timm.create_model("resnet20_dia", pretrained=True)
+torch.save(model.state_dict(), {str(tmp_path / "out.pt")!r})
+shipped = timm.create_model("resnet20_dia.sgd5_c10", pretrained=True)
+assert shipped.num_classes == 10
+try:
+    timm_attn.register_folder({str(tmp_path)!r})
+except timm_attn.WeightsError as error:
+    assert "is no hub folder" in str(error)
+else:
+    raise AssertionError
+"""
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert all(torch.equal(tensor, state[key]) for key, tensor in torch.load(tmp_path / "out.pt").items())

@@ -1,0 +1,173 @@
+"""Cards, evaluation results, results.csv, configurations and the README's table say what the index says."""
+
+import csv
+import dataclasses
+import json
+import shutil
+
+import pytest
+import timm
+import yaml
+from helpers import ROOT
+from huggingface_hub import ModelCard
+
+from timm_attn.errors import UserError
+from timm_attn.papers import PAPERS
+from timm_attn.publish.card import card, judge
+from timm_attn.publish.export import link
+from timm_attn.publish.render import render
+from timm_attn.weights import read_index
+
+SHIPPED = {c.name: c for c in read_index(ROOT / "hub")}
+NAME = "resnet20_asr.sgd5_c10"
+
+
+def test_everything_that_is_rendered_agrees_with_the_index():
+    assert render(ROOT / "hub", ROOT / "README.md", write=False) == []
+    assert list(SHIPPED.values()) == link(SHIPPED.values())
+
+
+@pytest.fixture
+def copy(tmp_path):
+    shutil.copy(ROOT / "README.md", tmp_path)
+    return shutil.copytree(ROOT / "hub", tmp_path / "hub")
+
+
+def test_a_changed_index_changes_all_of_them(copy):
+    index = json.loads((copy / "index.json").read_text())
+    index["checkpoints"][NAME]["metrics"]["top1"] = 12.34
+    (copy / "index.json").write_text(json.dumps(index))
+    readme = copy.parent / "README.md"
+    differing = render(copy, readme, write=False)
+    assert {
+        copy / NAME / "README.md",
+        copy / NAME / ".eval_results/cifar10.yaml",
+        copy / "results.csv",
+        readme,
+    } <= set(differing)
+    assert render(copy, readme) == differing and render(copy, readme) == []
+    for path in differing:
+        if path.parent.parent != copy or path.parent.name == NAME:
+            assert "12.34" in path.read_text(), path
+    readme.write_text("no table")
+    with pytest.raises(UserError, match="has no place for the results"):
+        render(copy, readme)
+
+
+@pytest.mark.parametrize("field", ["architecture", "label_names", "pretrained_cfg"])
+def test_a_config_that_differs_is_found(field, copy):
+    path = copy / NAME / "config.json"
+    config = json.loads(path.read_text())
+    other = {
+        "architecture": "resnet20_dia",
+        "label_names": [*"abcdefghij"],
+        "pretrained_cfg": {"mean": [0.0]},
+    }
+    path.write_text(json.dumps({**config, field: other[field]}))
+    with pytest.raises(UserError, match="differs from the index"):
+        render(copy)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_cards_of_shipped_weights(name):
+    checkpoint = SHIPPED[name]
+    shown = ModelCard.load(checkpoint.folder / "README.md")
+    assert shown.data.eval_results[0].metric_value == pytest.approx(checkpoint.metrics["top1"], abs=1e-4)
+    paper = PAPERS[checkpoint.mechanism]
+    assert paper.title in shown.text and paper.bibtex in shown.text and paper.caveat in shown.text
+    assert f"seed {checkpoint.metrics['seed']}" in shown.text and "curves.png" in shown.text
+    for other in (*checkpoint.controls, checkpoint.folded, checkpoint.folded_from):
+        if other:
+            assert f"`{other}` | {SHIPPED[other].metrics['parameters']:,}" in shown.text
+    entries = yaml.safe_load((checkpoint.folder / ".eval_results" / "cifar10.yaml").read_text())
+    assert entries[0]["value"] == pytest.approx(checkpoint.metrics["top1"], abs=1e-4)
+    assert entries[0]["dataset"]["id"] == checkpoint.dataset["id"]
+
+
+def test_results_have_timms_columns():
+    with (ROOT / "hub" / "results.csv").open(newline="") as stream:
+        rows = {row["model"]: row for row in csv.DictReader(stream)}
+    assert rows.keys() == SHIPPED.keys()
+    columns = [
+        "model",
+        "img_size",
+        "top1",
+        "top1_err",
+        "top5",
+        "top5_err",
+        "param_count",
+        "crop_pct",
+        "interpolation",
+    ]
+    assert list(rows[NAME])[: len(columns)] == columns
+    for name, row in rows.items():
+        metrics = SHIPPED[name].metrics
+        assert float(row["top1"]) + float(row["top1_err"]) == pytest.approx(100)
+        assert float(row["top1"]) == pytest.approx(metrics["top1"], abs=1e-3)
+        assert float(row["param_count"]) * 1e6 == pytest.approx(metrics["parameters"], abs=1)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_timm_has_the_same_configuration(name):
+    if SHIPPED[name].architecture not in timm.list_models():
+        pytest.skip("a network of timm's own")
+    cfg = timm.models.get_pretrained_cfg(name).to_dict()
+    for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "num_classes", "label_names"):
+        assert json.loads(json.dumps(cfg[key])) == SHIPPED[name].pretrained_cfg[key], key
+
+
+def checkpoint(name, mechanism, mean=None, std=None, n=1, **changes):
+    """An entry like the shipped ResNet-20's."""
+    architecture, tag = name.split(".")
+    over = {key: {"mean": mean or 0.0, "std": std, "n": n} for key in ("top1", "top5", "loss")}
+    fields = {"architecture": architecture, "tag": tag, "mechanism": mechanism, "folded": None}
+    over_seeds = {"seeds": list(range(n)), **over}
+    return dataclasses.replace(SHIPPED[NAME], name=name, over_seeds=over_seeds, **fields, **changes)
+
+
+def test_controls_have_the_same_backbone_and_recipe():
+    plain, se = checkpoint("resnet20.a", "resnet"), checkpoint("resnet20_se.a", "se")
+    dia = checkpoint("resnet20_dia.a", "dia", recipe={**plain.recipe, "model_kwargs": ["reduction=2"]})
+    fused = checkpoint("resnet20_dia.a_folded", "dia", folded_from="resnet20_dia.a")
+    deeper = checkpoint("resnet32.a", "resnet")
+    longer = checkpoint("resnet20.b", "resnet", recipe={**plain.recipe, "epochs": 99})
+    other = checkpoint("resnet20.c", "resnet", dataset={**plain.dataset, "id": "other"})
+    linked = {c.name: c.controls for c in link([plain, se, dia, fused, deeper, longer, other])}
+    both = ["resnet20.a", "resnet20_se.a"]
+    assert linked["resnet20_dia.a"] == linked["resnet20_dia.a_folded"] == both
+    assert linked["resnet20.a"] == ["resnet20_se.a"]
+    assert linked["resnet32.a"] == linked["resnet20.b"] == linked["resnet20.c"] == []
+
+
+def test_a_card_says_how_far_it_is_from_its_controls():
+    plain = checkpoint("resnet20.a", "resnet", 91.0, 0.1, 4)
+    dia = checkpoint("resnet20_dia.a", "dia", 91.5, 0.2, 4, controls=["resnet20.a"])
+    text = card(dia, {"resnet20.a": plain})
+    assert (
+        "91.50 ± 0.20 (4) % against 91.00 ± 0.10 (4) % of `resnet20.a`, a difference of +0.50 points" in text
+    )
+    assert "more than twice its standard error (0.11)" in text
+    assert judge({"mean": 91.1, "std": 0.2, "n": 4}, plain.over_seeds["top1"]).startswith("less than twice")
+    assert "may be noise" in judge({"mean": 95.0, "std": None, "n": 1}, plain.over_seeds["top1"])
+    assert "No control was trained" in card(dataclasses.replace(dia, controls=[]), {})
+
+
+def test_a_card_says_which_options_there_were_and_what_is_left():
+    def with_options(*options, **changes):
+        base = checkpoint("resnet20_asr.x", "asr")
+        recipe = {**base.recipe, "model_kwargs": list(options)}
+        return card(dataclasses.replace(base, recipe=recipe, **changes), {})
+
+    assert "Architecture `resnet20_asr` with `delta=2`, `generator=eca`, trained on" in with_options(
+        "delta=2", "generator=eca"
+    )
+    folded = {"architecture": "resnet20", "folded_from": "resnet20_asr.x"}
+    assert "form of `resnet20_asr.x` with `delta=2`, a plain network" in with_options("delta=2", **folded)
+    for changes in (
+        {"architecture": "resnet20_se", "folded_from": "resnet20_asr_se.x"},
+        {**folded, "folded_from": "resnet20_asr_se.x", "model_args": {"block_args": {"attn_layer": "eca"}}},
+    ):
+        text = with_options(**changes)
+        assert (
+            "a network with only the attention that stood on top" in text and "plain network with" not in text
+        )

@@ -1,0 +1,26 @@
+"""Data sets that cards name: under what licence their images are, as far as that is known."""
+
+from ..errors import UserError
+
+#: Licence identifiers of the Hub; ``other`` where the terms are the data set's own.
+LICENSES = {
+    "uoft-cs/cifar10": "unknown",
+    "uoft-cs/cifar100": "unknown",
+    "digits": "cc-by-4.0",
+    "frgfm/imagenette": "other",
+    "ILSVRC/imagenet-1k": "other",
+}
+
+
+def license_of(dataset: str, given: str | None) -> str:
+    """The licence that was given, or else the known one of a data set.
+
+    Raises:
+        UserError: There is neither.
+    """
+    if given is None and dataset not in LICENSES:
+        raise UserError(
+            f"the licence of {dataset} is not known here: say it with --dataset-license, e.g. cc-by-4.0, or "
+            "name the data set by its Hub id with --dataset"
+        )
+    return given or LICENSES[dataset]

@@ -1,0 +1,126 @@
+"""What is rendered from the index: cards, ``.eval_results``, results.csv and the README's table."""
+
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import UserError
+from ..files import replace_file
+from ..weights import CONFIG, Checkpoint, read_config, read_index
+from .card import card, eval_results, figure
+
+README = "README.md"
+RESULTS = "results.csv"
+BEGIN, END = (
+    "<!-- results: rendered from hub/index.json by scripts/render_hub.py -->",
+    "<!-- end of results -->",
+)
+
+
+def rendered(
+    checkpoint: Checkpoint, checkpoints: Iterable[Checkpoint], owner: str | None = None
+) -> dict[str, str]:
+    """Content by path of a checkpoint's rendered files."""
+    others = {c.name: c for c in checkpoints}
+    return {README: card(checkpoint, others, owner), **eval_results(checkpoint)}
+
+
+def render(hub: Path, readme: Path | None = None, write: bool = True) -> list[Path]:
+    """Write what is rendered from the index of a hub folder, where it differs.
+
+    Args:
+        hub: The hub folder.
+        readme: A file whose table of results is rendered, too.
+        write: Write; otherwise only look.
+
+    Returns:
+        The files that differed.
+
+    Raises:
+        UserError: The README has no place for the table, or a configuration differs from the index.
+        WeightsError: The index cannot be read.
+    """
+    checkpoints = read_index(hub)
+    wanted = {
+        checkpoint.folder / path: text
+        for checkpoint in checkpoints
+        for path, text in rendered(checkpoint, checkpoints).items()
+    }
+    wanted[hub / RESULTS] = results_csv(checkpoints)
+    if readme:
+        text = readme.read_text(encoding="utf-8")
+        if text.count(BEGIN) != 1 or text.count(END) != 1:
+            raise UserError(f"{readme} has no place for the results: put {BEGIN} and {END} around it")
+        before, rest = text.split(BEGIN)
+        wanted[readme] = f"{before}{BEGIN}\n{results_table(checkpoints)}\n{END}{rest.split(END)[1]}"
+    for checkpoint in checkpoints:
+        check_config(checkpoint)
+    changed = [path for path, text in wanted.items() if not path.is_file() or path.read_text("utf-8") != text]
+    for path in changed if write else []:
+        path.parent.mkdir(exist_ok=True)
+        replace_file(path, wanted[path].encode())
+    return changed
+
+
+def check_config(checkpoint: Checkpoint) -> None:
+    """Raise a UserError if a checkpoint's config.json says other things than the index."""
+    if not (checkpoint.folder / CONFIG).is_file():
+        return
+    config = read_config(checkpoint.folder / CONFIG)
+    cfg = {**config["pretrained_cfg"], "num_classes": config["num_classes"]}
+    if config.get("label_names"):
+        cfg["label_names"] = config["label_names"]
+    said = (config["architecture"], cfg, config.get("model_args", {}))
+    if said != (checkpoint.architecture, checkpoint.pretrained_cfg, checkpoint.model_args):
+        raise UserError(f"{checkpoint.folder / CONFIG} differs from the index: export the run again")
+
+
+def results_csv(checkpoints: Iterable[Checkpoint]) -> str:
+    """Results with the column names of timm's, and mean, standard deviation and number of runs."""
+    stream = io.StringIO()
+    columns = ["model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct"]
+    columns += ["interpolation", "top1_mean", "top1_std", "n", "epoch", "seed", "dataset", "folded_from"]
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    for checkpoint in checkpoints:
+        metrics, cfg = checkpoint.metrics, checkpoint.pretrained_cfg
+        over = checkpoint.over_seeds["top1"]
+        writer.writerow(
+            {
+                "model": checkpoint.name,
+                "img_size": cfg["input_size"][-1],
+                "top1": f"{metrics['top1']:.3f}",
+                "top1_err": f"{100 - metrics['top1']:.3f}",
+                "top5": f"{metrics['top5']:.3f}",
+                "top5_err": f"{100 - metrics['top5']:.3f}",
+                "param_count": f"{metrics['parameters'] / 1e6:.6f}",
+                "crop_pct": cfg["crop_pct"],
+                "interpolation": cfg["interpolation"],
+                "top1_mean": f"{over['mean']:.3f}",
+                "top1_std": "" if over["std"] is None else f"{over['std']:.3f}",
+                "n": over["n"],
+                "epoch": metrics["epoch"],
+                "seed": metrics["seed"],
+                "dataset": checkpoint.dataset["id"],
+                "folded_from": checkpoint.folded_from or "",
+            }
+        )
+    return stream.getvalue()
+
+
+def results_table(checkpoints: Iterable[Checkpoint]) -> str:
+    """The table of results for a README."""
+    lines = [
+        "| weights | trained on | parameters | top-1 (%) | mean ± std (n) |",
+        "|---|---|---|---|---|",
+    ]
+    for checkpoint in checkpoints:
+        metrics, epochs = checkpoint.metrics, checkpoint.recipe["epochs"]
+        data = f"{checkpoint.dataset['id']}, {epochs} epochs"
+        what = f"folded from `{checkpoint.folded_from}`" if checkpoint.folded_from else data
+        lines.append(
+            f"| `{checkpoint.name}` | {what} | {metrics['parameters']:,} | {metrics['top1']:.2f} "
+            f"| {figure(checkpoint.over_seeds['top1'])} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,138 @@
+"""A file of a Hub repository: out of the cache, or downloaded and compared with its sha256."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+from ..version import __version__
+from .schema import WeightsError
+
+#: Seconds that the Hub may take to say what a file is; there is no second try.
+PATIENCE = 5.0
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
+
+
+class NotOnHub(WeightsError):
+    """The Hub answers, and has no such repository, revision or file."""
+
+
+def without_tokens(message: object) -> str:
+    """A message in which no Hub token is left."""
+    return _TOKEN.sub("hf_…", str(message))
+
+
+def fetch(repo_id: str, filename: str, revision: str | None = None, sha256: str | None = None) -> Path:
+    """Path of a file of a model repository.
+
+    What the cache holds under the revision is taken without a request. Otherwise one request, of at most
+    five seconds and not repeated, asks what the file is before it is downloaded.
+
+    Args:
+        repo_id: ``ORG/NAME``.
+        filename: Its path in the repository.
+        revision: A commit id, branch or tag. With None, the newest is asked for each time, and the cache
+            answers only if the Hub does not.
+        sha256: What the file must have; with None, what the Hub says that it has, where it says so.
+
+    Raises:
+        NotOnHub: There is no such repository, revision or file.
+        WeightsError: The file cannot be had, or is damaged.
+    """
+    cached = try_to_load_from_cache(repo_id, filename, revision=revision)
+    cached = Path(cached) if isinstance(cached, str) else None
+    damaged = cached is not None and sha256 is not None and _digest(cached) != sha256
+    if cached and not damaged and (revision or constants.is_offline_mode()):
+        return cached
+    if constants.is_offline_mode():
+        raise WeightsError(_advice(repo_id, filename, revision, "HF_HUB_OFFLINE is set", damaged))
+    try:
+        about = get_hf_file_metadata(
+            hf_hub_url(repo_id, filename, revision=revision, endpoint=constants.ENDPOINT),
+            timeout=PATIENCE,
+            library_name="timm_attn",
+            library_version=__version__,
+        )
+    except Exception as error:  # the HTTP library's errors are no public types
+        if _says_no(error):
+            raise NotOnHub(_missing(repo_id, filename, revision, error)) from None
+        if cached and not damaged:
+            return cached
+        raise WeightsError(_advice(repo_id, filename, revision, _reason(error), damaged)) from None
+    want = sha256 or (about.etag if re.fullmatch("[0-9a-f]{64}", about.etag or "") else None)
+    try:
+        path = Path(
+            hf_hub_download(
+                repo_id,
+                filename,
+                revision=revision,
+                endpoint=constants.ENDPOINT,
+                force_download=damaged,
+                etag_timeout=PATIENCE,
+                library_name="timm_attn",
+                library_version=__version__,
+            )
+        )
+    except Exception as error:
+        raise WeightsError(_advice(repo_id, filename, revision, _reason(error), damaged)) from None
+    if want and _digest(path) != want:
+        _forget(path)
+        raise WeightsError(
+            f"{repo_id} {filename} is damaged: what was downloaded has not the sha256 {want}. It is not "
+            "kept; run the command again, and if that does not help report it"
+        )
+    return path
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _forget(path: Path) -> None:
+    """Take a file out of the cache: the entry of the revision and the content that it links to."""
+    content = path.resolve()
+    path.unlink(missing_ok=True)
+    content.unlink(missing_ok=True)
+
+
+def _says_no(error: Exception) -> bool:
+    answered = getattr(error, "response", None) is not None  # what says that nobody does is of this family
+    kinds = RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError
+    return answered and isinstance(error, kinds)
+
+
+def _missing(repo_id: str, filename: str, revision: str | None, error: Exception) -> str:
+    at = f"{repo_id}@{revision}" if revision else repo_id
+    if isinstance(error, EntryNotFoundError):
+        return f"{at} has no {filename}. Pickled weights are not read: ask its owner for safetensors"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no revision {revision}: leave the revision out, or look at its history"
+    return (
+        f"{constants.ENDPOINT} has no repository {repo_id}, or does not show it to you: check the name, or "
+        "log in with `hf auth login`"
+    )
+
+
+def _reason(error: Exception) -> str:
+    lines: Any = without_tokens(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _advice(repo_id: str, filename: str, revision: str | None, reason: str, damaged: bool) -> str:
+    at = f" --revision {revision}" if revision else ""
+    found = "holds a damaged copy" if damaged else "does not hold it"
+    return (
+        f"cannot get {filename} of {repo_id} ({reason}). Tried: the cache {constants.HF_HUB_CACHE}, which "
+        f"{found}; {constants.ENDPOINT}. With a connection run `hf download {repo_id} "
+        f"{filename}{at}` (the cache then serves it offline), or name a hub folder in TIMM_ATTN_HUB"
+    )

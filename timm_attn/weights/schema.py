@@ -1,0 +1,316 @@
+"""What an index and a configuration may say: both can come from anybody.
+
+A check takes a value and where it stands, and raises a :class:`WeightsError` that names both.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Check = Callable[[Any, str], None]
+
+#: No index or configuration is as large as this, in bytes.
+LARGEST = 64 * 1024**2
+
+
+class WeightsError(RuntimeError):
+    """Pretrained weights are missing, damaged or unknown."""
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        WeightsError: It cannot be read, is too large, or is no JSON (NaN and infinity are none).
+    """
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"it has more than {LARGEST:,} bytes")
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}. Restore it, or export the run again") from None
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def _refuse(value: Any, where: str, wanted: str) -> WeightsError:
+    shown = repr(value)
+    return WeightsError(f"{where} is {shown[:60]}{'…' if len(shown) > 60 else ''}: it must be {wanted}")
+
+
+def text(pattern: str = r"[^\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]{0,2000}", wanted: str = "text") -> Check:
+    """A string that a pattern matches whole; by default, short text without control characters."""
+    compiled = re.compile(pattern)
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, str) or not compiled.fullmatch(value):
+            raise _refuse(value, where, wanted)
+
+    return check
+
+
+def number(low: float, high: float) -> Check:
+    """A finite number within bounds."""
+
+    def check(value: Any, where: str) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise _refuse(value, where, f"a number from {low:g} to {high:g}")
+
+    return check
+
+
+def whole(low: int, high: int) -> Check:
+    """A whole number within bounds."""
+
+    def check(value: Any, where: str) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise _refuse(value, where, f"a whole number from {low} to {high}")
+
+    return check
+
+
+def one_of(*values: Any) -> Check:
+    """One of a few values."""
+
+    def check(value: Any, where: str) -> None:
+        # 1 == True in Python, not here.
+        if not any(type(value) is type(known) and value == known for known in values):
+            raise _refuse(value, where, f"one of {', '.join(map(repr, values))}")
+
+    return check
+
+
+def either(*checks: Check) -> Check:
+    """What one of several checks lets pass."""
+
+    def check(value: Any, where: str) -> None:
+        refusals = []
+        for one in checks:
+            try:
+                return one(value, where)
+            except WeightsError as refusal:
+                refusals.append(str(refusal).rpartition(": it must be ")[2])
+        raise _refuse(value, where, ", or ".join(refusals))
+
+    return check
+
+
+def list_of(item: Check, low: int, high: int) -> Check:
+    """A list of some length."""
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, list) or not low <= len(value) <= high:
+            raise _refuse(value, where, f"a list of {low} to {high}" if low < high else f"a list of {low}")
+        for i, element in enumerate(value):
+            item(element, f"{where}[{i}]")
+
+    return check
+
+
+def table(key: Check, item: Check, most: int) -> Check:
+    """A JSON object with keys of one kind and values of one kind."""
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, dict) or len(value) > most:
+            raise _refuse(value, where, f"an object of at most {most}")
+        for name, element in value.items():
+            key(name, f"a key of {where}")
+            item(element, f"{where}.{name}")
+
+    return check
+
+
+def record(fields: Mapping[str, Check], required: tuple[str, ...] = (), others: Check | None = None) -> Check:
+    """A JSON object with known fields; ``others`` checks further ones, which a newer writer may have."""
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, dict):
+            raise _refuse(value, where, "an object")
+        missing = [name for name in required if name not in value]
+        if missing:
+            raise WeightsError(f"{where} has no {', '.join(missing)}")
+        for name, element in value.items():
+            if name not in fields and others is None:
+                known = ", ".join(fields)
+                raise WeightsError(f"{where} has {name[:60]!r}, which is none of {known}")
+            (fields.get(name) or others or anything)(element, f"{where}.{name}")
+
+    return check
+
+
+def never(value: Any, where: str) -> None:
+    """No value at all."""
+    raise _refuse(value, where, "left out")
+
+
+def anything(value: Any, where: str) -> None:
+    """Whatever JSON may say, if it is not deep and its text can be written again."""
+    _walk(value, where, 8)
+
+
+def _walk(value: Any, where: str, depth: int) -> None:
+    if not depth:
+        raise WeightsError(f"{where} is nested too deep")
+    if isinstance(value, dict):
+        for name, element in value.items():
+            TEXT(name, f"a key of {where}")
+            _walk(element, f"{where}.{name}", depth - 1)
+    elif isinstance(value, list):
+        for i, element in enumerate(value):
+            _walk(element, f"{where}[{i}]", depth - 1)
+    elif isinstance(value, str):
+        TEXT(value, where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise _refuse(value, where, "finite")
+
+
+NONE, FLAG, TEXT = one_of(None), one_of(True, False), text()
+#: A name that is a folder's too: no separators, no leading dot.
+NAME = text(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}", "a name of letters, digits, '_', '.' and '-'")
+#: A file of a checkpoint, by its path within the checkpoint's folder.
+FILE = text(
+    r"(\.eval_results/)?[A-Za-z0-9][A-Za-z0-9_.-]{0,95}", "the name of a file in the checkpoint's folder"
+)
+REPO = text(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", "ORG/NAME")
+REVISION = text(r"[0-9a-f]{40}", "a commit id of 40 hexadecimal digits")
+DIGEST = text(r"[0-9a-f]{64}", "a sha256 of 64 hexadecimal digits")
+_SIDE = whole(1, 4096)
+_SIZE = list_of(_SIDE, 3, 3)
+_CHANNELS = list_of(number(-1000, 1000), 1, 64)
+_LABEL = text(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,500}", "a label")
+
+#: timm's pretrained configuration. It must not send timm to another source of weights.
+PRETRAINED_CFG = record(
+    {
+        "custom_load": one_of(False),
+        "input_size": _SIZE,
+        "test_input_size": either(NONE, _SIZE),
+        "min_input_size": either(NONE, _SIZE),
+        "fixed_input_size": FLAG,
+        "interpolation": one_of("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random"),
+        "crop_pct": number(0.01, 2),
+        "test_crop_pct": either(NONE, number(0.01, 2)),
+        "crop_mode": one_of("center", "squash", "border"),
+        "mean": _CHANNELS,
+        "std": list_of(number(1e-6, 1000), 1, 64),
+        "num_classes": whole(0, 100_000),
+        "label_offset": either(NONE, whole(0, 1000)),
+        "label_names": either(NONE, list_of(_LABEL, 0, 100_000)),
+        "label_descriptions": either(NONE, table(_LABEL, _LABEL, 100_000)),
+        "pool_size": either(NONE, list_of(_SIDE, 2, 2)),
+        "test_pool_size": either(NONE, list_of(_SIDE, 2, 2)),
+        "first_conv": either(NONE, TEXT),
+        "classifier": either(NONE, TEXT),
+        **dict.fromkeys(("license", "tag", "description"), either(NONE, TEXT)),
+        **dict.fromkeys(("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"), never),
+    },
+    others=anything,
+)
+
+_WIDTHS = list_of(whole(1, 8192), 1, 4)
+_LAYER = either(NONE, text(r"[a-z0-9_]{1,40}", "a layer's name"))
+_RATE = either(NONE, number(0, 1))
+#: Keyword arguments of the architectures, as far as JSON can say them.
+MODEL_ARGS = record(
+    {
+        "in_chans": whole(1, 64),
+        "num_classes": whole(0, 100_000),
+        "global_pool": one_of("", "avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax"),
+        "output_stride": one_of(8, 16, 32),
+        "channels": _WIDTHS,
+        "layers": list_of(whole(1, 200), 1, 4),
+        "stem_width": whole(1, 1024),
+        "stem_type": one_of("", "deep", "deep_tiered"),
+        "cardinality": whole(1, 1024),
+        "base_width": whole(1, 4096),
+        "block_reduce_first": whole(1, 64),
+        "down_kernel_size": whole(1, 7),
+        **dict.fromkeys(("avg_down", "replace_stem_pool", "zero_init_last", "folded"), FLAG),
+        **dict.fromkeys(("drop_rate", "drop_path_rate", "drop_block_rate"), _RATE),
+        **dict.fromkeys(("act_layer", "norm_layer", "aa_layer"), _LAYER),
+        "block_args": either(NONE, record({"attn_layer": _LAYER})),
+        # DIA, ASR and ConAM
+        "reduction": either(NONE, whole(1, 8192)),
+        "dia_light": FLAG,
+        "delta": whole(1, 64),
+        "generator": one_of("se", "ie", "eca", "srm"),
+        "attention": _LAYER,
+        "grid": either(NONE, whole(1, 64), list_of(whole(1, 64), 1, 4)),
+        "patch_size": either(NONE, whole(1, 4096), list_of(whole(1, 4096), 1, 4)),
+        "temperature": either(number(1e-6, 1e6), one_of("sqrt")),
+        # FMM and SSIA
+        "mode": one_of("bn", "sigmoid", "gate", "raw"),
+        "pin_bias": FLAG,
+        "target": one_of("channel", "last", "spatial"),
+        "aux_weight": number(0, 1e6),
+    }
+)
+
+#: config.json as timm writes it.
+CONFIG = record(
+    {
+        "architecture": NAME,
+        "num_classes": whole(0, 100_000),
+        "num_features": whole(1, 1_000_000),
+        "global_pool": either(NONE, TEXT),
+        "label_names": either(NONE, list_of(_LABEL, 0, 100_000)),
+        "label_descriptions": either(NONE, table(_LABEL, _LABEL, 100_000)),
+        "model_args": MODEL_ARGS,
+        "pretrained_cfg": PRETRAINED_CFG,
+    },
+    required=("architecture", "num_classes", "pretrained_cfg"),
+    others=anything,
+)
+_FIGURE = record(
+    {"mean": number(-1e9, 1e9), "std": either(NONE, number(0, 1e9)), "n": whole(1, 10_000)},
+    required=("mean", "std", "n"),
+)
+_COUNT = whole(0, 10**12)
+
+#: One checkpoint of an index.
+ENTRY = record(
+    {
+        "architecture": NAME,
+        "tag": NAME,
+        "repo_id": either(NONE, REPO),
+        "revision": either(NONE, REVISION),
+        "pretrained_cfg": PRETRAINED_CFG,
+        "model_args": MODEL_ARGS,
+        "files": table(FILE, record({"sha256": DIGEST, "size": _COUNT}, required=("sha256", "size")), 100),
+        "metrics": record(
+            {
+                **dict.fromkeys(("top1", "top5"), number(0, 100)),
+                "loss": number(-1e9, 1e9),
+                **dict.fromkeys(("images", "epoch", "seed", "parameters"), _COUNT),
+                "logit_difference": number(0, 1e9),
+            },
+            others=anything,
+        ),
+        "over_seeds": record(
+            {"seeds": list_of(_COUNT, 1, 10_000), **dict.fromkeys(("top1", "top5", "loss"), _FIGURE)}
+        ),
+        "recipe": anything,
+        "dataset": record(
+            {
+                **dict.fromkeys(("id", "license"), TEXT),
+                "split": TEXT,
+                "images": table(TEXT, _COUNT, 100),
+            }
+        ),
+        "training": anything,
+        "mechanism": NAME,
+        "paper": record(dict.fromkeys(("title", "arxiv", "url"), TEXT)),
+        "caveats": list_of(TEXT, 0, 20),
+        "controls": list_of(NAME, 0, 100),
+        "runtimes": table(FILE, number(0, 1e9), 10),
+        "folded_from": either(NONE, NAME),
+        "folded": either(NONE, NAME),
+    },
+    required=("architecture", "tag"),
+    others=anything,
+)
