@@ -8,11 +8,11 @@ same bits if model, average, optimiser and metrics (timing apart) are equal.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.progress import track
 
 from timm_attn.training.checkpoint import folders
@@ -32,18 +33,27 @@ OPTIONS = shlex.split("""
 
 
 def launch(processes: int, *arguments: str) -> subprocess.Popen:
-    """Start a run in a session of its own, so that all of its processes can be killed together."""
+    """Start a run."""
     python = [sys.executable]
     if processes > 1:
         python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.Popen(
         [*python, *arguments],
-        start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL a run's processes; the launcher puts each of them into a session of its own."""
+    launcher = psutil.Process(process.pid)
+    launcher.suspend()  # or it would start them again
+    for one in (*launcher.children(recursive=True), launcher):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.communicate()
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -81,8 +91,7 @@ def torture(arguments: argparse.Namespace, folder: Path, processes: int, precisi
             time.sleep(0.01)
         if process.poll() is not None:
             break  # it was faster
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill(process)
         kills += 1
         at_steps.append(folders(killed)[-1][0] if killed.is_dir() and folders(killed) else 0)
         if (killed / "environment.json").is_file():
