@@ -157,3 +157,42 @@ def test_psi_per_image_is_told_apart(monkeypatch):
     monkeypatch.setattr(ASR, "forward", psi_per_image)
     with pytest.raises(AssertionError):
         check_network("resnet20_asr")
+
+
+def test_what_saves_memory_gives_way_to_transforms_and_tracers():
+    """Without gradients DIA writes in place, and its mean has a gradient of its own: not in there."""
+    model = randomise(narrow("resnet20_dia")).eval().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(torch.vmap(lambda image: model(image[None])[0])(x), expected)
+        torch.testing.assert_close(torch.func.jvp(model, (x,), (x,))[0], expected)
+        traced = torch.jit.trace(model, x)
+    traced(x.requires_grad_()).sum().backward()
+    assert x.grad.isfinite().all()
+    torch.testing.assert_close(model(x).detach(), expected)
+
+
+def test_hooks_on_a_norm_and_its_gate_are_called_in_training():
+    model, called = narrow("resnet20_asr").train(), []
+    block = model.layer1[0]
+    block.bn2.register_forward_hook(lambda *arguments: called.append("norm"))
+    block.se.register_forward_hook(lambda *arguments: called.append("gate"))
+    model(torch.randn(2, 3, 32, 32))
+    assert called == ["norm", "gate"]
+
+
+def test_the_gate_in_the_norm_trains_as_the_gate_after_it():
+    x = torch.randn(4, 3, 32, 32)
+    results = []
+    for hooked in (False, True):
+        torch.manual_seed(0)
+        model = randomise(narrow("resnet20_asr")).double().train()
+        if hooked:
+            for block in (*model.layer1, *model.layer2, *model.layer3):
+                block.bn2.register_forward_hook(lambda *arguments: None)
+        model(x.double()).square().sum().backward()
+        statistics = [buffer for name, buffer in model.named_buffers()]
+        results.append([*(p.grad for p in model.parameters()), *statistics])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

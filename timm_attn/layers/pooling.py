@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .eager import eager
+
 
 class _ChannelMean(torch.autograd.Function):
     """PyTorch's own gradient of a mean has another memory format than a channels-last map.
@@ -12,15 +14,10 @@ class _ChannelMean(torch.autograd.Function):
     To add the two, which follows since the map is used again, then takes longer than the mean itself.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.shape, ctx.dtype = x.shape, x.dtype
         return x.mean((2, 3), dtype=dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -34,7 +31,6 @@ class _ChannelMean(torch.autograd.Function):
 def channel_mean(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Mean of a map (B × C × H × W) over its pixels: B × C, in the map's dtype or another."""
     if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript knows this question alone)
-        # A tracer's stand-in for a tensor is none.
-        if isinstance(x, Tensor) and x.requires_grad and not x.is_contiguous():
+        if eager(x) and x.requires_grad and not x.is_contiguous():
             return _ChannelMean.apply(x, dtype or x.dtype)  # pyright: ignore[reportReturnType]
     return x.mean((2, 3), dtype=dtype)

@@ -10,6 +10,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from ..layers import FMM
+from ..layers.eager import eager
 
 
 def last_norm(block: Any) -> Any:
@@ -24,20 +25,35 @@ def add_shortcut(x: Tensor, shortcut: Tensor, gate: Tensor | None = None) -> Ten
         return x
     gate = gate[:, :, None, None]
     # One pass over the map instead of two; a new map costs more than the pass where memory is slow.
-    if torch.is_grad_enabled() or x.dtype != shortcut.dtype:
-        return torch.addcmul(shortcut, x, gate)
-    return torch.addcmul(shortcut, x, gate, out=x)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript knows this question alone)
+        if eager(x) and not torch.is_grad_enabled() and x.dtype == shortcut.dtype:
+            return torch.addcmul(shortcut, x, gate, out=x)
+    return torch.addcmul(shortcut, x, gate)
 
 
 def attend(norm: Any, attention: Any, x: Tensor) -> Tensor:
     """The last norm layer and the attention after it; in training in one pass over the map if it can be."""
     if attention is None:
         return norm(x)
-    # What replaces a plain norm (synchronised, frozen, parametrised) has a forward of its own.
+    # What replaces a plain norm (synchronised, frozen, parametrised) has a forward of its own, and whoever
+    # hooks one of the two wants it called.
     plain = type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
-    if attention.training and plain and norm.momentum is not None and hasattr(attention, "after_norm"):
+    free = torch.compiler.is_compiling() or (eager(x) and not _hooked(norm) and not _hooked(attention))
+    plain = plain and norm.momentum is not None
+    if attention.training and plain and free and hasattr(attention, "after_norm"):
         return attention.after_norm(norm, x)
     return attention(norm(x))
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether more happens than the module's own forward when it is called."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks) or "forward" in vars(module)
 
 
 class SplitBasicBlock(BasicBlock):

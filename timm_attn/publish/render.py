@@ -42,6 +42,11 @@ def render(hub: Path, readme: Path | None = None, write: bool = True) -> list[Pa
         WeightsError: The index cannot be read.
     """
     checkpoints = read_index(hub)
+    for checkpoint in checkpoints:
+        fields = ("metrics", "over_seeds", "recipe", "dataset", "training", "pretrained_cfg")
+        missing = [field for field in fields if not getattr(checkpoint, field)]
+        if missing:
+            raise UserError(f"the index says no {', '.join(missing)} of {checkpoint.name}: export it again")
     wanted = {
         checkpoint.folder / path: text
         for checkpoint in checkpoints

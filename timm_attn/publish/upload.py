@@ -90,6 +90,8 @@ def publish(
     """
     folders = [folders] if isinstance(folders, Path) else list(folders)
     checkpoints = [_check(folder) for folder in folders]
+    for hub in {checkpoint.folder.parent for checkpoint in checkpoints}:
+        render(hub, write=False)  # what a neighbour lacks must not be found when the first are sent
     if dry_run:
         return [_plan(checkpoint, to) for checkpoint in checkpoints]
     by_folder = dict(zip(folders, checkpoints, strict=True))
@@ -126,7 +128,7 @@ def _publish(api: HfApi, checkpoint: Checkpoint, to: str, private: bool, create_
     content = _content(checkpoint, to)
     with _explained(repo_id):
         if not create_pr:
-            api.create_repo(repo_id, private=private, exist_ok=True)
+            api.create_repo(repo_id, private=private or None, exist_ok=True)
         head = api.model_info(repo_id, files_metadata=True)
         if create_pr:
             there = _open_request(api, repo_id, content)
@@ -144,8 +146,8 @@ def _publish(api: HfApi, checkpoint: Checkpoint, to: str, private: bool, create_
             revision, url = info.oid, info.pr_url or info.commit_url
         else:
             revision, url = there
-        tag = None if create_pr else _tag(api, repo_id, revision)
         _verify(api, repo_id, revision, content, checkpoint)
+        tag = None if create_pr else _tag(api, repo_id, revision)
     if not create_pr:
         _note(checkpoint, repo_id, revision)
     sizes = {path: _size(data) for path, data in content.items()}

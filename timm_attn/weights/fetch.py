@@ -19,7 +19,7 @@ from .schema import WeightsError
 
 #: Seconds that the Hub may take to say what a file is; there is no second try.
 PATIENCE = 5.0
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
+_SECRET = re.compile(r"(?<=hf_)[\w.-]{8,}|(?<=://)[^/@\s]+(?=@)")
 
 
 class NotOnHub(WeightsError):
@@ -27,8 +27,8 @@ class NotOnHub(WeightsError):
 
 
 def without_tokens(message: object) -> str:
-    """A message in which no Hub token is left."""
-    return _TOKEN.sub("hf_…", str(message))
+    """A message in which no Hub token and no password of an address is left."""
+    return _SECRET.sub("…", str(message))
 
 
 def fetch(repo_id: str, filename: str, revision: str | None = None, sha256: str | None = None) -> Path:
@@ -118,8 +118,8 @@ def _missing(repo_id: str, filename: str, revision: str | None, error: Exception
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no revision {revision}: leave the revision out, or look at its history"
     return (
-        f"{constants.ENDPOINT} has no repository {repo_id}, or does not show it to you: check the name, or "
-        "log in with `hf auth login`"
+        f"{without_tokens(constants.ENDPOINT)} has no repository {repo_id}, or does not show it to "
+        "you: check the name, or log in with `hf auth login`"
     )
 
 
@@ -133,6 +133,6 @@ def _advice(repo_id: str, filename: str, revision: str | None, reason: str, dama
     found = "holds a damaged copy" if damaged else "does not hold it"
     return (
         f"cannot get {filename} of {repo_id} ({reason}). Tried: the cache {constants.HF_HUB_CACHE}, which "
-        f"{found}; {constants.ENDPOINT}. With a connection run `hf download {repo_id} "
+        f"{found}; {without_tokens(constants.ENDPOINT)}. With a connection run `hf download {repo_id} "
         f"{filename}{at}` (the cache then serves it offline), or name a hub folder in TIMM_ATTN_HUB"
     )

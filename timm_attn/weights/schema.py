@@ -176,7 +176,8 @@ NAME = text(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}", "a name of letters, digits, '_',
 FILE = text(
     r"(\.eval_results/)?[A-Za-z0-9][A-Za-z0-9_.-]{0,95}", "the name of a file in the checkpoint's folder"
 )
-REPO = text(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", "ORG/NAME")
+_PART = r"[A-Za-z0-9]([\w.-]{0,94}[A-Za-z0-9])?"
+REPO = text(rf"(?!.*(--|\.\.|\.git(/|$))){_PART}/{_PART}", "ORG/NAME")
 REVISION = text(r"[0-9a-f]{40}", "a commit id of 40 hexadecimal digits")
 DIGEST = text(r"[0-9a-f]{64}", "a sha256 of 64 hexadecimal digits")
 _SIDE = whole(1, 4096)

@@ -144,8 +144,10 @@ def _first(name: str) -> tuple[Checkpoint, Path]:
     for checkpoint in places:
         try:
             return checkpoint, checkpoint.weights()
-        except NotOnHub:  # of the user's organisation; what ships is next
-            continue
+        except NotOnHub as reason:  # of the user's organisation; what ships is next
+            warnings.warn(
+                f"{reason}. TIMM_ATTN_HUB names it; the package's own weights are taken", stacklevel=2
+            )
     return last, last.weights()
 
 

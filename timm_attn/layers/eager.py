@@ -1,0 +1,19 @@
+"""Whether a tensor is computed with at once, by nobody but PyTorch's ordinary autograd."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def eager(x: Any) -> bool:
+    """False for a tracer's or compiler's stand-in, within ``torch.func`` and in forward-mode autograd.
+
+    There the shortest way through memory is not ours to choose, and some of the operations are missing.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor):
+        return False
+    # Nothing public tells these.
+    transformed: Any = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
+    return transformed is None and forward_ad._current_level < 0
