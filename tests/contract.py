@@ -276,8 +276,9 @@ def check_script(case: Case) -> None:
 
 
 def check_fx(case: Case) -> None:
-    x = case.images(4)
-    model = randomise(case.build())
+    # In double: a traced network may multiply in another order than the eager one.
+    x = case.images(4).double()
+    model = randomise(case.build()).double()
     nodes = [info["module"] for info in model.feature_info[1:]] + ["fc"]
     traced = GraphExtractNet(deepcopy(model), nodes)
     for training in (False, True):
