@@ -1,5 +1,6 @@
-"""Writing files so that nobody sees half of one."""
+"""Files: written so that nobody sees half of one, and their digests."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -12,3 +13,9 @@ def replace_file(path: Path, content: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, path)
+
+
+def sha256(path: str | Path) -> str:
+    """Hex sha256 digest of a file."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

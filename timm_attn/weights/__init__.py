@@ -1,6 +1,7 @@
 """Where pretrained weights are found: folders that the user names, what ships with the package, the Hub."""
 
-from .checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint, sha256
+from ..files import sha256
+from .checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint
 from .config import fetch_folder, read_config, read_folder
 from .fetch import without_tokens
 from .index import read_index, write_index

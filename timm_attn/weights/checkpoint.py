@@ -1,10 +1,10 @@
 """One checkpoint: what the index says of it, and its files."""
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import sha256
 from . import fetch
 from .schema import WeightsError
 
@@ -102,12 +102,6 @@ class Checkpoint:
             return self.verified()
         digest = self.files.get(WEIGHTS, {}).get("sha256")
         return fetch.fetch(self.repo_id, WEIGHTS, self.revision, digest)
-
-
-def sha256(path: str | Path) -> str:
-    """Hex sha256 digest of a file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_inside(path: Path, folder: Path) -> None:

@@ -1,6 +1,5 @@
 """A file of a Hub repository: out of the cache, or downloaded and compared with its sha256."""
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
+from ..files import sha256 as sha256_of
 from ..version import __version__
 from .schema import WeightsError
 
@@ -50,7 +50,7 @@ def fetch(repo_id: str, filename: str, revision: str | None = None, sha256: str 
     """
     cached = try_to_load_from_cache(repo_id, filename, revision=revision)
     cached = Path(cached) if isinstance(cached, str) else None
-    damaged = cached is not None and sha256 is not None and _digest(cached) != sha256
+    damaged = cached is not None and sha256 is not None and sha256_of(cached) != sha256
     if cached and not damaged and (revision or constants.is_offline_mode()):
         return cached
     if constants.is_offline_mode():
@@ -84,18 +84,13 @@ def fetch(repo_id: str, filename: str, revision: str | None = None, sha256: str 
         )
     except Exception as error:
         raise WeightsError(_advice(repo_id, filename, revision, _reason(error), damaged)) from None
-    if want and _digest(path) != want:
+    if want and sha256_of(path) != want:
         _forget(path)
         raise WeightsError(
             f"{repo_id} {filename} is damaged: what was downloaded has not the sha256 {want}. It is not "
             "kept; run the command again, and if that does not help report it"
         )
     return path
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _forget(path: Path) -> None:
