@@ -104,8 +104,10 @@ class Repo:
 
     repo_id: str
     private: bool = False
+    gated: bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    closed: set[str] = field(default_factory=set)  # refs of pull requests that are no longer open
     announced: dict[str, int] = field(default_factory=dict)  # LFS oid -> size of the uploads agreed on
     unverified: dict[str, bytes] = field(default_factory=dict)  # uploaded, verify request not seen yet
     lfs: dict[str, bytes] = field(default_factory=dict)  # complete, may be named in a commit
@@ -271,6 +273,14 @@ class HubServer:
         with self._lock:
             return {path: blob.data for path, blob in self._repos[repo_id].resolve(revision).files.items()}
 
+    def gate(self, repo_id: str) -> None:
+        """From now on only members may read files, as where the owner asks for an agreement first."""
+        self._repos[repo_id].gated = True
+
+    def close_pull_request(self, repo_id: str, number: int) -> None:
+        """Close it; its ref stays, as on the Hub."""
+        self._repos[repo_id].closed.add(f"refs/pr/{number}")
+
     def corrupt(self, repo_id: str, path: str) -> None:
         """From now on serve this file with its middle byte changed; size, headers and listings stay right."""
         self._corrupted.add((repo_id, path))
@@ -435,7 +445,7 @@ class HubServer:
             details = {"size": blob.size, "blobId": blob.git_oid, **blob.lfs_info("sha256")}
             siblings.append({"rfilename": path, **(details if "blobs" in request.query else {})})
         info = {"id": repo_id, "modelId": repo_id, "author": repo_id.split("/")[0], "private": repo.private}
-        info |= {"gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
+        info |= {"gated": repo.gated, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
         return info | {"sha": commit.oid, "lastModified": commit.date, "siblings": siblings}
 
     @route("GET", "/api/models/REPO/tree/REV")
@@ -456,6 +466,26 @@ class HubServer:
             kind = {"heads": "branches", "tags": "tags", "pr": "pullRequests"}[kind]
             answer[kind].append({"name": name, "ref": ref, "targetCommit": oid})
         return answer
+
+    @route("GET", "/api/models/REPO/discussions")
+    def _discussions(self, request: Request, repo_id: str) -> Json:
+        """Pull requests only, one a page: the client must ask for all pages."""
+        repo = self._readable(request, repo_id)
+        found = [
+            {
+                "num": int(ref.rpartition("/")[2]),
+                "title": repo.commits[oid].title,
+                "author": {"name": repo.commits[oid].author},
+                "createdAt": repo.commits[oid].date,
+                "status": "closed" if ref in repo.closed else "open",
+                "repo": {"name": repo_id, "type": "model"},
+                "isPullRequest": True,
+            }
+            for ref, oid in repo.refs.items()
+            if ref.startswith("refs/pr/")
+        ]
+        start = int(request.query.get("p", "0"))
+        return {"discussions": found[start : start + 1], "start": start, "count": len(found)}
 
     @route("GET", "/api/models/REPO/commits/REV")
     def _commits(self, request: Request, repo_id: str, revision: str) -> list[Json]:
@@ -577,7 +607,10 @@ class HubServer:
 
     @route("GET", "/REPO/resolve/REV/PATH")
     def _resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Reply:
-        commit = self._readable(request, repo_id).resolve(revision)
+        repo = self._readable(request, repo_id)
+        if repo.gated and not self._role(request.user, repo_id):
+            raise HubError(403, f"Access to model {repo_id} is restricted", "GatedRepo")
+        commit = repo.resolve(revision)
         if path not in commit.files:
             raise HubError(404, "Entry not found", "EntryNotFound", X_Repo_Commit=commit.oid)
         blob = commit.files[path]

@@ -13,10 +13,11 @@ from safetensors.torch import save
 from test_pretrained import write_hub
 
 from timm_attn.training import load_model
-from timm_attn.weights import WeightsError, fetch_folder, sha256
+from timm_attn.weights import CONFIG, WeightsError, fetch_folder, sha256, shipped_folder
 from timm_attn.weights.fetch import NotOnHub, fetch
 
 REPO = "some-org/resnet20_dia.x"
+SHIPPED = shipped_folder() / "resnet20_dia.sgd5_c10"
 CREATE = "import sys, timm, timm_attn, torch; torch.save(timm.create_model(sys.argv[1], pretrained=True).state_dict(), sys.argv[2])"
 
 
@@ -155,17 +156,28 @@ def test_a_connection_that_breaks_in_the_middle_of_a_download(client):
 
 
 @pytest.mark.parametrize(
-    ("repo", "filename", "revision", "message"),
+    ("repo", "filename", "revision", "message", "kind"),
     [
-        ("some-org/none", "model.safetensors", None, "has no repository some-org/none"),
-        (REPO, "model.safetensors", "v9", f"{REPO} has no revision v9"),
-        (REPO, "other.safetensors", None, f"{REPO} has no other.safetensors. Pickled weights are not read"),
+        ("some-org/none", "model.safetensors", None, "has no repository some-org/none", NotOnHub),
+        ("some-org/gated", "model.safetensors", None, "some-org/gated is gated: log in", WeightsError),
+        (REPO, "model.safetensors", "v9", f"{REPO} has no revision v9", WeightsError),
+        (
+            REPO,
+            "other.safetensors",
+            None,
+            f"{REPO} has no other.safetensors. Pickled weights are not read",
+            WeightsError,
+        ),
+        (REPO, "config.json", None, f"{REPO} has no config.json: ask", WeightsError),
     ],
 )
-def test_what_is_not_there(repo, filename, revision, message, client):
+def test_what_is_not_there(repo, filename, revision, message, kind, client):
     client.put_files(REPO, {"model.safetensors": b"x"})
-    with pytest.raises(NotOnHub, match=message):
+    client.put_files("some-org/gated", {"model.safetensors": b"x"})
+    client.gate("some-org/gated")
+    with pytest.raises(WeightsError, match=message) as raised:
         fetch(repo, filename, revision)
+    assert raised.type is kind
 
 
 def test_a_repository_with_only_pickles_is_refused(client, tmp_path):
@@ -189,7 +201,8 @@ def test_names_that_are_no_repositories(name, client):
 def test_an_organisation_takes_the_place_of_the_index(server, tmp_path):
     own = timm.create_model("resnet20_dia", pretrained=True).state_dict()
     theirs = {key: tensor + 1 if tensor.is_floating_point() else tensor for key, tensor in own.items()}
-    server.put_files("other-org/resnet20_dia.sgd5_c10", {"model.safetensors": save(theirs)})
+    files = {"model.safetensors": save(theirs), "config.json": (SHIPPED / CONFIG).read_bytes()}
+    server.put_files("other-org/resnet20_dia.sgd5_c10", files)
     out, cache = tmp_path / "out.pt", tmp_path / "cache"
     # Theirs, at its newest; what ships where they have nothing.
     for name, expected in (("resnet20_dia", theirs), ("resnet20_asr", None)):
@@ -204,7 +217,38 @@ def test_an_organisation_takes_the_place_of_the_index(server, tmp_path):
     assert result.returncode == 0, result.stderr
     assert torch.equal(torch.load(out)["fc.bias"], theirs["fc.bias"])
     result, _ = create("other-org", out, cache, endpoint, "resnet20_asr")
-    assert "cannot get model.safetensors of other-org/resnet20_asr.sgd5_c10" in result.stderr
+    assert "cannot get config.json of other-org/resnet20_asr.sgd5_c10" in result.stderr
+
+
+def test_an_organisations_weights_go_with_its_own_configuration(server, tmp_path):
+    own = json.loads((SHIPPED / CONFIG).read_text())
+    arguments = {"channels": [8, 16, 24], "layers": [2, 1, 2], "reduction": 2}
+    theirs = randomise(timm.create_model("resnet20_dia", num_classes=7, **arguments))
+    changed = {"num_classes": 7, "label_names": None}
+    config = own | changed | {"model_args": arguments}
+    config["pretrained_cfg"] = own["pretrained_cfg"] | changed | {"mean": [0.1, 0.2, 0.3]}
+    name = "other-org/resnet20_dia.sgd5_c10"
+    files = {"model.safetensors": save(theirs.state_dict()), "config.json": json.dumps(config).encode()}
+    server.put_files(name, files)
+    out, cache = tmp_path / "out.pt", tmp_path / "cache"
+    code = """
+import sys, timm, timm_attn, torch
+model = timm.create_model("resnet20_dia", pretrained=True)
+torch.save((model.state_dict(), model.pretrained_cfg["mean"]), sys.argv[1])
+"""
+    env = {"TIMM_ATTN_HUB": "other-org", "HF_ENDPOINT": server.endpoint, "HF_HUB_CACHE": str(cache)}
+    result = python("-c", code, str(out), env=env)
+    assert result.returncode == 0, result.stderr
+    state, mean = torch.load(out)
+    assert all(torch.equal(tensor, theirs.state_dict()[key]) for key, tensor in state.items())
+    assert list(mean) == [0.1, 0.2, 0.3]
+    # What is no such network, or lacks a file, is not replaced by what ships.
+    server.put_files(name, {"config.json": json.dumps(config | {"architecture": "resnet20_asr"}).encode()})
+    result, _ = create("other-org", out, cache, server.endpoint, "resnet20_dia")
+    assert f"{name} holds a resnet20_asr: unset TIMM_ATTN_HUB" in result.stderr
+    server.put_files("other-org/resnet20_asr.sgd5_c10", {"config.json": (SHIPPED / CONFIG).read_bytes()})
+    result, _ = create("other-org", out, cache, server.endpoint, "resnet20_asr")
+    assert "has no model.safetensors. Pickled weights are not read" in result.stderr
 
 
 def test_a_folder_can_be_registered_later(state, tmp_path):

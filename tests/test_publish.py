@@ -154,6 +154,9 @@ def test_a_pull_request_leaves_main_and_the_index_alone(hub, server):
     assert "model.safetensors" in server.files(name, "refs/pr/1")
     assert entry(hub).revision is None
     assert publish(hub / NAME, "my-org", create_pr=True)[0].url == done.url  # not a second one
+    server.close_pull_request(name, 1)
+    for _ in range(2):
+        assert publish(hub / NAME, "my-org", create_pr=True)[0].url.endswith("/discussions/2")
 
 
 @pytest.mark.parametrize("to", ["other-org", "nobody"])

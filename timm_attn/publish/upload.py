@@ -183,11 +183,13 @@ def _operations(
 
 
 def _open_request(api: HfApi, repo_id: str, content: dict[str, bytes | Path]) -> tuple[str, str] | None:
-    """Commit and page of a pull request that has the content already."""
-    for ref in api.list_repo_refs(repo_id, include_pull_requests=True).pull_requests or []:
-        info = api.model_info(repo_id, revision=ref.ref, files_metadata=True)
+    """Commit and page of an open pull request that has the content already."""
+    for request in api.get_repo_discussions(repo_id, discussion_type="pull_request"):
+        if request.status not in ("open", "draft"):
+            continue
+        info = api.model_info(repo_id, revision=request.git_reference, files_metadata=True)
         if _same(info, content):
-            return str(info.sha), f"{api.endpoint}/{repo_id}/discussions/{ref.ref.rpartition('/')[2]}"
+            return str(info.sha), request.url
     return None
 
 

@@ -11,7 +11,12 @@ from huggingface_hub import (
     hf_hub_url,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from ..files import sha256 as sha256_of
 from ..version import __version__
@@ -23,7 +28,7 @@ _SECRET = re.compile(r"(?<=hf_)[\w.-]{8,}|(?<=://)[^/@\s]+(?=@)")
 
 
 class NotOnHub(WeightsError):
-    """The Hub answers, and has no such repository, revision or file."""
+    """The Hub answers, and shows no such repository."""
 
 
 def without_tokens(message: object) -> str:
@@ -45,7 +50,7 @@ def fetch(repo_id: str, filename: str, revision: str | None = None, sha256: str 
         sha256: What the file must have; with None, what the Hub says that it has, where it says so.
 
     Raises:
-        NotOnHub: There is no such repository, revision or file.
+        NotOnHub: There is no such repository, or it is private.
         WeightsError: The file cannot be had, or is damaged.
     """
     cached = try_to_load_from_cache(repo_id, filename, revision=revision)
@@ -64,7 +69,9 @@ def fetch(repo_id: str, filename: str, revision: str | None = None, sha256: str 
         )
     except Exception as error:  # the HTTP library's errors are no public types
         if _says_no(error):
-            raise NotOnHub(_missing(repo_id, filename, revision, error)) from None
+            absent = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
+            kind = NotOnHub if absent else WeightsError
+            raise kind(_missing(repo_id, filename, revision, error)) from None
         if cached and not damaged:
             return cached
         raise WeightsError(_advice(repo_id, filename, revision, _reason(error), damaged)) from None
@@ -109,9 +116,13 @@ def _says_no(error: Exception) -> bool:
 def _missing(repo_id: str, filename: str, revision: str | None, error: Exception) -> str:
     at = f"{repo_id}@{revision}" if revision else repo_id
     if isinstance(error, EntryNotFoundError):
-        return f"{at} has no {filename}. Pickled weights are not read: ask its owner for safetensors"
+        if filename.endswith(".safetensors"):
+            return f"{at} has no {filename}. Pickled weights are not read: ask its owner for safetensors"
+        return f"{at} has no {filename}: ask its owner for it"
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no revision {revision}: leave the revision out, or look at its history"
+    if isinstance(error, GatedRepoError):
+        return f"{repo_id} is gated: log in with `hf auth login`, and ask for access on its page on the Hub"
     return (
         f"{without_tokens(constants.ENDPOINT)} has no repository {repo_id}, or does not show it to "
         "you: check the name, or log in with `hf auth login`"

@@ -17,7 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import INDEX, Checkpoint
+from .checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint
+from .config import fetch_folder, read_config
 from .fetch import NotOnHub
 from .index import read_index
 from .schema import WeightsError
@@ -135,20 +136,40 @@ def resolve(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
             return {}
     checkpoint, path = _first(known[tag].name)
     arguments = {name: value for name, value in checkpoint.model_args.items() if name not in kwargs}
-    return {**arguments, "pretrained_cfg_overlay": {**overlay, "file": str(path)}}
+    return {
+        **arguments,
+        "pretrained_cfg_overlay": {**checkpoint.pretrained_cfg, **overlay, "file": str(path)},
+    }
 
 
 def _first(name: str) -> tuple[Checkpoint, Path]:
     """The first place that has a checkpoint, and its weights."""
-    *places, last = candidates()[name]
-    for checkpoint in places:
+    organisation = _chosen()[1]
+    first, *others = candidates()[name]
+    if first.repo_id == f"{organisation}/{name}" and not first.files:
         try:
-            return checkpoint, checkpoint.weights()
-        except NotOnHub as reason:  # of the user's organisation; what ships is next
+            return _newest(first)
+        except NotOnHub as reason:
             warnings.warn(
-                f"{reason}. TIMM_ATTN_HUB names it; the package's own weights are taken", stacklevel=2
+                f"{reason}. TIMM_ATTN_HUB={organisation} is no folder here and is taken for an organisation "
+                f"of the Hub; as it has no {name}, the package's own weights are taken",
+                stacklevel=2,
             )
-    return last, last.weights()
+        first = others[0]
+    return first, first.weights()
+
+
+def _newest(checkpoint: Checkpoint) -> tuple[Checkpoint, Path]:
+    """A checkpoint of the user's organisation as its own config.json describes it, and its weights."""
+    folder = fetch_folder(str(checkpoint.repo_id))
+    config = read_config(folder / CONFIG)
+    if config["architecture"] != checkpoint.architecture:
+        raise WeightsError(
+            f"{checkpoint.repo_id} holds a {config['architecture']}: unset TIMM_ATTN_HUB, or load it as "
+            f"hf-hub:{checkpoint.repo_id}"
+        )
+    cfg, arguments = config["pretrained_cfg"], config.get("model_args") or {}
+    return replace(checkpoint, pretrained_cfg=cfg, model_args=arguments), folder / WEIGHTS
 
 
 def _not_found(architecture: str, tag: str | None, known: list[str]) -> str:
