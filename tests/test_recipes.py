@@ -22,6 +22,7 @@ from timm_attn.training import trainer as trainers
 from timm_attn.training.optim import make_optimizer, make_scheduler
 from timm_attn.training.recipe_file import load_recipe, recipe_arguments, recipe_names
 from timm_attn.training.run import read_lines, read_metrics, read_results
+from timm_attn.training.seeds import gather_seeds, seed_runs
 
 TINY = ("channels=[8,8,8]", "layers=[1,1,1]")
 FAST = {
@@ -217,6 +218,17 @@ def test_several_seeds_are_aggregated(tmp_path, capsys):
     assert (tmp_path / "a" / "curves.png").read_bytes()[:4] == b"\x89PNG"
     one = train("resnet20", Recipe(**{**FAST, "epochs": 1, "seed": 1}), tmp_path / "b")
     assert one == read_results(tmp_path / "a" / "seed-1")
+    # Runs that were made one by one are taken together in the same way.
+    (tmp_path / "a" / "seeds.json").unlink()
+    (tmp_path / "a" / "results.json").unlink()
+    (tmp_path / "a" / "seed-3").mkdir()  # not finished
+    assert gather_seeds(tmp_path / "a") == summary == read_results(tmp_path / "a")
+    assert [run.name for run in seed_runs(tmp_path / "a")] == ["seed-0", "seed-1", "seed-2"]
+    train("resnet20", Recipe(**{**FAST, "epochs": 1, "lr": 0.1, "seed": 4}), tmp_path / "a" / "seed-4")
+    with pytest.raises(UserError, match="seed-4 and .*seed-0 differ in more than the seed"):
+        gather_seeds(tmp_path / "a")
+    with pytest.raises(UserError, match="has no finished run"):
+        gather_seeds(tmp_path / "b")
     with pytest.raises(UserError, match="seeds must be different numbers, got 1 1"):
         train_seeds("resnet20", Recipe(**FAST), tmp_path / "c", (1, 1))
 

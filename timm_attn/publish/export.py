@@ -18,7 +18,7 @@ from ..papers import PAPERS, TIMM
 from ..training import Recipe, load_model, validate
 from ..training.recipe_file import load_recipe
 from ..training.run import CURVES, METRICS, RECIPE, open_run, read_results, save_model
-from ..training.seeds import is_seeds
+from ..training.seeds import is_seeds, seed_runs
 from ..weights import CONFIG, INDEX, Checkpoint, read_config, read_index, sha256, write_index
 from .datasets import license_of
 from .deploy import ONNX, PROGRAM, write_onnx, write_program
@@ -178,7 +178,7 @@ def _median(run: Path) -> tuple[Path, list[Path]]:
     if not is_seeds(run):
         return run, []
     read_results(run)  # written when all of them are finished
-    runs = sorted(run.glob("seed-*"), key=lambda path: read_results(path)["top1"])
+    runs = sorted(seed_runs(run), key=lambda path: read_results(path)["top1"])
     chosen = runs[(len(runs) - 1) // 2]
     return chosen, [other for other in runs if other != chosen]
 

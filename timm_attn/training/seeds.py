@@ -11,12 +11,13 @@ from typing import Any
 from accelerate import PartialState
 
 from ..errors import UserError
+from ..weights import WEIGHTS
 from . import curves
 from .checkpoint import write_json
 from .loop import resume, train
 from .recipe import Recipe
 from .recipe_file import load_recipe, save_recipe
-from .run import CURVES, RECIPE, RESULTS, is_run, read_metrics, read_results, refuse_full_folder
+from .run import CURVES, RECIPE, RESULTS, is_run, open_run, read_metrics, read_results, refuse_full_folder
 
 SEEDS = "seeds.json"
 
@@ -61,13 +62,42 @@ def resume_seeds(out: str | Path) -> dict[str, Any]:
     return _summary(out, about["seeds"])
 
 
+def gather_seeds(out: str | Path) -> dict[str, Any]:
+    """Take the finished runs ``out/seed-<seed>``, made one by one, as those of :func:`train_seeds`.
+
+    Returns:
+        As :func:`train_seeds`.
+
+    Raises:
+        UserError: None is finished, or they differ in more than the seed.
+    """
+    out = Path(out)
+    runs = [run for run in sorted(out.glob("seed-*")) if (run / WEIGHTS).is_file()]
+    if not runs:
+        raise UserError(f"{out} has no finished run seed-<seed>: train one, or name another folder")
+    recipes = [load_recipe(run / RECIPE) for run in runs]
+    models = [open_run(run)["model"] for run in runs]
+    for run, model, recipe in zip(runs, models, recipes, strict=True):
+        if (model, dataclasses.replace(recipe, seed=recipes[0].seed)) != (models[0], recipes[0]):
+            raise UserError(f"{run} and {runs[0]} differ in more than the seed: take one of them away")
+    seeds = sorted(recipe.seed for recipe in recipes)
+    _announce(models[0], recipes[0], out, seeds)
+    return _summary(out, seeds)
+
+
+def seed_runs(out: Path) -> list[Path]:
+    """The run folders of several seeds."""
+    seeds = json.loads((out / SEEDS).read_text(encoding="utf-8"))["seeds"]
+    return [out / f"seed-{seed}" for seed in seeds]
+
+
 def _announce(model: str, recipe: Recipe, out: Path, seeds: Sequence[int]) -> None:
     save_recipe(recipe, out / RECIPE)
     write_json(out / SEEDS, {"model": model, "seeds": list(seeds)})
 
 
 def _summary(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    runs = [out / f"seed-{seed}" for seed in seeds]
+    runs = seed_runs(out)
     results = [read_results(run) for run in runs]
     summary: dict[str, Any] = {
         "split": results[0]["split"],

@@ -1,0 +1,169 @@
+"""Export the finished runs of scripts/train_zoo.py, measure and draw them.
+
+    python scripts/export_zoo.py --data uoft-cs/cifar10 --dataset uoft-cs/cifar10 --tag cpu_c10
+
+Of every network the run with the median top-1 goes into the hub folder, in the place of older weights of
+that network; accuracies are over all of its seeds. `zoo.json` gets what only this script measures, the time per image
+of every form over that of the plain network, in turn in one process; `zoo.png` shows accuracy against it and
+against the number of parameters.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from timm_attn.publish import export
+from timm_attn.publish.render import render
+from timm_attn.training.run import hardware
+from timm_attn.training.seeds import gather_seeds
+from timm_attn.weights import INDEX, WEIGHTS, Checkpoint, read_index, write_index
+
+ROOT = Path(__file__).parents[1]
+PLAIN = "resnet20"
+console = Console(highlight=False, soft_wrap=True)
+
+
+def family(checkpoint: Checkpoint) -> str:
+    """The network that was trained."""
+    return (checkpoint.folded_from or checkpoint.name).split(".")[0]
+
+
+def remove(hub: Path, model: str) -> None:
+    """Take a network's weights, and their folded form, out of a hub folder."""
+    known = read_index(hub) if (hub / INDEX).is_file() else []
+    for checkpoint in known:
+        if family(checkpoint) == model:
+            shutil.rmtree(checkpoint.folder)
+    write_index(hub, [c for c in known if family(c) != model])
+
+
+def times(checkpoints: list[Checkpoint], rounds: int, batch_size: int) -> dict[str, list[float]]:
+    """Seconds for a batch in eval mode (fp32), one figure a round; each round begins with another network."""
+    models = {c.name: timm.create_model(f"local-dir:{c.folder}", pretrained=True).eval() for c in checkpoints}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    names = list(models)
+    with torch.inference_mode():
+        for i in track(range(rounds), "timing", console=console):
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                images = torch.randn(batch_size, *models[name].pretrained_cfg["input_size"])
+                models[name](images)
+                start = time.perf_counter()
+                models[name](images)
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def cost(checkpoints: list[Checkpoint], rounds: int, batch_size: int) -> dict[str, dict[str, float]]:
+    """Time over that of the plain network as it was trained: median, least and greatest of the rounds."""
+    seconds = times(checkpoints, rounds, batch_size)
+    (plain,) = (c.name for c in checkpoints if c.architecture == PLAIN and not c.folded_from)
+    ratios = {
+        name: [mine / base for mine, base in zip(own, seconds[plain], strict=True)]
+        for name, own in seconds.items()
+    }
+    return {n: {"median": statistics.median(r), "min": min(r), "max": max(r)} for n, r in ratios.items()}
+
+
+def draw(checkpoints: list[Checkpoint], relative_time: dict[str, dict[str, float]], path: Path) -> None:
+    """Accuracy against parameters and against time: full as trained, hollow as deployed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    families = sorted({family(c) for c in checkpoints}, key=lambda name: (name != PLAIN, name))
+    places = (
+        lambda c: c.metrics["parameters"] / 1e3,
+        lambda c: relative_time[c.name]["median"],
+    )
+    for axis, place in zip(axes, places, strict=True):
+        for i, name in enumerate(families):
+            forms = sorted((c for c in checkpoints if family(c) == name), key=lambda c: bool(c.folded_from))
+            top1 = [c.over_seeds["top1"] for c in forms]
+            axis.plot([place(c) for c in forms], [t["mean"] for t in top1], color=f"C{i}", lw=0.8)
+            for c, t in zip(forms, top1, strict=True):
+                axis.errorbar(
+                    place(c),
+                    t["mean"],
+                    yerr=t["std"],
+                    fmt="o",
+                    capsize=3,
+                    color=f"C{i}",
+                    mfc="white" if c.folded_from else None,
+                    label=None if c.folded_from else f"{name} (n = {t['n']})",
+                )
+        axis.grid(alpha=0.3)
+    axes[0].set(xlabel="parameters (thousands)", ylabel="top-1 on the test split (%), last epoch")
+    axes[1].set(xlabel=f"time per image at inference, {PLAIN} as trained = 1")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(
+        "mean ± standard deviation over seeds; full: as trained, hollow: as deployed", fontsize=10
+    )
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="a Hub id, or a folder of parquet files")
+    parser.add_argument("--dataset", required=True, help="what cards call the data set")
+    parser.add_argument("--tag", required=True)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "zoo")
+    parser.add_argument("--hub", type=Path, default=ROOT / "hub")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--batch-size", type=int, default=128)
+    arguments = parser.parse_args()
+    hub = arguments.hub
+    hub.mkdir(parents=True, exist_ok=True)
+
+    finished = sorted({path.parents[1] for path in arguments.runs.glob(f"*/seed-*/{WEIGHTS}")})
+    if arguments.runs / PLAIN not in finished:
+        sys.exit(f"{arguments.runs} has no finished {PLAIN}: run scripts/train_zoo.py first")
+    known = read_index(hub) if (hub / INDEX).is_file() else []
+    there = {(family(c), c.tag, tuple(c.over_seeds["seeds"])) for c in known}
+    for runs in track(finished, "exporting", console=console):
+        seeds = gather_seeds(runs)["seeds"]
+        if (runs.name, arguments.tag, tuple(seeds)) not in there:
+            remove(hub, runs.name)
+            export(runs, arguments.tag, hub, arguments.dataset, arguments.data)
+    render(hub, arguments.readme if hub == ROOT / "hub" else None)
+
+    checkpoints = [c for c in read_index(hub) if family(c) in {runs.name for runs in finished}]
+    relative_time = cost(checkpoints, arguments.rounds, arguments.batch_size)
+    results = hub / "results"
+    results.mkdir(exist_ok=True)
+    about = {
+        "command": f"export_zoo.py --data DATA --dataset {arguments.dataset} --tag {arguments.tag}",
+        "relative_time": f"fp32, batch {arguments.batch_size}, {arguments.rounds} rounds in turn, {PLAIN} = 1",
+        "hardware": hardware(),
+    }
+    (results / "zoo.json").write_text(json.dumps({**about, "checkpoints": relative_time}, indent=1) + "\n")
+    draw(checkpoints, relative_time, results / "zoo.png")
+    table = Table("weights", "parameters", "top-1 (%)", "mean", "std", "n", "time over plain")
+    for c in checkpoints:
+        top1, ratio = c.over_seeds["top1"], relative_time[c.name]
+        table.add_row(
+            c.name,
+            f"{c.metrics['parameters']:,}",
+            f"{c.metrics['top1']:.2f}",
+            f"{top1['mean']:.2f}",
+            "" if top1["std"] is None else f"{top1['std']:.2f}",
+            str(top1["n"]),
+            f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Train the CIFAR networks of the zoo with one recipe, seed by seed; what is finished is skipped.
+
+    python scripts/train_zoo.py --data uoft-cs/cifar10
+
+Runs lie in ``<runs>/<model>/seed-<seed>``. A run that was stopped goes on where it was, so the script can be
+run again until nothing is left; `scripts/export_zoo.py` exports what is finished at any time.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from timm_attn.training.run import ENVIRONMENT, METRICS, RECIPE, RESULTS, is_run, read_metrics
+from timm_attn.weights import WEIGHTS
+
+ROOT = Path(__file__).parents[1]
+MODELS = (
+    "resnet20",
+    "resnet20_se",
+    "resnet20_dia",
+    "resnet20_conam",
+    "resnet20_asr",
+    "resnet20_ssia",
+    "fmmnet20",
+)
+#: The small text files of a run, which are kept with the results.
+KEPT = (RECIPE, ENVIRONMENT, METRICS, RESULTS)
+console = Console(highlight=False, soft_wrap=True)
+
+
+def train(model: str, run: Path, options: list[str]) -> None:
+    """Start a run, or go on with it."""
+    arguments = ["--resume", str(run)] if is_run(run) else [model, *options, "--out", str(run)]
+    console.print(f"$ timm-attn train {' '.join(arguments)}", markup=False)
+    subprocess.run([sys.executable, "-m", "timm_attn", "train", *arguments], check=True)
+
+
+def keep(run: Path, folder: Path) -> None:
+    """Copy what says how a run was made and what came out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        shutil.copy(run / name, folder / name)
+
+
+def show(runs: Path, models: list[str], seeds: list[int]) -> None:
+    """Print how far every run is, and its last top-1."""
+    table = Table("model", *(f"seed {seed}" for seed in seeds), title="top-1 (%) of the last epoch")
+    for model in models:
+        cells = []
+        for seed in seeds:
+            run = runs / model / f"seed-{seed}"
+            epochs = read_metrics(run)
+            done = (run / WEIGHTS).is_file()
+            cells.append(f"{epochs[-1]['top1']:.2f}" if done else f"epoch {len(epochs)}" if epochs else "")
+        table.add_row(model, *cells)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="a Hub id, or a folder of parquet files")
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--recipe", default="cifar_cpu")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "zoo")
+    parser.add_argument("--results", type=Path, default=ROOT / "hub" / "results" / "zoo")
+    arguments = parser.parse_args()
+    options = ["--recipe", arguments.recipe, "--data", arguments.data, "--checkpoint-every", "100"]
+    for seed in arguments.seeds:  # one seed of every network says more than all seeds of one
+        for model in arguments.models:
+            run = arguments.runs / model / f"seed-{seed}"
+            if not (run / WEIGHTS).is_file():
+                train(model, run, [*options, "--seed", str(seed)])
+            keep(run, arguments.results / model / f"seed-{seed}")
+            show(arguments.runs, arguments.models, arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()
