@@ -3,9 +3,9 @@
     python scripts/export_zoo.py --data uoft-cs/cifar10 --dataset uoft-cs/cifar10 --tag cpu_c10
 
 Of every network the run with the median top-1 goes into the hub folder, in the place of older weights of
-that network; accuracies are over all of its seeds. `zoo.json` gets what only this script measures, the time per image
-of every form over that of the plain network, in turn in one process; `zoo.png` shows accuracy against it and
-against the number of parameters.
+that network; accuracies are over all of its seeds. `zoo.json` gets what only this script measures, the time
+per image of every form over that of the plain network, in turn in one process; `zoo.png` shows accuracy
+against it and against the number of parameters.
 """
 
 import argparse
@@ -28,9 +28,14 @@ from timm_attn.training.run import hardware
 from timm_attn.training.seeds import gather_seeds
 from timm_attn.weights import INDEX, WEIGHTS, Checkpoint, read_index, write_index
 
-ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers import fixed_images
+
+ROOT = Path(__file__).resolve().parents[1]
 PLAIN = "resnet20"
 console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = 140
 
 
 def family(checkpoint: Checkpoint) -> str:
@@ -111,6 +116,18 @@ def draw(checkpoints: list[Checkpoint], relative_time: dict[str, dict[str, float
     figure.savefig(path, dpi=110)
 
 
+def write_logits(checkpoints: list[Checkpoint], path: Path) -> None:
+    """Write what every shipped network computes of fixed images, for a test to compare."""
+    logits = {}
+    with torch.no_grad():
+        for c in checkpoints:
+            model = timm.create_model(f"local-dir:{c.folder}", pretrained=True).eval()
+            rows = model(fixed_images(model.pretrained_cfg["input_size"])).tolist()
+            logits[c.name] = [[round(logit, 5) for logit in row] for row in rows]
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(rows)}" for name, rows in logits.items())
+    path.write_text(f"{{\n{lines}\n}}\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -120,7 +137,6 @@ def main() -> None:
     parser.add_argument("--tag", required=True)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "zoo")
     parser.add_argument("--hub", type=Path, default=ROOT / "hub")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--batch-size", type=int, default=128)
     arguments = parser.parse_args()
@@ -137,7 +153,10 @@ def main() -> None:
         if (runs.name, arguments.tag, tuple(seeds)) not in there:
             remove(hub, runs.name)
             export(runs, arguments.tag, hub, arguments.dataset, arguments.data)
-    render(hub, arguments.readme if hub == ROOT / "hub" else None)
+    shipped = hub.resolve() == ROOT / "hub"
+    render(hub, ROOT / "README.md" if shipped else None)
+    if shipped:
+        write_logits(read_index(hub), ROOT / "tests" / "shipped_logits.json")
 
     checkpoints = [c for c in read_index(hub) if family(c) in {runs.name for runs in finished}]
     relative_time = cost(checkpoints, arguments.rounds, arguments.batch_size)
@@ -145,7 +164,7 @@ def main() -> None:
     results.mkdir(exist_ok=True)
     about = {
         "command": f"export_zoo.py --data DATA --dataset {arguments.dataset} --tag {arguments.tag}",
-        "relative_time": f"fp32, batch {arguments.batch_size}, {arguments.rounds} rounds in turn, {PLAIN} = 1",
+        "relative_time": f"fp32, batch {arguments.batch_size}, {arguments.rounds} rounds, {PLAIN} = 1",
         "hardware": hardware(),
     }
     (results / "zoo.json").write_text(json.dumps({**about, "checkpoints": relative_time}, indent=1) + "\n")

@@ -31,6 +31,8 @@ MODELS = (
 #: The small text files of a run, which are kept with the results.
 KEPT = (RECIPE, ENVIRONMENT, METRICS, RESULTS)
 console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = 140
 
 
 def train(model: str, run: Path, options: list[str]) -> None:

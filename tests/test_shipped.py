@@ -1,15 +1,18 @@
 """The weights that ship, their cards, and what the README says of them."""
 
+import json
+
 import pytest
 import timm
 import torch
-from helpers import ROOT, parameters
+from helpers import ROOT, fixed_images, parameters
 
 import timm_attn
 from timm_attn.fold import relative_difference
 from timm_attn.weights import read_index
 
 SHIPPED = {c.name: c for c in read_index(ROOT / "hub")}
+LOGITS = json.loads((ROOT / "tests" / "shipped_logits.json").read_text())
 
 
 def test_something_ships():
@@ -28,6 +31,14 @@ def test_shipped_weights_load_by_name(name):
     x = torch.randn(2, *model.pretrained_cfg["input_size"])
     assert torch.equal(model(x), again(x))
     assert parameters(model) == checkpoint.metrics["parameters"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_weights_compute_what_they_did(name):
+    model = timm.create_model(name, pretrained=True).eval()
+    logits = model(fixed_images(model.pretrained_cfg["input_size"]))
+    # Five decimals are written, and machines differ in the order of sums.
+    torch.testing.assert_close(logits, torch.tensor(LOGITS[name]), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet20_asr", "resnet20_dia"])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..papers import PAPERS, TIMM
 from ..training import Recipe, load_model, validate
 from ..training.recipe_file import load_recipe
 from ..training.run import CURVES, METRICS, RECIPE, open_run, read_results, save_model
-from ..training.seeds import is_seeds, seed_runs
+from ..training.seeds import is_seeds, seed_runs, spread
 from ..weights import CONFIG, INDEX, Checkpoint, read_config, read_index, sha256, write_index
 from .datasets import license_of
 from .deploy import ONNX, PROGRAM, write_onnx, write_program
@@ -120,7 +119,7 @@ def export(
             checkpoint = _write(partial, form, run, recipe, runtimes, {**resolved, "data": dataset})
             figures = [checkpoint.metrics, *(validate(other[i].model, recipe) for other in others)]
             seeds = [trained.seed, *(load_recipe(other / RECIPE).seed for other in other_runs)]
-            over = {"seeds": sorted(seeds), **{key: _spread([f[key] for f in figures]) for key in FIGURES}}
+            over = {"seeds": sorted(seeds), **{key: spread([f[key] for f in figures]) for key in FIGURES}}
             folded = forms[1].name if form.folded_from is None and len(forms) > 1 else None
             written.append(
                 dataclasses.replace(
@@ -238,8 +237,3 @@ def _write(
         runtimes=differences,
         folded_from=form.folded_from,
     )
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    std = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "std": std, "n": len(values)}

@@ -91,6 +91,12 @@ def seed_runs(out: Path) -> list[Path]:
     return [out / f"seed-{seed}" for seed in seeds]
 
 
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard deviation of a sample (None of a single value) and number of values."""
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "std": std, "n": len(values)}
+
+
 def _announce(model: str, recipe: Recipe, out: Path, seeds: Sequence[int]) -> None:
     save_recipe(recipe, out / RECIPE)
     write_json(out / SEEDS, {"model": model, "seeds": list(seeds)})
@@ -106,8 +112,7 @@ def _summary(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
     }
     for key in ("top1", "top5", "loss"):
         values = [result[key] for result in results]
-        std = statistics.stdev(values) if len(values) > 1 else None
-        summary[key] = {"mean": statistics.mean(values), "std": std, "n": len(values), "values": values}
+        summary[key] = {**spread(values), "values": values}
     if PartialState().is_main_process:
         write_json(out / RESULTS, summary)
         model = json.loads((out / SEEDS).read_text(encoding="utf-8"))["model"]
