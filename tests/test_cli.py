@@ -51,7 +51,11 @@ def test_list(capsys):
     run("list", "*dia*")
     out = capsys.readouterr().out
     assert "resnet152_dia" in out and "asr" not in out
-    assert "no model matches" in fails(capsys, "list", "nothing*")
+    assert "nothing matches 'nothing*' and the filters: quote" in fails(capsys, "list", "nothing*")
+    assert "choose one of plain, se, dia" in fails(capsys, "list", "--mechanism", "foo")
+    assert "choose one of uoft-cs/cifar10" in fails(capsys, "list", "--data", "foo", "--weights")
+    run("list", "resnet20_asr", "--weights")  # the name that create_model takes, without a tag
+    assert capsys.readouterr().out.count("uoft-cs/cifar10") == 1
 
 
 def test_what_does_not_fold_says_so(tmp_path, capsys):
@@ -98,7 +102,17 @@ def test_bad_input_is_one_message(tmp_path, capsys, monkeypatch):
     assert "unknown model 'resnet20_dai.x'" in fails(capsys, "validate", "resnet20_dai.x", "--data", "digits")
     assert "no pretrained weights for fmmnet152" in fails(capsys, "validate", "fmmnet152", "--data", "digits")
     assert "is no hub folder" in fails(capsys, "publish", str(tmp_path), "--to", "me")
+    message = fails(capsys, *train, "digits", "--epochs", "0")
+    assert message.startswith("error: epochs must be at least 1, got 0")
     assert not (tmp_path / "out").exists()
+    run(*train, "digits", "--epochs", "1", *FAST)
+    export = ["export", "out", "--tag", "x", "--hub"]
+    for license_ in ("", "my own"):
+        given = ["--dataset", "me/mine", "--dataset-license", license_]
+        assert f"--dataset-license is {license_!r}" in fails(capsys, *export, "hub", *given)
+    assert "is a file: name a folder" in fails(capsys, *export, "out/results.json")
+    assert not (tmp_path / "hub").exists()
+    assert os.stat("out/model.safetensors").st_mode == os.stat("out/config.json").st_mode
 
 
 def test_a_data_set_smaller_than_a_batch(tmp_path, capsys):

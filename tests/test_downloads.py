@@ -242,6 +242,17 @@ torch.save((model.state_dict(), model.pretrained_cfg["mean"]), sys.argv[1])
     state, mean = torch.load(out)
     assert all(torch.equal(tensor, theirs.state_dict()[key]) for key, tensor in state.items())
     assert list(mean) == [0.1, 0.2, 0.3]
+    # By a tag of theirs that the package's index does not have, too.
+    server.put_files("other-org/resnet20_dia.their_own", files)
+    result, _ = create("other-org", out, cache, server.endpoint, "resnet20_dia.their_own", HF_TOKEN="")
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(torch.load(out)["fc.bias"], theirs.state_dict()["fc.bias"])
+    result, _ = create("other-org", out, cache, server.endpoint, "resnet20_dia.nobodys")
+    assert "has no repository other-org/resnet20_dia.nobodys" in result.stderr
+    result, _ = create(
+        "other-org", out, tmp_path / "empty", server.endpoint, "resnet20_dia", HF_TOKEN="hf_wrong"
+    )
+    assert "refuses your token for other-org/resnet20_dia.sgd5_c10" in result.stderr
     # What is no such network, or lacks a file, is not replaced by what ships.
     server.put_files(name, {"config.json": json.dumps(config | {"architecture": "resnet20_asr"}).encode()})
     result, _ = create("other-org", out, cache, server.endpoint, "resnet20_dia")

@@ -170,6 +170,14 @@ def test_publishing_without_a_token(hub, server, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match="log in with"):
         publish(hub / NAME, "my-org")
+    with pytest.raises(UserError, match="--to must be one user or organisation"):
+        publish(hub / NAME, "my org/x")
+    server.__exit__()
+    with pytest.raises(UserError, match=f"check the connection and HF_ENDPOINT, {server.endpoint}, then run"):
+        publish(hub / NAME, "my-org")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="unset HF_HUB_OFFLINE"):
+        publish(hub / NAME, "my-org")
 
 
 def test_a_concurrent_commit_stops_the_upload(hub, server):

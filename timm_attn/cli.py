@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from tyro.conf import OmitArgPrefixes, Positional
 from tyro.extras import SubcommandApp
 
@@ -257,7 +257,7 @@ def publish(
     bar = partial(track, description="publishing", console=console)
     done = publish_folders(folders, to, private, create_pr, dry_run, bar)
     if dry_run:
-        table = Table("repository", "file", "bytes", title="would be sent")
+        table = Table("repository", "file", "bytes", title="to be sent, but for what is there already")
         for repository in done:
             for path, size in repository.files.items():
                 table.add_row(repository.repo_id, path, f"{size:,}")
@@ -287,10 +287,19 @@ def list_command(
     """
     from fnmatch import fnmatch
 
+    choices = ["plain", *filter(None, MECHANISMS)]
+    if mechanism not in (None, *choices):
+        raise UserError(f"--mechanism is {mechanism!r}: choose one of {', '.join(choices)}")
+    trained_on = sorted({str(c.dataset.get("id")) for c in checkpoints()})
+    if data not in (None, *trained_on):
+        raise UserError(f"there are no weights trained on {data!r}: choose one of {', '.join(trained_on)}")
     by_architecture: dict[str, list[Checkpoint]] = {}
     for checkpoint in checkpoints():
         by_architecture.setdefault(checkpoint.architecture, []).append(checkpoint)
-    table = Table("model", "backbone", "mechanism", "folds", "weights", "data", "top-1", "mean", "n", "lies")
+    names = (
+        Column(title, overflow="fold") for title in ("model", "backbone", "mechanism", "folds", "weights")
+    )
+    table = Table(*names, "data", "top-1", "mean", "n", "lies")
     for name in [*model_names(), *(name for name in by_architecture if name not in model_names())]:
         backbone, key = parse_name(name) if name in model_names() else (name, "")
         if mechanism not in (None, key or "plain"):
@@ -298,7 +307,7 @@ def list_command(
         found = [
             c
             for c in by_architecture.get(name, [])
-            if fnmatch(c.name, pattern) and data in (None, c.dataset.get("id"))
+            if (fnmatch(c.name, pattern) or fnmatch(name, pattern)) and data in (None, c.dataset.get("id"))
         ]
         grafts = [tag for tag in graft_tags(name) if fnmatch(f"{name}.{tag}", pattern) and data is None]
         row = (name, backbone, key or "plain", "yes" if MECHANISMS[key].folds else "")
@@ -317,7 +326,8 @@ def list_command(
                 "here" if checkpoint.here else str(checkpoint.repo_id or "missing"),
             )
     if not table.row_count:
-        raise UserError(f"no model matches {pattern!r} and the filters: quote the pattern, e.g. '*dia*'")
+        hint = "leave a filter out" if mechanism or data or weights else "quote the pattern, e.g. '*dia*'"
+        raise UserError(f"nothing matches {pattern!r} and the filters: {hint}")
     console.print(table)
 
 

@@ -148,7 +148,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
         build, variant, pretrained, pretrained_filter_fn=checkpoint_filter, **kwargs
     )
     # timm adds what create_model was given; a folded or exported copy needs what the weights brought, too.
-    model._model_args = {name: value for name, value in saved.items() if name != "pretrained_cfg_overlay"}
+    model._model_args = {k: v for k, v in saved.items() if not k.startswith("pretrained_cfg")}
     return model
 
 

@@ -1,5 +1,7 @@
 """Data sets that cards name: under what licence their images are, as far as that is known."""
 
+import re
+
 from ..errors import UserError
 
 #: Licence identifiers of the Hub; ``other`` where the terms are the data set's own.
@@ -16,8 +18,10 @@ def license_of(dataset: str, given: str | None) -> str:
     """The licence that was given, or else the known one of a data set.
 
     Raises:
-        UserError: There is neither.
+        UserError: There is neither, or what was given is no identifier.
     """
+    if given is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", given):
+        raise UserError(f"--dataset-license is {given!r}: it must be an identifier, e.g. cc-by-4.0 or other")
     if given is None and dataset not in LICENSES:
         raise UserError(
             f"the licence of {dataset} is not known here: say it with --dataset-license, e.g. cc-by-4.0, or "

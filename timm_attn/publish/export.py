@@ -16,7 +16,7 @@ from ..models import model_names, parse_name, stock_model
 from ..papers import PAPERS, TIMM
 from ..training import Recipe, load_model, validate
 from ..training.recipe_file import load_recipe
-from ..training.run import CURVES, METRICS, RECIPE, open_run, read_results, save_model
+from ..training.run import CURVES, METRICS, RECIPE, RESULTS, open_run, read_results, save_model
 from ..training.seeds import is_seeds, seed_runs, spread
 from ..weights import CONFIG, INDEX, Checkpoint, read_config, read_index, sha256, write_index
 from .datasets import license_of
@@ -80,6 +80,8 @@ def export(
     trained = load_recipe(run / RECIPE)
     recipe = dataclasses.replace(trained, data=data or trained.data, precision="no")
     forms = _forms(about["model"], tag, run)
+    if hub.exists() and not hub.is_dir():
+        raise UserError(f"{hub} is a file: name a folder with --hub")
     for form in forms:
         if (hub / form.name).exists():
             raise UserError(
@@ -176,7 +178,8 @@ def _median(run: Path) -> tuple[Path, list[Path]]:
     """The run to write and the others, where there are several seeds."""
     if not is_seeds(run):
         return run, []
-    read_results(run)  # written when all of them are finished
+    if not (run / RESULTS).is_file():
+        raise UserError(f"{run} has no {RESULTS}: `timm-attn train --resume {run}` finishes its runs")
     runs = sorted(seed_runs(run), key=lambda path: read_results(path)["top1"])
     chosen = runs[(len(runs) - 1) // 2]
     return chosen, [other for other in runs if other != chosen]

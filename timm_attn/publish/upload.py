@@ -14,8 +14,9 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     ModelInfo,
+    constants,
 )
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from ..errors import UserError
 from ..fold import BOUNDS, example_input, relative_difference
@@ -296,6 +297,12 @@ def _explain(error: Exception, what: str) -> str:
         412: "somebody else committed to the repository meanwhile: look at it, then run the command again",
     }
     fix = fixes.get(status or 0, "run the command again; what has arrived is not sent twice")
+    if isinstance(error, HFValidationError):
+        fix = "--to must be one user or organisation"
+    elif isinstance(error, OfflineModeIsEnabled):
+        fix = "unset HF_HUB_OFFLINE"
+    elif status is None:
+        fix = f"check the connection and HF_ENDPOINT, {without_tokens(constants.ENDPOINT)}, then {fix}"
     if isinstance(error, RepositoryNotFoundError) and status != 401:
         fix = "there is no such repository: publish it without --create-pr, or check --to"
     return f"cannot publish {what}: {fix} ({lines[0]})"

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from copy import deepcopy
@@ -122,6 +123,8 @@ def save_model(model: nn.Module, folder: Path, label_names: list[str]) -> None:
     config = json.loads((partial / CONFIG).read_text(encoding="utf-8"))
     config.get("model_args", {}).pop("num_classes", None)
     (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # safetensors lets nobody else read the file.
+    shutil.copymode(partial / CONFIG, partial / WEIGHTS)
     for name in (CONFIG, WEIGHTS):
         os.replace(partial / name, folder / name)
     partial.rmdir()

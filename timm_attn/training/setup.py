@@ -62,7 +62,7 @@ def recipe_accelerator(recipe: Recipe, run: Path) -> Accelerator:
             recipe.precision, log_with=list(recipe.track) or None, project_dir=run if recipe.track else None
         )
     except ValueError as error:
-        if isinstance(error, UserError) or not recipe.track:
+        if not recipe.track:
             raise
         raise UserError(f"cannot track with {', '.join(recipe.track)}: {error}") from None
     missing = {*recipe.track} - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}

@@ -6,7 +6,7 @@ import timm
 from timm.data import resolve_model_data_config
 
 from ..errors import UserError
-from ..weights import WeightsError
+from ..weights import WeightsError, without_tokens
 from .batches import Batches, Shard
 from .data import load_split
 from .evaluation import evaluate
@@ -31,7 +31,8 @@ def load_model(name: str) -> Any:
     except WeightsError:
         raise
     except Exception as error:  # timm, safetensors and the Hub client raise many types
-        raise UserError(f"cannot load {name}: {type(error).__name__}: {error}") from None
+        reason = " ".join(without_tokens(error).split())  # the Hub client's messages have empty lines
+        raise UserError(f"cannot load {name}: {type(error).__name__}: {reason}") from None
 
 
 def validate(model: Any, recipe: Recipe, show: bool = False) -> dict[str, float]:

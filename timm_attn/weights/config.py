@@ -39,7 +39,9 @@ def check_weights(path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             file.keys()
     except (OSError, ValueError, SafetensorError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}. Restore it, or export the run again") from None
+        raise WeightsError(
+            f"{path} cannot be read: {error}. Restore it, or write or download it again"
+        ) from None
 
 
 def read_folder(folder: Path) -> dict[str, Any]:

@@ -74,6 +74,11 @@ def fetch(repo_id: str, filename: str, revision: str | None = None, sha256: str 
             raise kind(_missing(repo_id, filename, revision, error)) from None
         if cached and not damaged:
             return cached
+        if getattr(getattr(error, "response", None), "status_code", None) == 401:
+            server = without_tokens(constants.ENDPOINT)
+            raise WeightsError(
+                f"{server} refuses your token for {repo_id}: log in with `hf auth login`, or unset HF_TOKEN"
+            ) from None
         raise WeightsError(_advice(repo_id, filename, revision, _reason(error), damaged)) from None
     want = sha256 or (about.etag if re.fullmatch("[0-9a-f]{64}", about.etag or "") else None)
     try:

@@ -27,6 +27,8 @@ def read_index(folder: str | Path) -> list[Checkpoint]:
     folder = Path(folder)
     path = folder / INDEX
     if not path.is_file():
+        if folder.is_file():
+            raise WeightsError(f"{folder} is a file: name its folder, {folder.parent}")
         raise WeightsError(
             f"{folder} is no hub folder: it has no {INDEX}. `timm-attn export RUN --hub {folder}` writes one"
         )

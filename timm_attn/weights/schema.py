@@ -31,7 +31,7 @@ def read_json(path: Path) -> Any:
             raise ValueError(f"it has more than {LARGEST:,} bytes")
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}. Restore it, or export the run again") from None
+        raise WeightsError(f"{path} cannot be read: {error}. Restore it, or name another folder") from None
 
 
 def _no_constant(name: str) -> Any:

@@ -12,10 +12,12 @@ These are searched, in this order:
 import os
 import re
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from timm.models import PretrainedCfg
 
 from .checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint
 from .config import fetch_folder, read_config
@@ -113,8 +115,9 @@ def resolve(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs: What timm's ``create_model`` passes to an entry point.
 
     Returns:
-        What to add to ``kwargs``: an overlay with the file, and the arguments that its network was built
-        with. Nothing if they name a source of their own (``hf-hub:``, ``local-dir:``, an overlay).
+        What to add to ``kwargs``: the file, in an overlay or a whole configuration, and the arguments that
+        its network was built with. Nothing if they name a source of their own (``hf-hub:``, ``local-dir:``,
+        an overlay).
 
     Raises:
         WeightsError: There are no such weights, they cannot be had, or they are damaged.
@@ -123,53 +126,55 @@ def resolve(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     if any(overlay.get(key) for key in _SOURCES):
         return {}
+    folder, organisation = _chosen()
+    if folder:
+        read_index(folder)  # nothing else is taken in the stead of a broken one
     known = _by_tag(architecture)
     if isinstance(cfg, str) or cfg is None:
         tag = cfg or next(iter(known), None)
+        if tag and tag not in known and organisation:
+            return _of_organisation(f"{organisation}/{architecture}.{tag}", architecture, kwargs)
         if tag is None or tag not in known:
             raise WeightsError(_not_found(architecture, tag, list(known)))
     else:
         # timm's scripts pass the whole configuration of a registered tag; others bring their own source.
-        fields = cfg if isinstance(cfg, dict) else cfg.to_dict()
-        tag = fields.get("tag")
-        if tag not in known or not known[tag].source.items() <= fields.items():
+        given = cfg if isinstance(cfg, dict) else cfg.to_dict()
+        tag = given.get("tag")
+        if tag not in known or not known[tag].source.items() <= given.items():
             return {}
-    checkpoint, path = _first(known[tag].name)
-    arguments = {name: value for name, value in checkpoint.model_args.items() if name not in kwargs}
-    return {
-        **arguments,
-        "pretrained_cfg_overlay": {**checkpoint.pretrained_cfg, **overlay, "file": str(path)},
-    }
-
-
-def _first(name: str) -> tuple[Checkpoint, Path]:
-    """The first place that has a checkpoint, and its weights."""
-    organisation = _chosen()[1]
-    first, *others = candidates()[name]
-    if first.repo_id == f"{organisation}/{name}" and not first.files:
+    first, *others = candidates()[known[tag].name]
+    if first.repo_id == f"{organisation}/{first.name}" and not first.files:
         try:
-            return _newest(first)
+            return _of_organisation(first.repo_id, architecture, kwargs)
         except NotOnHub as reason:
             warnings.warn(
                 f"{reason}. TIMM_ATTN_HUB={organisation} is no folder here and is taken for an organisation "
-                f"of the Hub; as it has no {name}, the package's own weights are taken",
+                f"of the Hub; as it has no {first.name}, the package's own weights are taken",
                 stacklevel=2,
             )
         first = others[0]
-    return first, first.weights()
+    return {
+        **_not_given(first.model_args, kwargs),
+        "pretrained_cfg_overlay": {**overlay, "file": str(first.weights())},
+    }
 
 
-def _newest(checkpoint: Checkpoint) -> tuple[Checkpoint, Path]:
-    """A checkpoint of the user's organisation as its own config.json describes it, and its weights."""
-    folder = fetch_folder(str(checkpoint.repo_id))
+def _of_organisation(repo_id: str, architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What to add to ``kwargs`` for the newest weights of a repository, by its own config.json."""
+    folder = fetch_folder(repo_id)
     config = read_config(folder / CONFIG)
-    if config["architecture"] != checkpoint.architecture:
+    if config["architecture"] != architecture:
         raise WeightsError(
-            f"{checkpoint.repo_id} holds a {config['architecture']}: unset TIMM_ATTN_HUB, or load it as "
-            f"hf-hub:{checkpoint.repo_id}"
+            f"{repo_id} holds a {config['architecture']}: unset TIMM_ATTN_HUB, or load it as hf-hub:{repo_id}"
         )
-    cfg, arguments = config["pretrained_cfg"], config.get("model_args") or {}
-    return replace(checkpoint, pretrained_cfg=cfg, model_args=arguments), folder / WEIGHTS
+    known_here = {field.name for field in fields(PretrainedCfg)}
+    cfg = {key: value for key, value in config["pretrained_cfg"].items() if key in known_here}
+    cfg |= {"architecture": architecture, "file": str(folder / WEIGHTS), "num_classes": config["num_classes"]}
+    return {**_not_given(config.get("model_args") or {}, kwargs), "pretrained_cfg": cfg}
+
+
+def _not_given(arguments: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name not in kwargs}
 
 
 def _not_found(architecture: str, tag: str | None, known: list[str]) -> str:
@@ -178,6 +183,6 @@ def _not_found(architecture: str, tag: str | None, known: list[str]) -> str:
     others = f" Known tags of {architecture}: {', '.join(known)}." if known else ""
     return (
         f"no pretrained weights for {name} (looked in {looked}).{others} `timm-attn list` shows "
-        "what there is; set TIMM_ATTN_HUB to a hub folder, use pretrained=False for random weights, or train "
-        f"it: `timm-attn train {architecture} --data DATA`"
+        "what there is; set TIMM_ATTN_HUB to a hub folder or an organisation of the Hub, use "
+        f"pretrained=False for random weights, or train it: `timm-attn train {architecture} --data DATA`"
     )
