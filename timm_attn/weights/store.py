@@ -143,9 +143,10 @@ def resolve(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         if tag not in known or not known[tag].source.items() <= given.items():
             return {}
     first, *others = candidates()[known[tag].name]
-    if first.repo_id == f"{organisation}/{first.name}" and not first.files:
+    theirs = f"{organisation}/{first.name}"
+    if first.repo_id == theirs and not first.files:
         try:
-            return _of_organisation(first.repo_id, architecture, kwargs)
+            return _of_organisation(theirs, architecture, kwargs)
         except NotOnHub as reason:
             warnings.warn(
                 f"{reason}. TIMM_ATTN_HUB={organisation} is no folder here and is taken for an organisation "
