@@ -147,6 +147,8 @@ def test_damaged_weights_are_never_loaded(damage, hub, tmp_path):
         for hub_folder in (folder, folder / "index.json", tmp_path / "nothing"):
             result = python("-W", "ignore", "-c", code, env={"TIMM_ATTN_HUB": str(hub_folder)})
             assert "WeightsError: " in result.stderr and str(hub_folder) in result.stderr
+        code = f"import timm, timm_attn; timm.create_model('local-dir:{hub[1]}/dia', pretrained=True)"
+        assert python("-W", "ignore", "-c", code, env={"TIMM_ATTN_HUB": str(folder)}).returncode == 0
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(hub, tmp_path):

@@ -126,22 +126,22 @@ def resolve(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     if any(overlay.get(key) for key in _SOURCES):
         return {}
-    folder, organisation = _chosen()
-    if folder:
-        read_index(folder)  # nothing else is taken in the stead of a broken one
     known = _by_tag(architecture)
-    if isinstance(cfg, str) or cfg is None:
-        tag = cfg or next(iter(known), None)
-        if tag and tag not in known and organisation:
-            return _of_organisation(f"{organisation}/{architecture}.{tag}", architecture, kwargs)
-        if tag is None or tag not in known:
-            raise WeightsError(_not_found(architecture, tag, list(known)))
-    else:
+    tag: str | None = cfg if isinstance(cfg, str) else None
+    if cfg is not None and not isinstance(cfg, str):
         # timm's scripts pass the whole configuration of a registered tag; others bring their own source.
         given = cfg if isinstance(cfg, dict) else cfg.to_dict()
         tag = given.get("tag")
         if tag not in known or not known[tag].source.items() <= given.items():
             return {}
+    folder, organisation = _chosen()
+    if folder:
+        read_index(folder)  # nothing else is taken in the stead of a broken one
+    tag = tag or next(iter(known), None)
+    if tag and tag not in known and organisation:
+        return _of_organisation(f"{organisation}/{architecture}.{tag}", architecture, kwargs)
+    if tag is None or tag not in known:
+        raise WeightsError(_not_found(architecture, tag, list(known)))
     first, *others = candidates()[known[tag].name]
     theirs = f"{organisation}/{first.name}"
     if first.repo_id == theirs and not first.files:
