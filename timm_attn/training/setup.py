@@ -1,8 +1,10 @@
 """What stands before the first step: processes, splits, the recipe's open ends, the network."""
 
+import ctypes
 import dataclasses
 import difflib
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from .augment import derive_seed, generator
 from .data import Split, load_split
 from .recipe import Recipe
 from .run import is_run, open_run
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,18 @@ def make_accelerator(precision: str, **kwargs: Any) -> Accelerator:
     AcceleratorState._reset_state()
     # Without a word from us Accelerate ignores the other processes of a `torchrun` on CPUs.
     return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available(), **kwargs)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what one step frees for the next.
+
+    By default it gives tensors of some megabytes back to the kernel at once, which then fills their pages
+    with zeros anew at every step. Without glibc nothing is done.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for threshold in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            mallopt(threshold, 1 << 30)
 
 
 def recipe_accelerator(recipe: Recipe, run: Path) -> Accelerator:

@@ -29,7 +29,7 @@ from .optim import learning_rate, make_criterion, make_mixup, make_optimizer, ma
 from .progress import Bar
 from .recipe import Recipe
 from .run import CURVES, METRICS, RESULTS, STEPS, append_line, read_lines, save_model, write_lines
-from .setup import Splits, freeze_backbone
+from .setup import Splits, freeze_backbone, keep_freed_memory
 
 OnStep = Callable[[int], None]
 DRAW_SECONDS = 15.0  # drawing takes about half a second
@@ -121,6 +121,8 @@ class Trainer:
     def run_to_end(self) -> dict[str, Any]:
         """Train what is left, then write the finished model; returns the run's results."""
         recipe = self.recipe
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         if self.main:
             write_lines(self.run / STEPS, self.log)
         if recipe.track:
