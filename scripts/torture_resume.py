@@ -124,24 +124,22 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["no", "bf16"])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        runs = [
-            torture(arguments, Path(folder), processes, precision)
-            for processes in arguments.processes
-            for precision in arguments.precisions
-        ]
     about = environment("resnet20_ssia", "digits", [], {}, 1)
-    result = {
+    result: dict[str, Any] = {
         "command": about["command"],
         "options": " ".join(OPTIONS),
         "hardware": about["hardware"],
         "packages": about["packages"],
-        "runs": runs,
+        "runs": [],
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    runs = result["runs"]
+    with tempfile.TemporaryDirectory() as folder:
+        for processes in arguments.processes:
+            for precision in arguments.precisions:
+                runs.append(torture(arguments, Path(folder), processes, precision))
+                print(json.dumps(runs[-1], indent=1))
+                if arguments.out:  # after each, lest an hour's work is lost
+                    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     if not all(all(run["equal"].values()) for run in runs):
         sys.exit("the runs differ")
 
