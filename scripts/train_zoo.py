@@ -7,7 +7,6 @@ run again until nothing is left; `scripts/export_zoo.py` exports what is finishe
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from timm_attn.training.recipe_file import load_recipe
 from timm_attn.training.run import ENVIRONMENT, METRICS, RECIPE, RESULTS, is_run, read_metrics
 from timm_attn.weights import WEIGHTS
 
@@ -43,10 +43,12 @@ def train(model: str, run: Path, options: list[str]) -> None:
 
 
 def keep(run: Path, folder: Path) -> None:
-    """Copy what says how a run was made and what came out."""
+    """Copy what says how a run was made and what came out, but for where the data lay."""
     folder.mkdir(parents=True, exist_ok=True)
+    data = load_recipe(run / RECIPE).data
     for name in KEPT:
-        shutil.copy(run / name, folder / name)
+        text = (run / name).read_text(encoding="utf-8")
+        (folder / name).write_text(text.replace(data, Path(data).name) if Path(data).is_dir() else text)
 
 
 def show(runs: Path, models: list[str], seeds: list[int]) -> None:
