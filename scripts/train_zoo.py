@@ -42,13 +42,15 @@ def train(model: str, run: Path, options: list[str]) -> None:
     subprocess.run([sys.executable, "-m", "timm_attn", "train", *arguments], check=True)
 
 
-def keep(run: Path, folder: Path) -> None:
+def keep(run: Path, data: str, folder: Path) -> None:
     """Copy what says how a run was made and what came out, but for where the data lay."""
     folder.mkdir(parents=True, exist_ok=True)
-    data = load_recipe(run / RECIPE).data
+    resolved = load_recipe(run / RECIPE).data
     for name in KEPT:
-        text = (run / name).read_text(encoding="utf-8")
-        (folder / name).write_text(text.replace(data, Path(data).name) if Path(data).is_dir() else text)
+        text = (run / name).read_text(encoding="utf-8").replace(f"{ROOT}/", "")
+        for path in {data, resolved} if Path(resolved).is_dir() else ():
+            text = text.replace(path, Path(resolved).name)
+        (folder / name).write_text(text)
 
 
 def show(runs: Path, models: list[str], seeds: list[int]) -> None:
@@ -82,7 +84,7 @@ def main() -> None:
             run = arguments.runs / model / f"seed-{seed}"
             if not (run / WEIGHTS).is_file():
                 train(model, run, [*options, "--seed", str(seed)])
-            keep(run, arguments.results / model / f"seed-{seed}")
+            keep(run, arguments.data, arguments.results / model / f"seed-{seed}")
             show(arguments.runs, arguments.models, arguments.seeds)
 
 

@@ -15,14 +15,13 @@ this file must not be called ``resnet``.
 """
 
 import warnings
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .. import weights
@@ -187,15 +186,10 @@ def _cfg(cifar: bool) -> dict[str, Any]:
     }
 
 
-_FIELDS = {field.name for field in fields(PretrainedCfg)}
-
-
 def _cfgs(variant: str) -> dict[str, Any]:
     """All configurations of an architecture by name and tag, the default first."""
     cfgs = weights.pretrained_cfgs(variant) | _graft_cfgs(variant)
-    cfgs = cfgs or {variant: _cfg(BACKBONES[_VARIANTS[variant][0]].cifar)}
-    # An index written with another version of timm may have fields that this one does not know.
-    return {tag: {k: v for k, v in cfg.items() if k in _FIELDS} for tag, cfg in cfgs.items()}
+    return cfgs or {variant: _cfg(BACKBONES[_VARIANTS[variant][0]].cifar)}
 
 
 # timm reads this table while it registers an entry point, so it must stand above them.

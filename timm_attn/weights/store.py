@@ -26,6 +26,7 @@ from .index import read_index
 from .schema import WeightsError
 
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id")
+_FIELDS = {field.name for field in fields(PretrainedCfg)}
 _added: list[Path] = []
 
 
@@ -103,7 +104,8 @@ def _by_tag(architecture: str) -> dict[str, Checkpoint]:
 def pretrained_cfgs(architecture: str) -> dict[str, dict[str, Any]]:
     """timm pretrained configurations by ``<architecture>.<tag>``, the default first."""
     return {
-        f"{architecture}.{tag}": {**c.pretrained_cfg, **c.source} for tag, c in _by_tag(architecture).items()
+        f"{architecture}.{tag}": {**_known_fields(c.pretrained_cfg), **c.source}
+        for tag, c in _by_tag(architecture).items()
     }
 
 
@@ -168,10 +170,14 @@ def _of_organisation(repo_id: str, architecture: str, kwargs: dict[str, Any]) ->
         raise WeightsError(
             f"{repo_id} holds a {config['architecture']}: unset TIMM_ATTN_HUB, or load it as hf-hub:{repo_id}"
         )
-    known_here = {field.name for field in fields(PretrainedCfg)}
-    cfg = {key: value for key, value in config["pretrained_cfg"].items() if key in known_here}
+    cfg = _known_fields(config["pretrained_cfg"])
     cfg |= {"architecture": architecture, "file": str(folder / WEIGHTS), "num_classes": config["num_classes"]}
     return {**_not_given(config.get("model_args") or {}, kwargs), "pretrained_cfg": cfg}
+
+
+def _known_fields(cfg: dict[str, Any]) -> dict[str, Any]:
+    """A pretrained configuration without what a file written with another version of timm has besides."""
+    return {name: value for name, value in cfg.items() if name in _FIELDS}
 
 
 def _not_given(arguments: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
