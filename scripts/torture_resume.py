@@ -3,12 +3,14 @@
     python scripts/torture_resume.py --kills 25 --out hub/results/torture_resume.json
 
 Every kill is a SIGKILL, to all processes of the run, after a random time since they were started: while they
-start, train, evaluate or write. The runs end in the
-same bits if model, average, optimiser and metrics (timing apart) are equal.
+start, train, evaluate or write. A run that ends before it was killed often enough is followed by another one.
+Each ends in the same bits if model, average, optimiser and metrics (timing apart) are equal. Parts that the
+file has already are not run again.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -24,7 +26,7 @@ import psutil
 from rich.progress import track
 
 from timm_attn.training.checkpoint import folders
-from timm_attn.training.run import METRICS, STEPS, WEIGHTS, environment, read_lines
+from timm_attn.training.run import ENVIRONMENT, METRICS, STEPS, WEIGHTS, environment, read_lines
 
 OPTIONS = shlex.split("""
     --data digits --img-size 16 --crop-padding 2 --batch-size 64 --epochs 12 --lr 0.1 --checkpoint-every 7
@@ -63,9 +65,16 @@ def finish(process: subprocess.Popen) -> None:
         sys.exit(errors)
 
 
-def timeless(file: Path) -> list[dict[str, Any]]:
-    """Lines of a file without what is measured in seconds."""
+def content(file: Path) -> bytes | list[dict[str, Any]]:
+    """What a file holds, but for what is measured in seconds."""
+    if file.suffix != ".jsonl":
+        return file.read_bytes()
     return [{k: v for k, v in line.items() if "second" not in k} for line in read_lines(file)]
+
+
+def last_step(run: Path) -> int:
+    """The step of a run's last checkpoint, 0 if there is none."""
+    return max((step for step, _ in folders(run)), default=0)
 
 
 def torture(arguments: argparse.Namespace, folder: Path, processes: int, precision: str) -> dict[str, Any]:
@@ -73,40 +82,46 @@ def torture(arguments: argparse.Namespace, folder: Path, processes: int, precisi
     chance = random.Random(f"{arguments.seed} {processes} {precision}")
     options = [*OPTIONS, "--precision", precision]
     command = str(Path(__file__).with_name("train.py"))
-    whole, killed = (folder / f"{name}_{processes}_{precision}" for name in ("whole", "killed"))
+    name = f"{processes}_{precision}"
+    whole, killed = folder / f"whole_{name}", [folder / f"killed_{name}_0"]
+
+    def start(run: Path) -> subprocess.Popen:
+        if (run / ENVIRONMENT).is_file():
+            return launch(processes, command, "--resume", str(run))
+        return launch(processes, command, "resnet20_ssia", *options, "--out", str(run))
+
     started = time.perf_counter()
-    process = launch(processes, command, "resnet20_ssia", *options, "--out", str(whole))
+    process = start(whole)
     while not (whole / METRICS).is_file() and process.poll() is None:
         time.sleep(0.01)
     first_epoch = time.perf_counter() - started
     finish(process)
     seconds = time.perf_counter() - started
-    process = launch(processes, command, "resnet20_ssia", *options, "--out", str(killed))
-    kills, at_steps = 0, []
-    title = f"{processes} process{'es' if processes > 1 else ''}, precision {precision}"
-    for _ in track(range(arguments.kills), title):
-        latest = first_epoch + 1.6 * (seconds - first_epoch) / arguments.kills
-        deadline = time.perf_counter() + chance.uniform(0.3 * first_epoch, latest)
-        while time.perf_counter() < deadline and process.poll() is None:
-            time.sleep(0.01)
-        if process.poll() is not None:
-            break  # it was faster
+    process, at_steps = start(killed[-1]), []
+    longest = first_epoch + 1.6 * (seconds - first_epoch) / arguments.kills
+    for _ in track(range(arguments.kills), f"{processes} processes, precision {precision}"):
+        while True:
+            deadline = time.perf_counter() + chance.uniform(0.3 * first_epoch, longest)
+            while time.perf_counter() < deadline and process.poll() is None:
+                time.sleep(0.01)
+            if process.poll() is None:
+                break
+            finish(process)  # it ended first
+            killed.append(folder / f"killed_{name}_{len(killed)}")
+            process = start(killed[-1])
         kill(process)
-        kills += 1
-        at_steps.append(folders(killed)[-1][0] if killed.is_dir() and folders(killed) else 0)
-        if (killed / "environment.json").is_file():
-            process = launch(processes, command, "--resume", str(killed))
-        else:
-            process = launch(processes, command, "resnet20_ssia", *options, "--out", str(killed))
+        at_steps.append(last_step(killed[-1]))
+        process = start(killed[-1])
     finish(process)
-    last = f"step-{folders(whole)[-1][0]}"
-    files = [WEIGHTS, *(f"{last}/{name}.safetensors" for name in ("model", "ema", "optimizer"))]
-    equal = {name: (whole / name).read_bytes() == (killed / name).read_bytes() for name in files}
-    equal |= {name: timeless(whole / name) == timeless(killed / name) for name in (METRICS, STEPS)}
+    last = f"step-{last_step(whole)}"
+    tensors = [f"{last}/{name}.safetensors" for name in ("model", "ema", "optimizer")]
+    files = [WEIGHTS, *tensors, METRICS, STEPS]
+    equal = {name: all(content(run / name) == content(whole / name) for run in killed) for name in files}
     return {
         "processes": processes,
         "precision": precision,
-        "kills": kills,
+        "kills": len(at_steps),
+        "runs_killed": len(killed),
         "last_checkpoint_at_each_kill": at_steps,
         "steps": int(last.removeprefix("step-")),
         "equal": equal,
@@ -132,14 +147,20 @@ def main() -> None:
         "packages": about["packages"],
         "runs": [],
     }
+    if arguments.out and arguments.out.is_file():
+        result["runs"] = json.loads(arguments.out.read_text())["runs"]
     runs = result["runs"]
+    done = {(run["processes"], run["precision"]) for run in runs}
+    parts = [
+        part for part in itertools.product(arguments.processes, arguments.precisions) if part not in done
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        for processes in arguments.processes:
-            for precision in arguments.precisions:
-                runs.append(torture(arguments, Path(folder), processes, precision))
-                print(json.dumps(runs[-1], indent=1))
-                if arguments.out:  # after each, lest an hour's work is lost
-                    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        os.environ["TMPDIR"] = folder  # a killed launcher leaves its folders
+        for processes, precision in parts:
+            runs.append(torture(arguments, Path(folder), processes, precision))
+            print(json.dumps(runs[-1], indent=1))
+            if arguments.out:  # after each, lest an hour's work is lost
+                arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     if not all(all(run["equal"].values()) for run in runs):
         sys.exit("the runs differ")
 
