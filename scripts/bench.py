@@ -5,7 +5,7 @@
 
 Every round times each network once, from another one on each time; a ratio compares two times of the same
 round. The CSV has the column names of timm's results, and one row for each network, condition and baseline.
-Conditions that the file has already are not run again.
+Ratios that the file has already are not measured again.
 """
 
 import argparse
@@ -156,13 +156,14 @@ def write(path: Path | None, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def done(path: Path | None, condition: Condition) -> bool:
-    """Whether the file has a condition already."""
+def done(path: Path | None, condition: Condition) -> set[tuple[str, str]]:
+    """The networks, each with a baseline, that the file has in a condition."""
     if path is None or not path.is_file():
-        return False
+        return set()
     wanted = {key: str(value) for key, value in condition.columns.items()}
     with path.open(newline="") as stream:
-        return any(wanted.items() <= row.items() for row in csv.DictReader(stream))
+        rows = [row for row in csv.DictReader(stream) if wanted.items() <= row.items()]
+    return {(row["model"], row["baseline"]) for row in rows}
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
@@ -200,9 +201,10 @@ def infer(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device)
     size = arguments.img_size
     assert_stock(size)
-    models = {name: INFER[name]().eval().to(device) for name in arguments.models or INFER}
-    baselines = [(name, "resnet50") for name in models if name != "resnet50"]
-    pairs = [*baselines, *(pair for pair in INFER_PAIRS if set(pair) <= set(models))]
+    wanted = {"resnet50", *(arguments.models or INFER)}
+    models = {name: make().eval().to(device) for name, make in INFER.items() if name in wanted}
+    plain = [(name, "resnet50") for name in models]
+    pairs = [*plain, *(pair for pair in INFER_PAIRS if set(pair) <= set(models))]
     macs = {}
     for name, model in models.items():
         with FlopCounterMode(display=False) as counter:
@@ -213,14 +215,17 @@ def infer(arguments: argparse.Namespace) -> None:
         arguments.batch_sizes, arguments.precisions, arguments.channels_last, arguments.compiled
     )
     for condition in (Condition(*values) for values in conditions):
-        if done(arguments.out, condition):
+        found = done(arguments.out, condition)
+        missing = [pair for pair in pairs if pair not in found]
+        if not missing:
             console.print(f"{condition}: in {arguments.out} already")
             continue
-        calls = {name: _forward(model, condition, size, device) for name, model in models.items()}
+        names = [name for name in models if any(name in pair for pair in missing)]
+        calls = {name: _forward(models[name], condition, size, device) for name in names}
         repeats = arguments.repeats if condition.batch_size == 1 else 1
         times = rounds(calls, arguments.rounds, repeats, device)
         rows = []
-        for name, baseline in [("resnet50", "resnet50"), *pairs]:
+        for name, baseline in missing:
             step = statistics.median(times[name])
             rows.append(
                 {
@@ -264,7 +269,7 @@ def draw(path: Path) -> None:
         by_condition.setdefault(tuple(row[key] for key in keys), {})[row["model"]] = row
     conditions = list(by_condition.items())
     lines = [conditions[i : i + 4] for i in range(0, len(conditions), 4)]
-    names = [list(dict.fromkeys(name for _, found in line for name in found)) for line in lines]
+    names = [[name for name in INFER if any(name in found for _, found in line)] for line in lines]
     heights = [len(line) + 3 for line in names]
     figure = Figure(figsize=(11, 0.2 * sum(heights) + 0.5), layout="constrained")
     grid = {"height_ratios": heights}
