@@ -156,11 +156,11 @@ def write(path: Path | None, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def done(path: Path | None, condition: Condition) -> set[tuple[str, str]]:
-    """The networks, each with a baseline, that the file has in a condition."""
+def done(path: Path | None, condition: dict[str, Any]) -> set[tuple[str, str]]:
+    """The networks, each with a baseline, that the file has in a condition, given by its columns."""
     if path is None or not path.is_file():
         return set()
-    wanted = {key: str(value) for key, value in condition.columns.items()}
+    wanted = {key: str(value) for key, value in condition.items()}
     with path.open(newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if wanted.items() <= row.items()]
     return {(row["model"], row["baseline"]) for row in rows}
@@ -215,7 +215,8 @@ def infer(arguments: argparse.Namespace) -> None:
         arguments.batch_sizes, arguments.precisions, arguments.channels_last, arguments.compiled
     )
     for condition in (Condition(*values) for values in conditions):
-        found = done(arguments.out, condition)
+        columns = {"infer_img_size": size, **condition.columns, **surroundings(device)}
+        found = done(arguments.out, columns)
         missing = [pair for pair in pairs if pair not in found]
         if not missing:
             console.print(f"{condition}: in {arguments.out} already")
@@ -253,7 +254,8 @@ def _forward(model: nn.Module, condition: Condition, size: int, device: torch.de
     model.to(dtype=dtype, memory_format=layout)  # pyright: ignore[reportCallIssue]
     images: Tensor = torch.randn(condition.batch_size, 3, size, size, device=device, dtype=dtype)
     images = images.to(memory_format=layout)
-    network = torch.compile(model) if condition.compiled else model
+    # All these networks share their forward method, and with it one limit.
+    network = torch.compile(model, isolate_recompiles=True) if condition.compiled else model
     return lambda: network(images)
 
 
@@ -352,6 +354,7 @@ def main() -> None:
     command.add_argument("--channels-last", nargs="+", type=int, choices=[0, 1], default=[0, 1])
     command.add_argument("--compiled", nargs="+", type=int, choices=[0, 1], default=[0, 1])
     command.add_argument("--img-size", type=int, default=224)
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument(
         "--repeats", type=int, default=5, help="calls a round at batch 1; the fastest counts"
     )
@@ -360,7 +363,6 @@ def main() -> None:
     bench_train.add_arguments(command)
     for command in commands.choices.values():
         command.add_argument("--rounds", type=int, default=7)
-        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--out", type=Path, help="CSV file to append to; for training, JSON")
     arguments = parser.parse_args()
     arguments.run(arguments)
