@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from timm_attn.training import Recipe, train
 from timm_attn.training.run import open_run, read_metrics
+from timm_attn.training.seeds import seed_runs
 
 EXACT = {
     "data": "digits",
@@ -118,8 +119,10 @@ def test_the_command_line_by_accelerate_launch(tmp_path):
         "resnet20_dia",
     ]
     recipe = ["--data", "digits", "--img-size", "8", "--epochs", "1", "--out", str(tmp_path / "a")]
-    result = python(*launch, *options, *recipe, "--model-kwargs", "channels=[8,8,8]", cwd=ROOT)
+    several = ["--seeds", "0", "1", "--track", "tensorboard"]
+    result = python(*launch, *options, *recipe, *several, "--model-kwargs", "channels=[8,8,8]", cwd=ROOT)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("epoch   1") == 1
-    assert open_run(tmp_path / "a", finished=True)["processes"] == 2
-    assert read_metrics(tmp_path / "a")[0]["images"] == 360
+    assert result.stdout.count("epoch   1") == 2
+    for run in seed_runs(tmp_path / "a"):
+        assert open_run(run, finished=True)["processes"] == 2
+        assert read_metrics(run)[0]["images"] == 360 and list(run.rglob("events.out.tfevents.*"))

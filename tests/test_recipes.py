@@ -1,16 +1,22 @@
 """What a recipe can ask for, and the recipes of the package."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
+from functools import partial
 
 import numpy as np
 import pytest
 import timm
 import torch
 from helpers import Stopped, flip_last_bit, same, stop_at, timeless
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_data import encode, picture, write
 
@@ -172,7 +178,9 @@ def test_training_starts_from_a_folder_with_other_classes(stock, tmp_path):
     before, after = weights(stock), weights(tmp_path / "a")
     torch.testing.assert_close(before["conv1.weight"], after["conv1.weight"])
     assert after["fc.weight"].shape == (10, 8)
-    with pytest.raises(UserError, match="is a resnet20, not a resnet32.*--init graft:"):
+    with pytest.raises(UserError, match=f"is a resnet20, not a resnet20_dia: .* with --init graft:{stock}$"):
+        train("resnet20_dia", recipe, tmp_path / "b")
+    with pytest.raises(UserError, match="is a resnet20, not a resnet32: train resnet20"):
         train("resnet32", recipe, tmp_path / "b")
     with pytest.raises(UserError, match="is not a folder"):
         train("resnet20", dataclasses.replace(recipe, init="./nowhere"), tmp_path / "b")
@@ -192,6 +200,27 @@ def test_a_run_that_goes_on_does_not_need_what_it_started_from(stock, tmp_path):
     shutil.rmtree(tmp_path / "source")
     assert resume(tmp_path / "a") == whole
     assert same(weights(tmp_path / "a"), weights(tmp_path / "whole"))
+
+
+def test_a_run_that_goes_on_is_built_as_what_it_started_from(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"channels": [8, 8, 8], "layers": [1, 2, 1], "reduction": 2, "drop_path_rate": 0.5}
+    source = timm.create_model("resnet20_dia", num_classes=3, **sizes)
+    source.pretrained_cfg.update(input_size=(3, 8, 8), crop_pct=0.9, interpolation="bicubic")
+    timm.models.save_for_hf(source, str(tmp_path / "source"), safe_serialization=True)
+    recipe = Recipe(**{**FAST, "model_kwargs": ()}, init=str(tmp_path / "source"), freeze="backbone")
+    whole = train("resnet20_dia", recipe, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train("resnet20_dia", recipe, tmp_path / "a", on_step=stop_at(7))
+    assert resume(tmp_path / "a") == whole
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "whole"))
+    configs = [(tmp_path / run / "config.json").read_text() for run in ("a", "whole")]
+    assert configs[0] == configs[1] and json.loads(configs[0])["model_args"]["layers"] == [1, 2, 1]
+    # The second block of the second stage belongs to the backbone, which is frozen.
+    before, after = load_file(tmp_path / "source" / "model.safetensors"), weights(tmp_path / "a")
+    changed = {key for key in before if key in after and before[key].shape == after[key].shape}
+    changed = {key for key in changed if not torch.equal(before[key], after[key])}
+    assert changed and all(".dia." in key for key in changed)
 
 
 @pytest.mark.parametrize("model", ["resnet20_asr", "fmmnet20", "resnet20"])
@@ -259,21 +288,50 @@ def test_several_seeds_go_on_as_a_whole(tmp_path, capsys, monkeypatch):
 # ------------------------------------------------------------------------------------------ while it runs
 
 
+def raise_at(signals: dict[int, int], step: int) -> None:
+    if step in signals:
+        os.kill(os.getpid(), signals[step])
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_writes_a_checkpoint(number, tmp_path):
     recipe = Recipe(**FAST, keep_checkpoints=9)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match=f"{number.name} after step 3"):
-        train("resnet20", recipe, tmp_path / "a", lambda n: os.kill(os.getpid(), number) if n == 3 else None)
+        train("resnet20", recipe, tmp_path / "a", partial(raise_at, {3: number}))
     assert [p.name for p in (tmp_path / "a").glob("step-*")] == ["step-3"]
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
     whole = train("resnet20", recipe, tmp_path / "whole")
-    # At the end of an epoch its evaluation comes first.
-    with pytest.raises(Interrupted, match="after step 5"):
-        train("resnet20", recipe, tmp_path / "b", lambda n: os.kill(os.getpid(), number) if n == 5 else None)
-    for run in ("a", "b"):
+    # At the end of an epoch the checkpoint comes before the evaluation, which may take long.
+    for run, last in (("b", 5), ("c", 10)):
+        with pytest.raises(Interrupted, match=f"after step {last}"):
+            train("resnet20", recipe, tmp_path / run, partial(raise_at, {last: number}))
+        assert len(read_metrics(tmp_path / run)) == last // 5 - 1
+    for run in ("a", "b", "c"):
         assert resume(tmp_path / run) == whole
         assert timeless(tmp_path / run / "metrics.jsonl") == timeless(tmp_path / "whole" / "metrics.jsonl")
+
+
+def test_a_signal_to_all_processes_leaves_the_workers_alone(tmp_path):
+    images = [encode(picture(i, (80, 80))) for i in range(12)]
+    data = write(tmp_path / "d", images=images)
+    write(tmp_path / "d", split="test", images=images)
+    command = ["train", "resnet20", "--data", data, "--img-size", "72", "--batch-size", "4", "--workers", "2"]
+    command += ["--epochs", "500", "--checkpoint-every", "1", "--out", "a", "--model-kwargs", *WIDER]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "timm_attn", *command],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.time() + 120
+    while not list(tmp_path.glob("a/step-*")) and time.time() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)  # as torchrun, `timeout` and schedulers do
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "a checkpoint is written" in errors, errors
 
 
 def test_a_diverged_run_says_when_and_how(tmp_path):
@@ -342,6 +400,7 @@ def test_memory_and_disk_errors_are_one_line(tmp_path, capsys, monkeypatch):
     command = ["train", "resnet20", "--data", "digits", "--img-size", "8", "--out", str(tmp_path / "a")]
     for error, hint in (
         (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "lower --batch-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte"), "lower --batch-size"),
         (OSError(28, "No space left on device"), "make room on the disk, then go on with"),
     ):
         monkeypatch.setattr(trainers.Trainer, "_update", fail(error))
@@ -349,6 +408,27 @@ def test_memory_and_disk_errors_are_one_line(tmp_path, capsys, monkeypatch):
             main([*command[:-1], str(tmp_path / type(error).__name__)])
         printed = capsys.readouterr().err
         assert stop.value.code == 2 and hint in printed and len(printed.splitlines()) == 1
+
+
+def test_corrupt_small_images_are_counted(tmp_path, capsys):
+    images = [encode(picture(i, (8, 8))) for i in range(9)]
+    images[4] = {"bytes": b"broken", "path": None}
+    data = write(tmp_path / "d", images=images)
+    write(tmp_path / "d", split="test", images=[encode(picture(i, (8, 8))) for i in range(3)])
+    recipe = Recipe(data=data, batch_size=4, epochs=1, model_kwargs=TINY, on_corrupt="skip")
+    train("resnet20", recipe, tmp_path / "a")
+    assert [line["skipped_images"] for line in read_metrics(tmp_path / "a")] == [1]
+    assert "1 corrupt images of train are left out" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_error_wherever_it_is_met(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match="step-5") as error:
+        train("resnet20", Recipe(**FAST), tmp_path / "a")
+    assert error.value.errno == errno.ENOSPC and not list((tmp_path / "a").glob(".step*"))
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -495,6 +575,9 @@ def test_a_field_out_of_range_is_named(fields, message):
     ("fields", "message"),
     [
         ({"opt": "nonsense"}, "cannot make optimiser nonsense"),
+        ({"std": (0.5, 0.0, 0.5)}, "std must be positive, got "),
+        ({"opt": "kron"}, "optimiser kron cannot be used, since checkpoints do not hold"),
+        ({"opt": "adahessian"}, "optimiser adahessian cannot be used, since the trainer takes no second"),
         ({"opt_args": ("nonsense=1",)}, "cannot make optimiser sgd with {'nonsense': 1}"),
         ({"sync_bn": True}, "--sync-bn needs GPUs"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),

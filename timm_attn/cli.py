@@ -72,7 +72,10 @@ def train(
         else:
             results = train_run(model, options, run)
     except KeyboardInterrupt as reason:
-        hint = f"`timm-attn train --resume {run}` goes on" if is_run(run) or is_seeds(run) else "no run yet"
+        started = is_run(run) or is_seeds(run)
+        hint = f"`timm-attn train --resume {run}` goes on" if started else "no run yet"
+        if started and PartialState().num_processes > 1:
+            hint += ", with the launcher that it was started with"
         why = f" by {reason}, a checkpoint is written" if str(reason) else ""
         raise Stopped(f"stopped{why}; {hint}") from None
     if PartialState().is_main_process:
@@ -347,7 +350,10 @@ def main(arguments: list[str] | None = None) -> None:
         hint = ": make room on the disk, then go on with `timm-attn train --resume RUN`" if full else ""
         _complain("error: ", f"{error}{hint}")
         sys.exit(2)
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "can't allocate memory" not in str(error):  # PyTorch's, on CPUs
+            raise
         detail = str(error).partition("\n")[0]
         _complain("error: ", f"out of memory ({detail}): lower --batch-size or raise --accumulation")
         sys.exit(2)

@@ -174,9 +174,9 @@ class Batches:
 
 
 def _init_worker(worker: int) -> None:
-    """Leave signals to the main process, which ends its workers."""
+    """Leave signals, which launchers send to all processes, to the main one; it ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Rows(torch.utils.data.Dataset):

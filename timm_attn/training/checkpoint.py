@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..weights import sha256
+from ..files import disk_errors, sha256
 
 MANIFEST = "manifest.json"
 
@@ -48,10 +48,11 @@ def save(run: Path, state: State, keep: int) -> Path:
     partial.mkdir()
     try:
         tensors, rest = _split_optimizer(state.optimizer)
-        save_file(_plain(state.model), partial / "model.safetensors")
-        save_file(_plain(tensors), partial / "optimizer.safetensors")
-        if state.ema:
-            save_file(_plain(state.ema), partial / "ema.safetensors")
+        with disk_errors(final):
+            save_file(_plain(state.model), partial / "model.safetensors")
+            save_file(_plain(tensors), partial / "optimizer.safetensors")
+            if state.ema:
+                save_file(_plain(state.ema), partial / "ema.safetensors")
         write_json(
             partial / "state.json", {"step": state.step, "optimizer": rest, "progress": state.progress}
         )

@@ -14,11 +14,12 @@ from .run import (
     RECIPE,
     WEIGHTS,
     environment,
+    is_run,
     open_run,
     read_results,
     refuse_full_folder,
 )
-from .setup import build, check_model, load_splits, recipe_accelerator
+from .setup import build, check_model, construction, load_splits, rebuild, recipe_accelerator
 from .trainer import OnStep, Trainer, take_up
 
 
@@ -56,19 +57,22 @@ def train(
         raise UserError(f"{model} names weights: train {architecture} with --init {model}")
     splits = load_splits(recipe, accelerator)
     network, recipe = build(model, recipe, splits.train)
+    built = construction(network)  # before it is wrapped
     trainer = Trainer(accelerator, model, network, recipe, run, splits, on_step)
     # Only now, so that wrong input leaves nothing behind.
     if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, run / RECIPE)
         about = environment(
             model, recipe.data, splits.train.label_names, splits.counts, accelerator.num_processes
         )
-        about["recipe_sha256"] = sha256(run / RECIPE)
-        checkpoint.write_json(run / ENVIRONMENT, about)
+        run.mkdir(parents=True, exist_ok=True)
         if on_start is not None:
             on_start()
+        save_recipe(recipe, run / RECIPE)
+        about |= {"recipe_sha256": sha256(run / RECIPE), **built}
+        checkpoint.write_json(run / ENVIRONMENT, about)
     accelerator.wait_for_everyone()
+    if not is_run(run):
+        raise UserError(f"{run} cannot be seen by all machines: put --out where all of them can read it")
     return trainer.run_to_end()
 
 
@@ -95,8 +99,16 @@ def resume(run: str | Path, on_step: OnStep | None = None) -> dict[str, Any]:
     splits = load_splits(recipe, accelerator)
     if splits.train.label_names != about["label_names"] or splits.counts != about["images"]:
         raise UserError(f"{recipe.data} has changed since {run} was started: restore it, or start a new run")
+    if accelerator.num_processes != about["processes"]:
+        accelerator.print(
+            f"warning: {run} was started with {about['processes']} processes and goes on with "
+            f"{accelerator.num_processes}: not in the same bits"
+        )
     state = take_up(run, accelerator)
-    network, recipe = build(about["model"], recipe, splits.train, weights=state is None)
+    if state is None:
+        network, recipe = build(about["model"], recipe, splits.train)
+    else:
+        network = rebuild(about["model"], about, recipe)
     trainer = Trainer(accelerator, about["model"], network, recipe, run, splits, on_step)
     if state is not None:
         trainer.restore(state)

@@ -5,13 +5,19 @@ from typing import Any, Protocol
 import torch
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
+from timm.optim import Adahessian, create_optimizer_v2
+from timm.optim.kron import Kron
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import UserError
 from .recipe import Recipe
+
+_REFUSED = {
+    Adahessian: "the trainer takes no second derivatives",
+    Kron: "checkpoints do not hold its lists of tensors and its random numbers",
+}
 
 
 class Scheduler(Protocol):
@@ -28,7 +34,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
     """
     arguments = recipe.parsed_opt_args()
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model,
             recipe.opt,
             lr=recipe.lr,
@@ -41,6 +47,10 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
     except Exception as error:  # whatever an optimiser raises on odd arguments
         given = f" with {arguments}" if arguments else ""
         raise UserError(f"cannot make optimiser {recipe.opt}{given}: {error}") from None
+    for kind, reason in _REFUSED.items():
+        if isinstance(optimizer, kind):
+            raise UserError(f"optimiser {recipe.opt} cannot be used, since {reason}: take another --opt")
+    return optimizer
 
 
 def make_scheduler(optimizer: Optimizer, recipe: Recipe, steps: int) -> Scheduler:

@@ -173,8 +173,8 @@ class Recipe:
     """Label column; found by its type by default."""
 
     on_corrupt: Literal["stop", "skip"] = "stop"
-    """What to do about a corrupt image: stop and name its row, or skip and count it (in training another
-    image takes its place)."""
+    """What to do about a corrupt image: stop and name its row, or skip and count it (where larger images are
+    trained on, another one takes its place)."""
 
     workers: int = 2
     """Processes that decode and augment larger images. Small images need them for `aa` only."""
@@ -205,6 +205,8 @@ class Recipe:
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._check("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "in [0, 1)")
         self._check("img_size", self.img_size is None or self.img_size >= 8, "at least 8 pixels")
+        self._check("mean", self.mean is None or all(map(math.isfinite, self.mean)), "finite")
+        self._check("std", self.std is None or all(0 < s < math.inf for s in self.std), "positive")
         low, high = self.crop_scale
         self._check("crop_scale", 0 < low <= high <= 1, "two rising shares in (0, 1]")
         steps = self.sched in ("step", "multistep")

@@ -28,7 +28,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from ..errors import UserError
-from ..files import replace_file
+from ..files import disk_errors, replace_file
 from ..weights import CONFIG, WEIGHTS
 
 RECIPE, ENVIRONMENT, METRICS, CURVES = "recipe.yaml", "environment.json", "metrics.jsonl", "curves.png"
@@ -119,7 +119,8 @@ def save_model(model: nn.Module, folder: Path, label_names: list[str]) -> None:
     partial = folder / ".model.partial"
     # safetensors refuses channels-last tensors.
     model = deepcopy(model).to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-    save_for_hf(model, str(partial), {"label_names": label_names}, safe_serialization=True)
+    with disk_errors(folder / WEIGHTS):
+        save_for_hf(model, str(partial), {"label_names": label_names}, safe_serialization=True)
     config = json.loads((partial / CONFIG).read_text(encoding="utf-8"))
     config.get("model_args", {}).pop("num_classes", None)
     (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ import difflib
 import math
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
@@ -55,8 +56,15 @@ def make_accelerator(precision: str, **kwargs: Any) -> Accelerator:
         raise UserError("precision fp16 needs a GPU: use bf16")
     # The state is a singleton that refuses another precision; the process group lives elsewhere and stays.
     AcceleratorState._reset_state()
-    # Without a word from us Accelerate ignores the other processes of a `torchrun` on CPUs.
-    return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available(), **kwargs)
+    # Some processes wait while the first one downloads and prepares the data.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    return Accelerator(
+        mixed_precision=precision,
+        # Without a word from us Accelerate ignores the other processes of a `torchrun` on CPUs.
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[patience],
+        **kwargs,
+    )
 
 
 def keep_freed_memory() -> None:
@@ -117,6 +125,9 @@ def load_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
             height, width = train_split.pixels.shape[1:3]
             options["size"] = (width, height)
         eval_split = load_split(recipe.data, "eval", recipe.eval_split, **options)
+    for split in (train_split, eval_split):
+        if split.skipped:
+            accelerator.print(f"warning: {split.skipped} corrupt images of {split.name} are left out")
     match_classes(eval_split, train_split.label_names)
     if not recipe.val_fraction:
         return Splits(train_split, eval_split)
@@ -171,14 +182,13 @@ def resolve_recipe(recipe: Recipe, split: Split, cfg: dict[str, Any] | None) -> 
     )
 
 
-def build(model: str, recipe: Recipe, split: Split, weights: bool = True) -> tuple[nn.Module, Recipe]:
+def build(model: str, recipe: Recipe, split: Split) -> tuple[nn.Module, Recipe]:
     """The network of a recipe, with the configuration of its checkpoints, and the resolved recipe.
 
     Args:
         model: Name of the architecture.
         recipe: Where it says so, the network starts from other weights.
         split: The training split.
-        weights: False leaves the weights that the recipe starts from out, for a run that goes on.
 
     Raises:
         UserError: timm does not know the model, or the model refuses its arguments or the weights.
@@ -187,7 +197,7 @@ def build(model: str, recipe: Recipe, split: Split, weights: bool = True) -> tup
     classes = len(split.label_names)
     arguments = recipe.parsed_model_kwargs()
     try:
-        if recipe.init is None or not weights:
+        if recipe.init is None:
             # create_model drops arguments that are None, so they say nothing here.
             network: Any = timm.create_model(model, num_classes=classes, in_chans=3, **arguments)
         else:
@@ -215,7 +225,26 @@ def build(model: str, recipe: Recipe, split: Split, weights: bool = True) -> tup
         # Small images are read whole; those that were resized, bilinearly.
         **({"crop_pct": 1.0, "interpolation": "bilinear"} if split.pixels is not None else {}),
     }
-    return network.to(memory_format=torch.channels_last) if recipe.channels_last else network, recipe
+    return _laid_out(network, recipe), recipe
+
+
+def construction(network: Any) -> dict[str, Any]:
+    """What :func:`rebuild` needs: the arguments and the configuration of a network, JSON values."""
+    # Those of create_model and of the weights that it started from, which may have another classifier.
+    arguments = {**network._model_args, "num_classes": network.num_classes}
+    return {"model_args": arguments, "pretrained_cfg": network.pretrained_cfg}
+
+
+def rebuild(model: str, built: dict[str, Any], recipe: Recipe) -> nn.Module:
+    """The network of a run that goes on, whose weights come from a checkpoint."""
+    network: Any = timm.create_model(model, **built["model_args"])
+    cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in built["pretrained_cfg"].items()}
+    network.pretrained_cfg = network.default_cfg = cfg
+    return _laid_out(network, recipe)
+
+
+def _laid_out(network: Any, recipe: Recipe) -> nn.Module:
+    return network.to(memory_format=torch.channels_last) if recipe.channels_last else network
 
 
 #: Fields of a configuration that belong to the weights it came with, and to no new ones.
@@ -243,9 +272,14 @@ def _initial(model: str, source: str, classes: int, arguments: dict[str, Any]) -
     network: Any = timm.create_model(source_name(source), pretrained=True, num_classes=classes, **arguments)
     architecture = network.pretrained_cfg["architecture"]
     if architecture != model:
-        raise UserError(
-            f"{source} is a {architecture}, not a {model}: train that, or graft with --init graft:{source}"
-        )
+        fix = f"train {architecture}"
+        if model in model_names():
+            backbone, key = parse_name(model)
+            stock, _ = MECHANISMS[key].stock(backbone, arguments)
+            if not isinstance(MECHANISMS[key].graft, str):
+                fix += f", or graft from a {stock} with --init graft:"
+                fix += source if architecture == stock else "SOURCE (of ASR and SSIA, the folded form is one)"
+        raise UserError(f"{source} is a {architecture}, not a {model}: {fix}")
     return network
 
 
@@ -279,14 +313,14 @@ def source_name(source: str) -> str:
     return f"local-dir:{folder}"
 
 
-def freeze_backbone(model: str, network: nn.Module, recipe: Recipe) -> list[nn.Module]:
+def freeze_backbone(model: str, network: nn.Module) -> list[nn.Module]:
     """Leave only the classifier and the mechanism to be trained.
 
     Returns:
         The norm layers that are frozen, whose running statistics must not change either.
     """
     head = {id(p) for p in network.get_classifier().parameters()}  # pyright: ignore[reportCallIssue]
-    own = _own_keys(model, network, recipe)
+    own = _own_keys(model, network)
     for key, parameter in network.named_parameters():
         parameter.requires_grad = id(parameter) in head or key in own
     return [
@@ -296,13 +330,13 @@ def freeze_backbone(model: str, network: nn.Module, recipe: Recipe) -> list[nn.M
     ]
 
 
-def _own_keys(model: str, network: nn.Module, recipe: Recipe) -> set[str]:
+def _own_keys(model: str, network: Any) -> set[str]:
     """Names of the parameters that the stock backbone does not have."""
     if model not in model_names():
         return set()
     backbone, mechanism = parse_name(model)
     options = MECHANISMS[mechanism].options
-    arguments = {k: v for k, v in recipe.parsed_model_kwargs().items() if k not in options}
+    arguments = {k: v for k, v in network._model_args.items() if k not in options}
     stock = timm.create_model(backbone, device="meta", **arguments)
     return {key for key, _ in network.named_parameters()} - {key for key, _ in stock.named_parameters()}
 

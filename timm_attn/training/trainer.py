@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from rich.console import Console
 from timm.data import resolve_model_data_config
+from timm.layers import convert_sync_batchnorm
 from timm.models import model_parameters
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
@@ -75,8 +76,8 @@ class Trainer:
         if recipe.sync_bn:
             if device.type != "cuda":
                 raise UserError("--sync-bn needs GPUs: PyTorch has no SyncBatchNorm for CPUs")
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        self.frozen_norms = freeze_backbone(name, network, recipe) if recipe.freeze == "backbone" else []
+            network = convert_sync_batchnorm(network)  # timm's: its norms may hold their activation
+        self.frozen_norms = freeze_backbone(name, network) if recipe.freeze == "backbone" else []
         # Before the network is moved and wrapped: groups are made by the names of its parameters.
         optimizer = make_optimizer(network, recipe)
         self.scheduler = make_scheduler(optimizer, recipe, self.steps)
@@ -134,7 +135,8 @@ class Trainer:
             contextlib.closing(batches),
             Bar(self.name, self.steps * recipe.epochs, self.step, recipe.batch_size, self.console) as bar,
         ):
-            for epoch in range(self.step // self.steps, recipe.epochs):
+            # A run that was stopped before an evaluation begins with that.
+            for epoch in range(len(self.metrics), recipe.epochs):
                 self._epoch(epoch, batches, bar)
         results = self._results()
         if self.main:
@@ -142,8 +144,8 @@ class Trainer:
             checkpoint.write_json(self.run / RESULTS, results)
             save_model(self.averaged, self.run, self.splits.train.label_names)
         self.accelerator.wait_for_everyone()
-        if recipe.track:
-            self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # end_training would end the process group, too
+            tracker.finish()
         return results
 
     @property
@@ -153,6 +155,8 @@ class Trainer:
 
     def _epoch(self, epoch: int, batches: Iterator[Batch], bar: Bar) -> None:
         recipe = self.recipe
+        if self.step == epoch * self.steps:
+            self.sums.zero_()
         self.model.train()
         for norm in self.frozen_norms:
             norm.eval()
@@ -166,10 +170,10 @@ class Trainer:
             if self.on_step is not None:
                 self.on_step(self.step)
             logged = self.step % recipe.log_every == 0
-            if logged or (self.accelerator.num_processes == 1 and self.accelerator.device.type == "cpu"):
+            # To look at what a GPU has computed is to wait for it.
+            if logged or self.accelerator.device.type == "cpu":
                 self._check_trouble()
-                if self.step % self.steps:  # else when the epoch is complete
-                    self._check_signal(saved=False)
+                self._check_signal(saved=False)
             if logged:
                 self._log(epoch, loss, norm, (self.step - start_step) * recipe.batch_size, started)
             if (
@@ -178,8 +182,10 @@ class Trainer:
                 and self.step % self.steps
             ):
                 self._save()
+        self._check_signal(saved=False)  # before the evaluation, which may take long
         seconds = time.perf_counter() - started
         loss, correct, images, skipped = self._reduce(self.sums)
+        left_out = self.splits.train.skipped
         self._check_trouble()
         self._share_buffers()
         evaluated = evaluate(self.averaged, self.eval_batches, self.accelerator)
@@ -195,13 +201,12 @@ class Trainer:
             "lr": learning_rate(self.optimizer),
             "train_loss": loss / images,
             "train_top1": 100 * correct / images,
-            **({"skipped_images": int(skipped)} if recipe.on_corrupt == "skip" else {}),
+            **({"skipped_images": int(skipped) + left_out} if recipe.on_corrupt == "skip" else {}),
             **evaluated,
             "images_per_second": (self.step - start_step) * recipe.batch_size / seconds,
             "seconds": time.perf_counter() - started,
         }
         bar.epoch(line)
-        self.sums.zero_()
         self.metrics.append(line)
         if self.main:
             write_lines(self.run / METRICS, self.metrics)
