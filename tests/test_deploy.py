@@ -1,5 +1,6 @@
 """Files for other runtimes: compared before they are kept, and of a folded network exactly the stock one's."""
 
+import sys
 from collections import Counter
 
 import huggingface_hub
@@ -11,6 +12,7 @@ import torch
 from helpers import narrow, parse_name, randomise
 
 import timm_attn
+from timm_attn.errors import UserError
 from timm_attn.models import MECHANISMS, stock_model
 from timm_attn.publish import deploy, export
 from timm_attn.training import Recipe, train
@@ -45,6 +47,21 @@ def test_a_file_that_computes_something_else_is_not_kept(write, name, tmp_path, 
     with pytest.raises(timm_attn.FoldError, match=f"{name} does not compute what the network computes"):
         write(model, tmp_path / name)
     assert not (tmp_path / name).exists()
+
+
+def test_an_fmmnet_is_exported_without_its_folded_form_where_rounding_forbids_it(tmp_path, monkeypatch):
+    def refuse(model):
+        raise timm_attn.FoldError("folding changed the output")
+
+    recipe = Recipe(data="digits", img_size=8, batch_size=256, epochs=1, model_kwargs=("channels=[8,8,8]",))
+    train("fmmnet20", recipe, tmp_path / "run")
+    # The name timm_attn.publish.export is the function's.
+    monkeypatch.setattr(sys.modules["timm_attn.publish.export"], "fold", refuse)
+    with pytest.warns(UserWarning, match="fmmnet20.x is exported without its folded form: folding changed"):
+        export(tmp_path / "run", "x", tmp_path / "hub")
+    assert [c.name for c in read_index(tmp_path / "hub")] == ["fmmnet20.x"]
+    with pytest.raises(UserError, match="tag 'graft_x' would stand for grafted weights"):
+        export(tmp_path / "run", "graft_x", tmp_path / "hub")
 
 
 def test_export_writes_them_beside_the_weights(tmp_path):

@@ -1,6 +1,7 @@
 """Folding: exact, verified on the spot, and impossible to get wrong unnoticed."""
 
 import sys
+from copy import deepcopy
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ from timm_attn.algebra import fuse_conv_norm
 from timm_attn.fold import BOUNDS, example_input, relative_difference, verify_fold
 from timm_attn.layers import ASR, asr
 from timm_attn.models import MECHANISMS, deployed, model_names, parse_name, stock_model
+from timm_attn.training import load_model
 
 fold_module = sys.modules["timm_attn.fold"]  # the name timm_attn.fold is the function's
 
@@ -192,6 +194,22 @@ def test_inputs_that_are_no_images_are_named(inputs, message):
             check(model, inputs)
 
 
+def test_verifying_leaves_the_modes_and_takes_wrapped_models():
+    model = randomise(narrow("resnet20_dia")).train()
+    folded = timm_attn.fold(torch.nn.DataParallel(model))
+    model.layer1.eval()
+    modes = [m.training for m in model.modules()]
+    report = verify_fold(model, torch.compile(folded, backend="eager"), example_input(model))
+    assert report.max_relative <= BOUNDS[torch.float32] and not report.separate_norms
+    with pytest.raises(ValueError, match="inputs must be"):
+        verify_fold(model, folded, example_input(model)[0])
+    with pytest.raises(ValueError, match="of torch.float64, got"):
+        verify_fold(model, deepcopy(folded).double(), example_input(model))
+    with pytest.raises(timm_attn.FoldError, match="own output is not finite"):
+        verify_fold(model, folded, torch.full((1, 3, 32, 32), torch.nan))
+    assert [m.training for m in model.modules()] == modes
+
+
 def test_a_compiled_model_folds():
     model = randomise(narrow("resnet20_asr")).eval()
     timm_attn.fold(torch.compile(model, backend="eager"))
@@ -219,6 +237,38 @@ def test_norms_are_fused_exactly(architecture, dtype):
     assert all(path.endswith("fmm.norm") for path in norms)
     assert bool(norms) == architecture.startswith("fmm")
     assert verify_fold(model, folded, x).separate_norms == tuple(norms)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"pin_bias": True}, {"mode": "sigmoid", "pin_bias": True}, {"mode": "gate"}, {"mode": "raw"}],
+    ids=str,
+)
+@pytest.mark.parametrize("architecture", ["fmmnet18", "fmmnet20"])
+def test_every_mode_of_fmm_folds(architecture, options):
+    model = randomise(narrow(architecture, **options).double()).eval()
+    folded = timm_attn.fold(model)
+    again = narrow(architecture, **options, folded=True).double().train().eval()
+    again.load_state_dict(folded.state_dict())
+    assert torch.equal(again(example_input(model)), folded(example_input(model)))
+
+
+def test_the_patches_of_the_conam_paper_are_saved_and_folded(tmp_path):
+    model = randomise(narrow("resnet18_conam", patch_size=(4, 4, 2, 0))).eval()
+    timm.models.save_for_hf(timm_attn.fold(model), str(tmp_path), safe_serialization=True)
+    again = load_model(str(tmp_path))
+    assert relative_difference(model, again, example_input(model)) <= BOUNDS[torch.float32]
+
+
+@pytest.mark.parametrize("architecture", ["resnet18_asr", "resnet18_ssia", "resnet20_asr", "resnet18_dia"])
+def test_a_folded_network_is_saved_as_what_it_is(architecture, tmp_path):
+    model = randomise(narrow(architecture)).eval()
+    model.pretrained_cfg["tag"] = "graft_a1_in1k"  # by which the saved one must not be grafted again
+    folded = timm_attn.fold(model)
+    timm.models.save_for_hf(folded, str(tmp_path), safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(example_input(model)), folded(example_input(model)))
+    assert set(again.state_dict()) == set(folded.state_dict())
 
 
 def test_norms_of_a_deep_stem_and_frozen_norms_are_fused():

@@ -191,10 +191,31 @@ def test_what_cannot_be_grafted_says_why(name, options, message):
         timm_attn.graft(name, stock_of("resnet20_dia"), **sizes(name), **options)
 
 
-@pytest.mark.parametrize("options", [{"in_chans": 1}, {"pretrained": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"in_chans": 1}, {"pretrained": True}, {"dtype": torch.float64}, {"device": "meta"}],
+    ids=str,
+)
 def test_what_the_source_decides_is_refused(options):
     with pytest.raises(TypeError, match=f"graft takes no {next(iter(options))}="):
         timm_attn.graft("resnet20_dia", stock_of("resnet20_dia"), **sizes("resnet20_dia"), **options)
+
+
+def test_a_plain_network_is_no_variant():
+    with pytest.raises(timm_attn.GraftError, match="resnet18 is no model of this package"):
+        timm_attn.graft("resnet18", stock_of("resnet18_dia"))
+    with pytest.raises(timm_attn.GraftError, match="own output is not finite"):
+        stock = stock_of("resnet18_dia")
+        torch.nn.init.constant_(stock.fc.weight, torch.nan)
+        timm_attn.graft("resnet18_dia", stock, **sizes("resnet18_dia"))
+
+
+def test_a_source_with_frozen_norms_is_grafted():
+    stock = stock_of("resnet18_dia")
+    expected = timm_attn.graft("resnet18_dia", stock, **sizes("resnet18_dia"))
+    timm.utils.freeze(stock)
+    grafted = timm_attn.graft("resnet18_dia", stock, **sizes("resnet18_dia"))
+    assert torch.equal(grafted.eval()(images()), expected.eval()(images()))
 
 
 def test_weights_of_another_network_are_refused():

@@ -19,7 +19,7 @@ def scale_affine(weight: Tensor, bias: Tensor, gate: Tensor) -> tuple[Tensor, Te
         bias: β of the norm layer, shape (C,).
         gate: Gate values, shape (C,).
     """
-    v = gate.double()
+    v = gate.to(weight.device).double()
     return (weight.double() * v).to(weight.dtype), (bias.double() * v).to(bias.dtype)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.utils import reparameterize_model  # pyright: ignore[reportPrivateImportUsage]
+from timm.utils import reparameterize_model, unwrap_model  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -73,21 +73,21 @@ def fold(model: nn.Module, inputs: Tensor | None = None) -> nn.Module:
     Raises:
         NothingToFold: The model is a plain network, or folded already.
         ValueError: ``inputs`` are no images, or of another dtype than the model.
-        FoldError: max|Δlogit| ÷ max|logit| is above :data:`BOUNDS` or not finite.
+        FoldError: max|Δlogit| ÷ max|logit| is above :data:`BOUNDS`, or logits are not finite.
     """
     original, folded = _fold(model)
+    model = unwrap_model(model)
     if inputs is not None:
         _check_images(model, inputs)
-    for images in (example_input(model), inputs):
+    for images in (example_input(original), inputs):
         if images is None:
             continue
-        # On the CPU: GPUs round fp32 convolutions to TF32, by more than the bound.
-        error = relative_difference(original.cpu(), deepcopy(folded).cpu(), images.cpu())
+        error = relative_difference(original, folded, images.cpu())
         excess = above_bound(error, images.dtype)
         if excess:
             hint = "" if images.dtype == torch.float64 else " (fold model.double() if it is rounding)"
             raise FoldError(f"folding changed the output: {excess}{hint}")
-    return folded
+    return folded.to(next(model.parameters()).device)
 
 
 def above_bound(error: float, dtype: torch.dtype) -> str:
@@ -98,23 +98,32 @@ def above_bound(error: float, dtype: torch.dtype) -> str:
 
 
 def _fold(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Copies of a model in eval mode, as it is and folded."""
-    model = getattr(model, "_orig_mod", model)  # of a compiled model
+    """Copies of a model in eval mode, as it is and folded.
+
+    On the CPU: Apple's GPUs have no float64, and others round fp32 convolutions to TF32, by more than the
+    bound.
+    """
+    model = unwrap_model(model)
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("a model on the meta device has no weights to fold")
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
     gates = _foldable(model)
-    original = deepcopy(model).eval()
+    original: Any = deepcopy(model).cpu().eval()
     if gates:
-        folded = reparameterize_model(original)
+        folded: Any = reparameterize_model(original)
         left = _foldable(folded)
         if left:
             raise FoldError(f"{left} of {gates} gates stand where no block folds them")
+        if name in model_names() and hasattr(original, "_model_args"):  # saved, it is the stock network
+            backbone, key = parse_name(name)
+            stock, folded._model_args = MECHANISMS[key].stock_network(backbone, original._model_args)
+            cfg = {**original.pretrained_cfg, "architecture": stock, "tag": None}
+            folded.pretrained_cfg = folded.default_cfg = cfg
         return original, folded
     folded = deepcopy(original)
     if name in model_names() and MECHANISMS[parse_name(name)[1]].fuses and fuse_conv_norms(folded):
         if hasattr(folded, "_model_args"):
-            folded._model_args = {**folded._model_args, "folded": True}  # pyright: ignore
+            folded._model_args = {**folded._model_args, "folded": True}
         return original, folded
     raise NothingToFold(
         f"nothing to fold in {name}: it has no gate that is independent of the image, nothing that acts in "
@@ -137,14 +146,19 @@ def verify_fold(model: nn.Module, folded: nn.Module, inputs: Tensor) -> FoldRepo
         inputs: Images B × C × H × W in the models' dtype and on their device.
 
     Raises:
-        ValueError: ``inputs`` are no images, or of another dtype than the model.
+        ValueError: ``inputs`` are no images, or of another dtype than the models.
+        FoldError: The logits of ``model`` are not finite.
     """
-    _check_images(model, inputs)
-    modes = model.training, folded.training
-    a, b = (_logits(m, inputs) for m in (model, folded))
-    costs = [_costs(m, inputs[:1]) for m in (model, folded)]
-    for m, mode in zip((model, folded), modes, strict=True):
-        m.train(mode)
+    model, folded = unwrap_model(model), unwrap_model(folded)
+    for m in (model, folded):
+        _check_images(m, inputs)
+    modes = {module: module.training for m in (model, folded) for module in m.modules()}
+    try:
+        a, b = _finite(_logits(model, inputs)), _logits(folded, inputs)
+        costs = [_costs(m, inputs[:1]) for m in (model, folded)]
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
     parameters, multiply_adds, size = zip(*costs, strict=True)
     difference = (a - b).abs().max().item()
     return FoldReport(
@@ -172,7 +186,15 @@ def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
     logits = model.eval()(inputs)
     if not torch.is_tensor(logits):
         raise ValueError(f"the output must be one tensor, got {type(logits).__name__}: give the model itself")
-    return logits.double()
+    return logits.cpu().double()
+
+
+def _finite(logits: Tensor) -> Tensor:
+    if not logits.isfinite().all():
+        raise FoldError(
+            "the model's own output is not finite: its weights or the images hold NaN or infinity"
+        )
+    return logits
 
 
 def _costs(model: nn.Module, image: Tensor) -> tuple[int, int, int]:
@@ -199,7 +221,11 @@ def example_input(model: nn.Module, batch_size: int = 2) -> Tensor:
 
 @torch.no_grad()
 def relative_difference(model: nn.Module, other: nn.Module, inputs: Tensor) -> float:
-    """max|Δlogit| ÷ max|logit| of two models, which are put in eval mode, on the same images."""
-    a, b = _logits(model, inputs), _logits(other, inputs)
+    """max|Δlogit| ÷ max|logit| of two models, which are put in eval mode, on the same images.
+
+    Raises:
+        FoldError: The first model's logits are not finite.
+    """
+    a, b = _finite(_logits(model, inputs)), _logits(other, inputs)
     difference = (a - b).abs().max().item()
     return difference / a.abs().max().item() if difference else 0.0

@@ -7,8 +7,8 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from .fold import above_bound, example_input, relative_difference
-from .models import MECHANISMS, parse_name
+from .fold import FoldError, above_bound, example_input, relative_difference
+from .models import MECHANISMS, model_names, parse_name
 from .models.grafting import GraftError, graft_description, graft_state
 from .models.mechanisms import Mechanism
 
@@ -26,6 +26,16 @@ _TAKEN = (
     "label_names",
     "label_descriptions",
     "license",
+)
+#: Arguments of timm.create_model that the source decides.
+_SOURCE = (
+    "in_chans",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "device",
+    "dtype",
 )
 #: Fields that are true of the network, whatever its weights are.
 _OWN = ("architecture", "first_conv", "classifier", "custom_load", "fixed_input_size")
@@ -56,30 +66,37 @@ def graft(
         training mode if the source is.
 
     Raises:
-        GraftError: The mechanism cannot be grafted (FMM: a product cannot represent a sum; ConAM with literal
-            patches), the weights are not those of its backbone, or the two networks differ by more than
-            :data:`timm_attn.fold.BOUNDS`.
-        TypeError: The source is none of these, or ``in_chans`` or ``pretrained`` is given.
+        GraftError: The architecture is not one of them, or its mechanism cannot be grafted (FMM: a product
+            cannot represent a sum; ConAM with literal patches); the weights are not those of its backbone;
+            or the two networks differ by more than :data:`timm_attn.fold.BOUNDS`.
+        TypeError: The source is none of these, or something is given that is the source's: ``in_chans``,
+            ``pretrained``, ``pretrained_cfg_overlay``, ``checkpoint_path``, ``device`` or ``dtype``.
     """
+    if architecture not in model_names():
+        raise GraftError(f"{architecture} is no model of this package: name one of timm_attn.model_names()")
     backbone, key = parse_name(architecture)
     mechanism = MECHANISMS[key]
     if isinstance(mechanism.graft, str):
         raise GraftError(f"{architecture} cannot be grafted: {mechanism.graft}")
-    for name in ("in_chans", "pretrained"):
+    for name in _SOURCE:
         if name in kwargs:
-            raise TypeError(f"graft takes no {name}={kwargs[name]!r}: channels and weights are the source's")
+            raise TypeError(f"graft takes no {name}={kwargs[name]!r}: it is the source's")
     stock = _stock(source, backbone, mechanism, kwargs)
     state = stock.state_dict()
     classes, stem = _ends(state, backbone)
     variant: Any = timm.create_model(architecture, num_classes=classes, in_chans=stem.shape[1], **kwargs)
-    variant.to(stem)
+    # On the CPU: Apple's GPUs have no float64, and others round fp32 convolutions to TF32.
+    variant.to(stem.dtype)
+    state = {key: tensor.cpu() for key, tensor in state.items()}
     try:
         variant.load_state_dict(graft_state(state, variant, mechanism.graft))
     except (GraftError, RuntimeError) as error:
         raise GraftError(f"{architecture} cannot take these weights: {error}") from None
-    # On the CPU, as in fold: GPUs round fp32 convolutions to TF32.
-    images = example_input(variant).cpu()
-    error = relative_difference(deepcopy(stock).cpu(), deepcopy(variant).cpu(), images)
+    images = example_input(variant)
+    try:
+        error = relative_difference(deepcopy(stock).cpu(), deepcopy(variant), images)
+    except FoldError as problem:
+        raise GraftError(f"{architecture} cannot be grafted: {problem}") from None
     excess = above_bound(error, images.dtype)
     if excess:
         raise GraftError(f"{architecture} does not compute what its source computes: {excess}")
@@ -96,7 +113,7 @@ def graft(
     }
     if num_classes is not None and num_classes != classes:
         variant.reset_classifier(num_classes)
-    return variant.train(stock.training)
+    return variant.to(stem.device).train(stock.training)
 
 
 def _ends(state: Mapping[str, Tensor], backbone: str) -> tuple[int, Tensor]:

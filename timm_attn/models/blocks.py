@@ -193,7 +193,8 @@ class FMMMixin:
         """timm.utils.unfreeze lets pinned biases go; they are pinned again here."""
         if self.pin_bias:
             for norm in self.factor_norms():
-                norm.bias.requires_grad_(False)
+                if not isinstance(norm, nn.Identity):  # as it is in the deployed form
+                    norm.bias.requires_grad_(False)
         return super().train(mode)
 
     def zero_init_last(self) -> None:

@@ -20,6 +20,9 @@ State = dict[str, Tensor]
 Graft = Callable[[State, Any], State]
 
 
+_COUNTER = "num_batches_tracked"
+
+
 class GraftError(ValueError):
     """A variant cannot be made from these weights."""
 
@@ -112,8 +115,9 @@ def graft_state(state: State, model: Any, graft: Graft | str) -> State:
         raise GraftError(f"{type(model).__name__} has its norms fused: graft without folded=True, then fold")
     state = {re.sub(r"(layer\d\.\d+\.se)\.", r"\1.attention.", key): value for key, value in state.items()}
 
-    stock = {key for key in own if _STOCK.fullmatch(key)}
-    misfit = key_difference(state, stock)
+    # Frozen norms do not count their batches.
+    stock = {key for key in own if _STOCK.fullmatch(key) and not key.endswith(_COUNTER)}
+    misfit = key_difference([key for key in state if not key.endswith(_COUNTER)], stock)
     if misfit:
         raise GraftError(f"the weights are not those of the stock network: {misfit}")
     new = {key: value.clone() for key, value in own.items() if key not in stock}

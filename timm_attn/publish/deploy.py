@@ -1,6 +1,7 @@
 """Files for other runtimes, kept only if they compute what the network computes."""
 
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def write_onnx(model: nn.Module, path: Path) -> float:
         UserError: The packages of the extra ``export`` are not installed.
         FoldError: The difference is above :data:`BOUND`; the file is removed.
     """
+    model = deepcopy(model).cpu().eval()
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 (what PyTorch's exporter needs)
@@ -35,7 +37,7 @@ def write_onnx(model: nn.Module, path: Path) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            model.eval(),
+            model,
             (example_input(model),),
             path,
             input_names=["images"],
@@ -63,8 +65,8 @@ def write_program(model: nn.Module, path: Path) -> float:
     Raises:
         FoldError: The difference is above :data:`BOUND`; the file is removed.
     """
-    images = (example_input(model),)
-    program = torch.export.export(model.eval(), images, dynamic_shapes=_dynamic_batch())
+    model = deepcopy(model).cpu().eval()  # a program names the device of its constants
+    program = torch.export.export(model, (example_input(model),), dynamic_shapes=_dynamic_batch())
     torch.export.save(program, path)
     return _compare(model, path, torch.export.load(path).module())
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 import yaml
 
 from ..errors import UserError
-from ..fold import BOUNDS, NothingToFold, example_input, fold, relative_difference
-from ..models import model_names, parse_name, stock_model
+from ..fold import BOUNDS, FoldError, NothingToFold, example_input, fold, relative_difference
+from ..models import GRAFT, MECHANISMS, model_names, parse_name, stock_model
 from ..papers import PAPERS, TIMM
 from ..training import Recipe, load_model, validate
 from ..training.recipe_file import load_recipe
@@ -75,6 +76,8 @@ def export(
     read_results(run)
     if not tag or not tag.replace("_", "").isalnum():
         raise UserError(f"tag {tag!r} must be letters, digits and underscores, e.g. sgd_c10")
+    if tag.startswith(GRAFT):
+        raise UserError(f"tag {tag!r} would stand for grafted weights: begin it otherwise than with {GRAFT}")
     dataset = str(dataset or about["data"])
     license_ = license_of(dataset, dataset_license)
     trained = load_recipe(run / RECIPE)
@@ -119,7 +122,10 @@ def export(
             partial.mkdir(parents=True)
             partials.append((partial, hub / form.name))
             checkpoint = _write(partial, form, run, recipe, runtimes, {**resolved, "data": dataset})
-            figures = [checkpoint.metrics, *(validate(other[i].model, recipe) for other in others)]
+            figures = [
+                checkpoint.metrics,
+                *(validate(other[i].model, recipe) for other in others if i < len(other)),
+            ]
             seeds = [trained.seed, *(load_recipe(other / RECIPE).seed for other in other_runs)]
             over = {"seeds": sorted(seeds), **{key: spread([f[key] for f in figures]) for key in FIGURES}}
             folded = forms[1].name if form.folded_from is None and len(forms) > 1 else None
@@ -193,6 +199,12 @@ def _forms(architecture: str, tag: str, run: Path) -> list[_Form]:
     try:
         folded = fold(model)
     except NothingToFold:
+        return forms
+    except FoldError as error:
+        if not MECHANISMS[parse_name(architecture)[1]].fuses:
+            raise
+        # Its rounding, that is: an FMMNet multiplies it.
+        warnings.warn(f"{name} is exported without its folded form: {error}", stacklevel=2)
         return forms
     stock = stock_model(model, folded)
     plain = stock.pretrained_cfg["architecture"]

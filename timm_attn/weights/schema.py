@@ -242,7 +242,7 @@ MODEL_ARGS = record(
         "generator": one_of("se", "ie", "eca", "srm"),
         "attention": _LAYER,
         "grid": either(NONE, whole(1, 64), list_of(whole(1, 64), 1, 4)),
-        "patch_size": either(NONE, whole(1, 4096), list_of(whole(1, 4096), 1, 4)),
+        "patch_size": either(NONE, whole(1, 4096), list_of(whole(0, 4096), 1, 4)),
         "temperature": either(number(1e-6, 1e6), one_of("sqrt")),
         # FMM and SSIA
         "mode": one_of("bn", "sigmoid", "gate", "raw"),
