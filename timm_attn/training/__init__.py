@@ -4,7 +4,7 @@ from .evaluation import evaluate
 from .loop import resume, train
 from .recipe import Recipe
 from .seeds import resume_seeds, train_seeds
-from .trainer import Interrupted
+from .signals import Interrupted
 from .validation import load_model, validate
 
 __all__ = [

@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import UserError
 from ..weights import sha256
 from . import checkpoint
+from .network import build, check_model, construction, rebuild
 from .recipe import Recipe
 from .recipe_file import load_recipe, save_recipe
 from .run import (
@@ -19,7 +20,7 @@ from .run import (
     read_results,
     refuse_full_folder,
 )
-from .setup import build, check_model, construction, load_splits, rebuild, recipe_accelerator
+from .setup import load_splits, recipe_accelerator
 from .trainer import OnStep, Trainer, take_up
 
 

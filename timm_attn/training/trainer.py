@@ -5,7 +5,6 @@ import dataclasses
 import math
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,18 +25,16 @@ from . import checkpoint, curves
 from .augment import seed_everything
 from .batches import Batch, Batches, Shard
 from .evaluation import evaluate, sum_dtype
+from .network import freeze_backbone
 from .optim import learning_rate, make_criterion, make_mixup, make_optimizer, make_scheduler
 from .progress import Bar
 from .recipe import Recipe
 from .run import CURVES, METRICS, RESULTS, STEPS, append_line, read_lines, save_model, write_lines
-from .setup import Splits, freeze_backbone, keep_freed_memory
+from .setup import Splits, keep_freed_memory
+from .signals import Interrupted, Signals
 
 OnStep = Callable[[int], None]
 DRAW_SECONDS = 15.0  # drawing takes about half a second
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal stopped the run, after a checkpoint was written."""
 
 
 class Trainer:
@@ -100,7 +97,7 @@ class Trainer:
         self.trouble = torch.full((4,), math.inf, dtype=sum_dtype(device), device=device)
         self.metrics: list[dict[str, Any]] = []
         self.log: list[dict[str, Any]] = []
-        self.signal = 0
+        self.signals = Signals()
         self.drawn = time.perf_counter()
 
     def restore(self, state: checkpoint.State) -> None:
@@ -131,7 +128,7 @@ class Trainer:
             self.accelerator.init_trackers(self.name, fields)
         batches = self.batches.train(self.step)
         with (
-            self._signals(),
+            self.signals.noted(),
             contextlib.closing(batches),
             Bar(self.name, self.steps * recipe.epochs, self.step, recipe.batch_size, self.console) as bar,
         ):
@@ -277,7 +274,7 @@ class Trainer:
 
     def _check_signal(self, saved: bool) -> None:
         """Stop if a signal came to any process, on all of them, with a checkpoint."""
-        numbers = self.accelerator.gather(self.trouble.new_tensor([self.signal]))
+        numbers = self.accelerator.gather(self.trouble.new_tensor([self.signals.number]))
         assert torch.is_tensor(numbers)
         number = int(numbers.max())
         if number:
@@ -290,26 +287,6 @@ class Trainer:
         return (
             f"The last good checkpoint is {self.run / f'step-{steps[-1]}'}" if steps else "No checkpoint yet"
         )
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Note SIGINT and SIGTERM, for :meth:`_check_signal`; the second one acts as usual."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, _: Any) -> None:
-            self.signal = number
-            signal.signal(number, before[signal.Signals(number)])
-
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            for number in before:
-                signal.signal(number, note)
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _share_buffers(self) -> None:
         """Give all processes the running statistics of the first, whose are saved."""

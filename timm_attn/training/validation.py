@@ -10,8 +10,9 @@ from ..weights import WeightsError, without_tokens
 from .batches import Batches, Shard
 from .data import load_split
 from .evaluation import evaluate
+from .network import source_name
 from .recipe import Recipe
-from .setup import make_accelerator, match_classes, source_name
+from .setup import make_accelerator, match_classes
 
 
 def load_model(name: str) -> Any:

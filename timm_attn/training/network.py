@@ -1,0 +1,230 @@
+"""The network of a run, from a recipe, and the recipe with its open ends resolved."""
+
+import dataclasses
+import difflib
+import math
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate.utils import set_seed
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+
+from ..errors import UserError
+from ..graft import graft
+from ..models import MECHANISMS, model_names, parse_name
+from ..weights import CONFIG, WeightsError, fetch_folder, read_config, read_folder
+from .augment import derive_seed
+from .data import Split
+from .recipe import Recipe
+from .run import is_run, open_run
+
+
+def resolve_recipe(recipe: Recipe, split: Split, cfg: dict[str, Any] | None) -> Recipe:
+    """The recipe with the defaults that depend on the data, and on the weights that it starts from."""
+    if cfg is not None:
+        mean, std = cfg["mean"], cfg["std"]
+    elif split.pixels is not None:
+        mean, std = split.statistics()
+        if recipe.std is None and min(std) < 1e-4:
+            raise UserError(
+                f"the images of {recipe.data} are constant in a channel: repair them, or give --std"
+            )
+    else:
+        mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return dataclasses.replace(
+        recipe,
+        # A run may be resumed and exported from another folder.
+        data=str(Path(recipe.data).resolve()) if Path(recipe.data).is_dir() else recipe.data,
+        mean=recipe.mean or tuple(round(m, 4) for m in mean),
+        std=recipe.std or tuple(round(s, 4) for s in std),
+        hflip=recipe.hflip if recipe.hflip is not None else recipe.data != "digits",
+    )
+
+
+def build(model: str, recipe: Recipe, split: Split) -> tuple[nn.Module, Recipe]:
+    """The network of a recipe, with the configuration of its checkpoints, and the resolved recipe.
+
+    Args:
+        model: Name of the architecture.
+        recipe: Where it says so, the network starts from other weights.
+        split: The training split.
+
+    Raises:
+        UserError: timm does not know the model, or the model refuses its arguments or the weights.
+    """
+    set_seed(derive_seed(recipe.seed, "init") % 2**32)
+    classes = len(split.label_names)
+    arguments = recipe.parsed_model_kwargs()
+    try:
+        if recipe.init is None:
+            # create_model drops arguments that are None, so they say nothing here.
+            network: Any = timm.create_model(model, num_classes=classes, in_chans=3, **arguments)
+        else:
+            network = _initial(model, recipe.init, classes, arguments)
+        recipe = resolve_recipe(recipe, split, network.pretrained_cfg if recipe.init else None)
+        size = _image_size(network, recipe, split)
+        with torch.no_grad():
+            shape = tuple(network.eval()(torch.zeros(2, 3, *size)).shape)
+        if shape != (2, classes):
+            raise ValueError(f"its output has shape {shape} for 2 images, not (2, {classes})")
+    except UserError:
+        raise
+    except Exception as error:  # whatever a constructor of timm raises on odd arguments
+        given = f" with {arguments}" if arguments else ""
+        start = f" from {recipe.init}" if recipe.init else ""
+        raise UserError(f"cannot build {model}{given}{start}: {type(error).__name__}: {error}") from None
+    network.pretrained_cfg = network.default_cfg = {
+        **{k: v for k, v in network.pretrained_cfg.items() if k not in _OF_OTHER_WEIGHTS},
+        "tag": None,
+        "input_size": (3, *size),
+        "pool_size": _pool_size(network.pretrained_cfg, size),
+        "mean": recipe.mean,
+        "std": recipe.std,
+        "num_classes": classes,
+        # Small images are read whole; those that were resized, bilinearly.
+        **({"crop_pct": 1.0, "interpolation": "bilinear"} if split.pixels is not None else {}),
+    }
+    return _laid_out(network, recipe), recipe
+
+
+def construction(network: Any) -> dict[str, Any]:
+    """What :func:`rebuild` needs: the arguments and the configuration of a network, JSON values."""
+    # Those of create_model and of the weights that it started from, which may have another classifier.
+    arguments = {**network._model_args, "num_classes": network.num_classes}
+    return {"model_args": arguments, "pretrained_cfg": network.pretrained_cfg}
+
+
+def rebuild(model: str, built: dict[str, Any], recipe: Recipe) -> nn.Module:
+    """The network of a run that goes on, whose weights come from a checkpoint."""
+    network: Any = timm.create_model(model, **built["model_args"])
+    cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in built["pretrained_cfg"].items()}
+    network.pretrained_cfg = network.default_cfg = cfg
+    return _laid_out(network, recipe)
+
+
+def _laid_out(network: Any, recipe: Recipe) -> nn.Module:
+    return network.to(memory_format=torch.channels_last) if recipe.channels_last else network
+
+
+#: Fields of a configuration that belong to the weights it came with, and to no new ones.
+_OF_OTHER_WEIGHTS = {
+    "url",
+    "file",
+    "hf_hub_id",
+    "hf_hub_filename",
+    "source",
+    "label_names",
+    "label_descriptions",
+    "origin_url",
+    "paper_ids",
+    "paper_name",
+    "notes",
+    "license",
+    "description",
+}
+
+
+def _initial(model: str, source: str, classes: int, arguments: dict[str, Any]) -> Any:
+    """A network that starts from other weights, with a new classifier where the classes differ in number."""
+    if source.startswith("graft:"):
+        return graft(model, source_name(source.removeprefix("graft:")), num_classes=classes, **arguments)
+    network: Any = timm.create_model(source_name(source), pretrained=True, num_classes=classes, **arguments)
+    architecture = network.pretrained_cfg["architecture"]
+    if architecture != model:
+        fix = f"train {architecture}"
+        if model in model_names():
+            backbone, key = parse_name(model)
+            stock, _ = MECHANISMS[key].stock(backbone, arguments)
+            if not isinstance(MECHANISMS[key].graft, str):
+                fix += f", or graft from a {stock} with --init graft:"
+                fix += source if architecture == stock else "SOURCE (of ASR and SSIA, the folded form is one)"
+        raise UserError(f"{source} is a {architecture}, not a {model}: {fix}")
+    return network
+
+
+def source_name(source: str) -> str:
+    """timm's name for weights: a model name, a run or hub folder, ``hf-hub:`` or ``local-dir:``.
+
+    What a folder or a repository holds is looked at before timm sees it.
+
+    Raises:
+        UserError: The source stands for none of these.
+        WeightsError: Its weights are missing, damaged or pickled, or its configuration cannot be trusted.
+    """
+    kind, _, rest = source.partition(":")
+    if kind in ("hf-hub", "hf_hub"):
+        folder = fetch_folder(rest)
+        config = read_config(folder / CONFIG)
+    elif kind == "local-dir" or Path(source).is_dir():
+        folder = Path(rest if kind == "local-dir" else source)
+        if is_run(folder):
+            open_run(folder, finished=True)
+        config = read_folder(folder)
+    else:
+        if "/" in source or Path(source).exists():
+            raise UserError(f"{source} is not a folder: name a model, a run folder or a hub folder")
+        check_model(source)
+        return source
+    if not timm.is_model(config["architecture"]):
+        raise WeightsError(
+            f"{source} is a {config['architecture']!r}, which nobody has registered: import its package first"
+        )
+    return f"local-dir:{folder}"
+
+
+def freeze_backbone(model: str, network: nn.Module) -> list[nn.Module]:
+    """Leave only the classifier and the mechanism to be trained.
+
+    Returns:
+        The norm layers that are frozen, whose running statistics must not change either.
+    """
+    head = {id(p) for p in network.get_classifier().parameters()}  # pyright: ignore[reportCallIssue]
+    own = _own_keys(model, network)
+    for key, parameter in network.named_parameters():
+        parameter.requires_grad = id(parameter) in head or key in own
+    return [
+        m
+        for m in network.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in m.parameters())
+    ]
+
+
+def _own_keys(model: str, network: Any) -> set[str]:
+    """Names of the parameters that the stock backbone does not have."""
+    if model not in model_names():
+        return set()
+    backbone, mechanism = parse_name(model)
+    options = MECHANISMS[mechanism].options
+    arguments = {k: v for k, v in network._model_args.items() if k not in options}
+    stock = timm.create_model(backbone, device="meta", **arguments)
+    return {key for key, _ in network.named_parameters()} - {key for key, _ in stock.named_parameters()}
+
+
+def _pool_size(cfg: dict[str, Any], size: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Size of the last feature map: timm's configuration has it for images of the default size."""
+    if not cfg.get("pool_size"):
+        return None
+    return tuple(
+        math.ceil(pool * new / old)
+        for pool, new, old in zip(cfg["pool_size"], size, cfg["input_size"][1:], strict=True)
+    )
+
+
+def _image_size(network: Any, recipe: Recipe, split: Split) -> tuple[int, ...]:
+    """Height and width of the images of a run."""
+    if split.pixels is not None:
+        return tuple(split.pixels.shape[1:3])
+    return (recipe.img_size,) * 2 if recipe.img_size else tuple(network.pretrained_cfg["input_size"][1:])
+
+
+def check_model(name: str) -> None:
+    """Raise a UserError with the nearest names if timm has no model of this name."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = (
+            f"did you mean {' or '.join(near)}?" if near else "`timm-attn list` shows this package's models"
+        )
+        raise UserError(f"unknown model {name!r}: {hint}")
