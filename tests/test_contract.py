@@ -10,7 +10,7 @@ from timm_attn.models import parse_name
 
 #: Basic, Bottleneck and CIFAR. CIFAR networks of bottlenecks, whose parts these have, run under `make test-all`.
 KINDS = [name for name in SMALL if parse_name(name)[0] != "resnet164"]
-#: Slow, and made of the parts of the two others.
+#: Slow, and made of the parts of the two others; under `make test-all` they are exported, too.
 NOT_AS_ONNX = [name for name in KINDS if "18" in name]
 
 

@@ -76,7 +76,6 @@ def fold(model: nn.Module, inputs: Tensor | None = None) -> nn.Module:
         FoldError: max|Δlogit| ÷ max|logit| is above :data:`BOUNDS`, or logits are not finite.
     """
     original, folded = _fold(model)
-    model = unwrap_model(model)
     if inputs is not None:
         _check_images(model, inputs)
     for images in (example_input(original), inputs):
