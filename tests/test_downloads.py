@@ -7,7 +7,8 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from helpers import flip_last_bit, narrow, python, randomise, use_hub
+from forked import run_code
+from helpers import flip_last_bit, narrow, randomise, use_hub
 from hub_server import HubServer
 from safetensors.torch import save
 from test_pretrained import write_hub
@@ -59,7 +60,7 @@ def hub(server, state, tmp_path):
 def create(hub, out, cache, endpoint, name="resnet20_dia.x", **env):
     env = {"TIMM_ATTN_HUB": str(hub), "HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(cache), **env}
     started = time.monotonic()
-    result = python("-c", CREATE, name, str(out), env=env)
+    result = run_code(CREATE, name, str(out), env=env)
     return result, time.monotonic() - started
 
 
@@ -237,7 +238,7 @@ model = timm.create_model("resnet20_dia", pretrained=True)
 torch.save((model.state_dict(), model.pretrained_cfg["mean"]), sys.argv[1])
 """
     env = {"TIMM_ATTN_HUB": "other-org", "HF_ENDPOINT": server.endpoint, "HF_HUB_CACHE": str(cache)}
-    result = python("-c", code, str(out), env=env)
+    result = run_code(code, str(out), env=env)
     assert result.returncode == 0, result.stderr
     state, mean = torch.load(out)
     assert all(torch.equal(tensor, theirs.state_dict()[key]) for key, tensor in state.items())
@@ -281,6 +282,6 @@ except timm_attn.WeightsError as error:
 else:
     raise AssertionError
 """
-    result = python("-c", code)
+    result = run_code(code)
     assert result.returncode == 0, result.stderr
     assert all(torch.equal(tensor, state[key]) for key, tensor in torch.load(tmp_path / "out.pt").items())

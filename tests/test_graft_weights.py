@@ -3,7 +3,8 @@
 import pytest
 import timm
 import torch
-from helpers import IMAGENET, MECHANISMS, parse_name, python, randomise
+from forked import run_code
+from helpers import IMAGENET, MECHANISMS, parse_name, randomise
 from hub_server import HubServer
 from safetensors.torch import save
 
@@ -65,7 +66,7 @@ def test_every_backbone_and_mechanism_has_a_graft():
 def test_grafts_compute_what_timms_checkpoints_compute(server, tmp_path):
     torch.save(torch.randn(4, 3, 1, 1) + torch.randn(4, 3, 64, 64), tmp_path / "x.pt")
     env = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}
-    result = python("-W", "ignore", "-c", SCRIPT, *NAMES, cwd=tmp_path, env=env)
+    result = run_code(SCRIPT, *NAMES, cwd=tmp_path, env=env)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.split() == NAMES
 
@@ -82,7 +83,7 @@ x = torch.randn(2, 3, 64, 64)
 assert torch.equal(model(x), again(x))
 """
     env = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}
-    result = python("-W", "ignore", "-c", code, cwd=tmp_path, env=env)
+    result = run_code(code, cwd=tmp_path, env=env)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
@@ -110,7 +111,7 @@ for name in ("resnet18_asr", "resnet18_conam"):
 timm_attn.graft("resnet18_dia", "local-dir:saved_resnet18_asr/folded", **{SMALL!r})
 """
     env = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}
-    result = python("-W", "ignore", "-c", code, cwd=tmp_path, env=env)
+    result = run_code(code, cwd=tmp_path, env=env)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "trained" not in result.stdout
 

@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from forked import run_code
 from helpers import ROOT, python, use_hub
 from hub_server import HubServer
 
@@ -99,7 +100,7 @@ assert torch.equal(ten.layer3[2].conv2.weight, five.layer3[2].conv2.weight) and 
 features = timm.create_model("resnet20_dia", pretrained=True, features_only=True)
 assert torch.equal(features.layer3[2].conv2.weight, ten.layer3[2].conv2.weight)
 """
-    result = python("-c", code, env={"TIMM_ATTN_HUB": str(folder)})
+    result = run_code(code, env={"TIMM_ATTN_HUB": str(folder)})
     assert result.returncode == 0, result.stderr
 
 
@@ -113,7 +114,7 @@ model = timm.create_model("local-dir:{folder}/resnet18.asr_sgd_digits_folded", p
 assert not [m for m in sys.modules if m.startswith("timm_attn")]
 torch.save(model(torch.load("{runs}/x.pt")), "{runs}/y.pt")
 """
-    result = python("-c", code)
+    result = run_code(code)
     assert result.returncode == 0, result.stderr
     expected = load_model(str(runs / "asr"))(x)
     torch.testing.assert_close(
@@ -134,7 +135,7 @@ def test_damaged_weights_are_never_loaded(damage, hub, tmp_path):
     else:
         (folder / "index.json").write_text("{")
     code = "import timm, timm_attn; timm.create_model('resnet20_dia.sgd_digits', pretrained=True)"
-    result = python("-W", "ignore", "-c", code, env={"TIMM_ATTN_HUB": str(folder)})
+    result = run_code(code, env={"TIMM_ATTN_HUB": str(folder)})
     assert result.returncode != 0
     expected = {
         "bytes": "is damaged: its sha256",
@@ -145,10 +146,10 @@ def test_damaged_weights_are_never_loaded(damage, hub, tmp_path):
     if damage == "index":  # what ships is not taken in the stead of a folder that the user names
         code = "import timm, timm_attn; timm.create_model('resnet20_dia', pretrained=True)"
         for hub_folder in (folder, folder / "index.json", tmp_path / "nothing"):
-            result = python("-W", "ignore", "-c", code, env={"TIMM_ATTN_HUB": str(hub_folder)})
+            result = run_code(code, env={"TIMM_ATTN_HUB": str(hub_folder)})
             assert "WeightsError: " in result.stderr and str(hub_folder) in result.stderr
         code = f"import timm, timm_attn; timm.create_model('local-dir:{hub[1]}/dia', pretrained=True)"
-        assert python("-W", "ignore", "-c", code, env={"TIMM_ATTN_HUB": str(folder)}).returncode == 0
+        assert run_code(code, env={"TIMM_ATTN_HUB": str(folder)}).returncode == 0
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(hub, tmp_path):
@@ -201,7 +202,7 @@ import sys, timm
 assert timm.create_model('hf-hub:my-org/resnet18.asr_sgd_digits_folded', pretrained=True).num_classes == 10
 assert not [m for m in sys.modules if m.startswith("timm_attn")]
 """
-    result = python("-c", code, env={"HF_ENDPOINT": server.endpoint})
+    result = run_code(code, env={"HF_ENDPOINT": server.endpoint})
     assert result.returncode == 0, result.stderr
 
 
@@ -212,7 +213,7 @@ x = torch.randn(2, 3, 16, 16)
 model = timm.create_model("hf-hub:my-org/resnet20_dia.sgd_digits", pretrained=True).eval()
 assert torch.equal(model(x), timm.create_model("local-dir:{hub[0]}/resnet20_dia.sgd_digits", pretrained=True).eval()(x))
 """
-    result = python("-c", code, env={"HF_ENDPOINT": server.endpoint})
+    result = run_code(code, env={"HF_ENDPOINT": server.endpoint})
     assert result.returncode == 0, result.stderr
 
 
@@ -241,7 +242,7 @@ assert {row["label"] for row in found} <= set("0123456789"), found
 def test_transformers_reads_it(name, plugin, server, tmp_path):
     pytest.importorskip("transformers")
     env = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path)}
-    result = python("-c", TRANSFORMERS, f"my-org/{name}", plugin, env=env)
+    result = run_code(TRANSFORMERS, f"my-org/{name}", plugin, env=env)
     assert result.returncode == 0, result.stderr
 
 

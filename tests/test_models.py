@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+from forked import run_code
 from helpers import IMAGENET, MECHANISMS, narrow, parameters, python, randomise
 
 import timm_attn
@@ -172,7 +173,7 @@ heavy = new & {"datasets", "accelerate", "matplotlib", "sklearn", "tyro", "rich"
 assert not heavy, heavy
 assert timm.is_model("resnet50_dia")
 """
-    result = python("-c", code)
+    result = run_code(code)
     assert result.returncode == 0, result.stderr
 
 
@@ -195,5 +196,5 @@ def test_an_index_of_another_timm_is_no_obstacle(tmp_path):
     entry = {"architecture": "resnet20", "tag": "x", "pretrained_cfg": {"num_classes": 10, "new_field": 1}}
     (tmp_path / "index.json").write_text(json.dumps({"checkpoints": {"resnet20.x": entry}}))
     code = "import timm, timm_attn; print(timm.models.get_pretrained_cfg('resnet20').tag)"
-    result = python("-c", code, env={"TIMM_ATTN_HUB": str(tmp_path)})
+    result = run_code(code, env={"TIMM_ATTN_HUB": str(tmp_path)})
     assert result.stdout == "x\n", result.stderr

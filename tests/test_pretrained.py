@@ -5,7 +5,8 @@ import json
 import pytest
 import timm
 import torch
-from helpers import SMALL, narrow, python, randomise
+from forked import run_code
+from helpers import SMALL, narrow, randomise
 from safetensors.torch import load_file, save_file
 
 from timm_attn.weights import Checkpoint, sha256, write_index
@@ -64,9 +65,7 @@ def make_hub(folder, damage=lambda name, state: state):
 def create_all(hub, out) -> list:
     """Create every model in every way in a process of its own; returns what failed."""
     out.mkdir()
-    result = python(
-        "-c", SCRIPT, json.dumps(SMALL), json.dumps(WAYS), env={"TIMM_ATTN_HUB": str(hub)}, cwd=out
-    )
+    result = run_code(SCRIPT, json.dumps(SMALL), json.dumps(WAYS), env={"TIMM_ATTN_HUB": str(hub)}, cwd=out)
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
 

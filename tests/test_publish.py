@@ -8,7 +8,8 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from helpers import ROOT, flip_last_bit, python, use_hub
+from forked import run_code
+from helpers import ROOT, flip_last_bit, use_hub
 from hub_server import HubServer
 
 from timm_attn import cli
@@ -81,7 +82,7 @@ model = timm.create_model("{NAME}", pretrained=True).eval()
 torch.save(model.state_dict(), {str(tmp_path / "out.pt")!r})
 """
     env = {"HF_ENDPOINT": server.endpoint, "TIMM_ATTN_HUB": str(hub), "HF_HUB_CACHE": str(tmp_path / "cache")}
-    result = python("-c", code, env=env)
+    result = run_code(code, env=env)
     assert result.returncode == 0, result.stderr
     shipped = timm.create_model(NAME, pretrained=True).state_dict()
     assert all(torch.equal(tensor, shipped[key]) for key, tensor in torch.load(tmp_path / "out.pt").items())

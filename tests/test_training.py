@@ -12,7 +12,8 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import Stopped, flip_last_bit, python, same, stop_at, timeless
+from forked import run_code
+from helpers import Stopped, flip_last_bit, same, stop_at, timeless
 from safetensors.torch import load_file
 
 from timm_attn.errors import UserError
@@ -186,7 +187,7 @@ for i in range(20):
     torch.ones(3, 1024, 1024, 4)  # 48 MB: no allocator keeps so much unless it is told to
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    given_back, kept = (int(python("-c", code, told).stdout) for told in ("", "yes"))
+    given_back, kept = (int(run_code(code, told).stdout) for told in ("", "yes"))
     assert kept < 100 < given_back
 
 
