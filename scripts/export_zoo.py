@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="a Hub id, or a folder of parquet files")
     parser.add_argument("--dataset", required=True, help="what cards call the data set")
     parser.add_argument("--tag", required=True)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "zoo")
+    parser.add_argument("--runs", type=Path, default=ROOT / "hub" / "results" / "zoo")
     parser.add_argument("--hub", type=Path, default=ROOT / "hub")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--batch-size", type=int, default=128)

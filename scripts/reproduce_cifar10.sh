@@ -1,11 +1,16 @@
 #!/bin/sh
-# All of the CIFAR-10 zoo from nothing: seven networks, seeds 0, 1 and 2, the weights under hub/, cards, tables and the
-# picture. On two CPU cores this takes some thirty hours; stopped, it goes on where it was.
+# All of the CIFAR-10 zoo from nothing: seven networks, seeds 0, 1 and 2, and of these the weights with their folded
+# forms, cards, index, tables and picture, in a folder laid out as hub/. On two CPU cores this takes some twenty
+# hours; stopped, it goes on where it was.
 #
-#     scripts/reproduce_cifar10.sh [DATA]     # a Hub id (default) or a folder of parquet files
+#     scripts/reproduce_cifar10.sh [DATA] [OUT]
+#
+# DATA is a Hub id (uoft-cs/cifar10) or a folder of parquet files, OUT a folder (runs/reproduced).
 set -eu
 cd "$(dirname "$0")/.."
 data=${1:-uoft-cs/cifar10}
+out=${2:-runs/reproduced}
 make .venv.ok
-.venv/bin/python scripts/train_zoo.py --data "$data"
-.venv/bin/python scripts/export_zoo.py --data "$data" --dataset uoft-cs/cifar10 --tag cpu_c10
+.venv/bin/python scripts/train_zoo.py --data "$data" --runs "$out/runs" --results "$out/hub/results/zoo"
+.venv/bin/python scripts/export_zoo.py --data "$data" --dataset uoft-cs/cifar10 --tag cpu_c10 \
+    --runs "$out/hub/results/zoo" --hub "$out/hub"

@@ -2,11 +2,13 @@
 
     python scripts/train_zoo.py --data uoft-cs/cifar10
 
-Runs lie in ``<runs>/<model>/seed-<seed>``. A run that was stopped goes on where it was, so the script can be
-run again until nothing is left; `scripts/export_zoo.py` exports what is finished at any time.
+Runs lie in ``<runs>/<model>/seed-<seed>``; a finished one is copied to the same place under the results, less
+its checkpoints. A run that was stopped goes on where it was, so the script can be run again until nothing is
+left; `scripts/export_zoo.py` exports what is finished at any time.
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from timm_attn.training.recipe_file import load_recipe
-from timm_attn.training.run import ENVIRONMENT, METRICS, RECIPE, RESULTS, is_run, read_metrics
-from timm_attn.weights import WEIGHTS
+from timm_attn.training.run import CURVES, ENVIRONMENT, METRICS, RECIPE, RESULTS, is_run, read_metrics
+from timm_attn.weights import CONFIG, WEIGHTS
 
 ROOT = Path(__file__).parents[1]
 MODELS = (
@@ -28,8 +30,9 @@ MODELS = (
     "resnet20_ssia",
     "fmmnet20",
 )
-#: The small text files of a run, which are kept with the results.
-KEPT = (RECIPE, ENVIRONMENT, METRICS, RESULTS)
+#: What is kept of a run: all that an export needs, the weights last, so a kept run that has them is whole.
+TEXTS = (RECIPE, ENVIRONMENT, METRICS, RESULTS)
+FILES = (CURVES, CONFIG, WEIGHTS)
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
     console.width = 140
@@ -43,25 +46,27 @@ def train(model: str, run: Path, options: list[str]) -> None:
 
 
 def keep(run: Path, data: str, folder: Path) -> None:
-    """Copy what says how a run was made and what came out, but for where the data lay."""
+    """Copy a finished run, but for its checkpoints and where the data lay."""
     folder.mkdir(parents=True, exist_ok=True)
     resolved = load_recipe(run / RECIPE).data
-    for name in KEPT:
+    for name in TEXTS:
         text = (run / name).read_text(encoding="utf-8").replace(f"{ROOT}/", "")
         for path in {data, resolved} if Path(resolved).is_dir() else ():
             text = text.replace(path, Path(resolved).name)
         (folder / name).write_text(text)
+    for name in FILES:
+        shutil.copy(run / name, folder / name)
 
 
-def show(runs: Path, models: list[str], seeds: list[int]) -> None:
+def show(runs: Path, results: Path, models: list[str], seeds: list[int]) -> None:
     """Print how far every run is, and its last top-1."""
     table = Table("model", *(f"seed {seed}" for seed in seeds), title="top-1 (%) of the last epoch")
     for model in models:
         cells = []
         for seed in seeds:
-            run = runs / model / f"seed-{seed}"
-            epochs = read_metrics(run)
-            done = (run / WEIGHTS).is_file()
+            kept, run = (folder / model / f"seed-{seed}" for folder in (results, runs))
+            done = (kept / WEIGHTS).is_file()
+            epochs = read_metrics(kept if done else run)
             cells.append(f"{epochs[-1]['top1']:.2f}" if done else f"epoch {len(epochs)}" if epochs else "")
         table.add_row(model, *cells)
     console.print(table)
@@ -82,10 +87,12 @@ def main() -> None:
     for seed in arguments.seeds:  # one seed of every network says more than all seeds of one
         for model in arguments.models:
             run = arguments.runs / model / f"seed-{seed}"
-            if not (run / WEIGHTS).is_file():
-                train(model, run, [*options, "--seed", str(seed)])
-            keep(run, arguments.data, arguments.results / model / f"seed-{seed}")
-            show(arguments.runs, arguments.models, arguments.seeds)
+            kept = arguments.results / model / f"seed-{seed}"
+            if not (kept / WEIGHTS).is_file():
+                if not (run / WEIGHTS).is_file():
+                    train(model, run, [*options, "--seed", str(seed)])
+                keep(run, arguments.data, kept)
+            show(arguments.runs, arguments.results, arguments.models, arguments.seeds)
 
 
 if __name__ == "__main__":
