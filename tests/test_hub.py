@@ -20,7 +20,8 @@ from timm_attn.training import Recipe, load_model, train
 from timm_attn.weights import WeightsError, read_index, sha256
 
 RECIPE = Recipe(data="digits", img_size=16, crop_padding=2, batch_size=256, lr=0.1, epochs=1)
-NARROW = ("channels=[8,8,16,16]",)
+# Norm weights of zero would leave branches so small that folding them moves no bit of the logits on some CPUs.
+NARROW = ("channels=[8,8,16,16]", "zero_init_last=False")
 
 
 @pytest.fixture(scope="module")
