@@ -153,7 +153,8 @@ def environment(
 def hardware() -> str:
     """The GPUs by name, or the processor and the number of threads."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ", ".join(gpus) or f"{_cpu()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return ", ".join(gpus) or f"{_cpu()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _cpu() -> str:
