@@ -115,17 +115,30 @@ def results_csv(checkpoints: Iterable[Checkpoint]) -> str:
 
 
 def results_table(checkpoints: Iterable[Checkpoint]) -> str:
-    """The table of results for a README."""
-    lines = [
-        "| weights | trained on | parameters | top-1 (%) | mean ± std (n) |",
-        "|---|---|---|---|---|",
-    ]
-    for checkpoint in checkpoints:
-        metrics, epochs = checkpoint.metrics, checkpoint.recipe["epochs"]
-        data = f"{checkpoint.dataset['id']}, {epochs} epochs"
-        what = f"folded from `{checkpoint.folded_from}`" if checkpoint.folded_from else data
-        lines.append(
-            f"| `{checkpoint.name}` | {what} | {metrics['parameters']:,} | {metrics['top1']:.2f} "
-            f"| {figure(checkpoint.over_seeds['top1'])} |"
+    """The table of results for a README: a line for every trained network, with its folded form."""
+    by_name = {c.name: c for c in checkpoints}
+    columns = ["weights", "parameters", "top-1 (%)", "mean ± std (n)", "from"]
+    columns += ["folded form", "parameters", "top-1 (%)"]
+    rows = [columns, ["---"] * len(columns)]
+    for name in sorted(by_name, key=lambda name: name.split(".")):
+        checkpoint = by_name[name]
+        if checkpoint.folded_from in by_name:
+            continue
+        source = f"{checkpoint.dataset['id']}, {checkpoint.recipe['epochs']} epochs"
+        if checkpoint.folded_from:
+            source = f"`{checkpoint.folded_from}`, folded"
+        folded = by_name.get(checkpoint.folded or "")
+        rows.append(
+            [
+                *_measured(checkpoint),
+                figure(checkpoint.over_seeds["top1"]),
+                source,
+                *(_measured(folded) if folded else [""] * 3),
+            ]
         )
-    return "\n".join(lines)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _measured(checkpoint: Checkpoint) -> list[str]:
+    metrics = checkpoint.metrics
+    return [f"`{checkpoint.name}`", f"{metrics['parameters']:,}", f"{metrics['top1']:.2f}"]
