@@ -1,8 +1,13 @@
 """Install the built wheel into an empty environment and run the README's first block, with the network off.
 
-python scripts/try_wheel.py dist
+    python scripts/try_wheel.py dist
+    python scripts/try_wheel.py dist --data FOLDER
+
+With the folder of CIFAR-10's parquet files, the accuracy of all weights in the wheel is counted there, with
+timm and nothing of this package but its models, and compared with the README's table.
 """
 
+import argparse
 import os
 import re
 import subprocess
@@ -22,9 +27,32 @@ def refuse(*arguments, **options):
 
 socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
 """
+# An accuracy may differ by two images: the order of sums differs between processors.
+COUNT = """
+import io, json, sys
+from pathlib import Path
+import datasets, numpy, timm, timm_attn, torch
+from PIL import Image
+rows = datasets.load_dataset("parquet", data_files=str(Path(sys.argv[1]) / "test*.parquet"), split="train")
+labels = torch.tensor(rows["label"])
+cells = rows.cast_column("image", datasets.Image(decode=False))["image"]
+pixels = [numpy.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB")) for cell in cells]
+images = torch.from_numpy(numpy.stack(pixels)).permute(0, 3, 1, 2) / 255
+shipped = json.loads((Path(timm_attn.__file__).parent / "hub" / "index.json").read_text())["checkpoints"]
+wrong = False
+for name, entry in shipped.items():
+    model = timm.create_model(name, pretrained=True).eval()
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.inference_mode():
+        answers = torch.cat([model((part - mean) / std).argmax(1) for part in images.split(500)])
+    counted, told = 100 * (answers == labels).double().mean().item(), entry["metrics"]["top1"]
+    print(f"{name:40} {counted:.2f} % counted, {told:.2f} % in the table", flush=True)
+    wrong |= abs(counted - told) > 0.021
+sys.exit("the table is wrong" if wrong else 0)
+"""
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, data: Path | None) -> None:
     files = sorted(folder.iterdir())
     for file in files:
         print(f"{file.name}: {file.stat().st_size:,} bytes")
@@ -42,8 +70,16 @@ def main(folder: Path) -> None:
         env["HF_HOME"] = f"{scratch}/cache"
         print(block)
         subprocess.run([python, "-c", NO_NETWORK + block], check=True, cwd=scratch, env=env)
+        if data:
+            subprocess.run([python, "-c", NO_NETWORK + COUNT, data], check=True, cwd=scratch, env=env)
     print(f"the README's first block runs from {wheel.name}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dist", type=Path, help="the folder of sdist and wheel")
+    parser.add_argument("--data", type=Path)
+    arguments = parser.parse_args()
+    main(arguments.dist.resolve(), arguments.data and arguments.data.resolve())
