@@ -18,7 +18,7 @@ from timm_attn.weights import CONFIG, WeightsError, fetch_folder, sha256, shippe
 from timm_attn.weights.fetch import NotOnHub, fetch
 
 REPO = "some-org/resnet20_dia.x"
-SHIPPED = shipped_folder() / "resnet20_dia.sgd5_c10"
+SHIPPED = shipped_folder() / "resnet20_dia.cpu_c10"
 CREATE = "import sys, timm, timm_attn, torch; torch.save(timm.create_model(sys.argv[1], pretrained=True).state_dict(), sys.argv[2])"
 
 
@@ -203,7 +203,7 @@ def test_an_organisation_takes_the_place_of_the_index(server, tmp_path):
     own = timm.create_model("resnet20_dia", pretrained=True).state_dict()
     theirs = {key: tensor + 1 if tensor.is_floating_point() else tensor for key, tensor in own.items()}
     files = {"model.safetensors": save(theirs), "config.json": (SHIPPED / CONFIG).read_bytes()}
-    server.put_files("other-org/resnet20_dia.sgd5_c10", files)
+    server.put_files("other-org/resnet20_dia.cpu_c10", files)
     out, cache = tmp_path / "out.pt", tmp_path / "cache"
     # Theirs, at its newest; what ships where they have nothing.
     for name, expected in (("resnet20_dia", theirs), ("resnet20_asr", None)):
@@ -218,7 +218,7 @@ def test_an_organisation_takes_the_place_of_the_index(server, tmp_path):
     assert result.returncode == 0, result.stderr
     assert torch.equal(torch.load(out)["fc.bias"], theirs["fc.bias"])
     result, _ = create("other-org", out, cache, endpoint, "resnet20_asr")
-    assert "cannot get config.json of other-org/resnet20_asr.sgd5_c10" in result.stderr
+    assert "cannot get config.json of other-org/resnet20_asr.cpu_c10" in result.stderr
 
 
 def test_an_organisations_weights_go_with_its_own_configuration(server, tmp_path):
@@ -228,7 +228,7 @@ def test_an_organisations_weights_go_with_its_own_configuration(server, tmp_path
     changed = {"num_classes": 7, "label_names": None}
     config = own | changed | {"model_args": arguments}
     config["pretrained_cfg"] = own["pretrained_cfg"] | changed | {"mean": [0.1, 0.2, 0.3]}
-    name = "other-org/resnet20_dia.sgd5_c10"
+    name = "other-org/resnet20_dia.cpu_c10"
     files = {"model.safetensors": save(theirs.state_dict()), "config.json": json.dumps(config).encode()}
     server.put_files(name, files)
     out, cache = tmp_path / "out.pt", tmp_path / "cache"
@@ -253,12 +253,12 @@ torch.save((model.state_dict(), model.pretrained_cfg["mean"]), sys.argv[1])
     result, _ = create(
         "other-org", out, tmp_path / "empty", server.endpoint, "resnet20_dia", HF_TOKEN="hf_wrong"
     )
-    assert "refuses your token for other-org/resnet20_dia.sgd5_c10" in result.stderr
+    assert "refuses your token for other-org/resnet20_dia.cpu_c10" in result.stderr
     # What is no such network, or lacks a file, is not replaced by what ships.
     server.put_files(name, {"config.json": json.dumps(config | {"architecture": "resnet20_asr"}).encode()})
     result, _ = create("other-org", out, cache, server.endpoint, "resnet20_dia")
     assert f"{name} holds a resnet20_asr: unset TIMM_ATTN_HUB" in result.stderr
-    server.put_files("other-org/resnet20_asr.sgd5_c10", {"config.json": (SHIPPED / CONFIG).read_bytes()})
+    server.put_files("other-org/resnet20_asr.cpu_c10", {"config.json": (SHIPPED / CONFIG).read_bytes()})
     result, _ = create("other-org", out, cache, server.endpoint, "resnet20_asr")
     assert "has no model.safetensors. Pickled weights are not read" in result.stderr
 
@@ -273,7 +273,7 @@ assert timm.models.get_pretrained_cfg("resnet20_dia").tag == "x"
 assert "resnet20_dia.x" in timm.list_models("resnet20_dia*", pretrained=True)
 model = timm.create_model("resnet20_dia", pretrained=True)
 torch.save(model.state_dict(), {str(tmp_path / "out.pt")!r})
-shipped = timm.create_model("resnet20_dia.sgd5_c10", pretrained=True)
+shipped = timm.create_model("resnet20_dia.cpu_c10", pretrained=True)
 assert shipped.num_classes == 10
 try:
     timm_attn.register_folder({str(tmp_path)!r})

@@ -127,9 +127,9 @@ def test_every_kind_of_source(tmp_path):
     for source in (stock, stock.state_dict(), f"local-dir:{tmp_path}", torch.compile(stock, backend="eager")):
         variant = timm_attn.graft(name, source, **sizes(name)).eval()
         torch.testing.assert_close(variant(x), expected)
-    shipped = timm_attn.graft("resnet20_asr", "resnet20.sgd5_c10")
+    shipped = timm_attn.graft("resnet20_asr", "resnet20.cpu_c10")
     assert (
-        shipped.training and shipped.pretrained_cfg["std"] == timm.get_pretrained_cfg("resnet20.sgd5_c10").std
+        shipped.training and shipped.pretrained_cfg["std"] == timm.get_pretrained_cfg("resnet20.cpu_c10").std
     )
 
 
@@ -152,7 +152,7 @@ def test_the_configuration_says_what_it_is():
     digits.pretrained_cfg = {"mean": (0.5,) * 3, "input_size": (3, 16, 16), "label_names": list("0123456789")}
     cfg = timm_attn.graft("resnet20_dia", digits, **sizes("resnet20_dia")).pretrained_cfg
     assert cfg["label_names"] == list("0123456789") and "std" not in cfg
-    assert "untrained" in timm_attn.graft("resnet20_asr", "resnet20.sgd5_c10").pretrained_cfg["description"]
+    assert "untrained" in timm_attn.graft("resnet20_asr", "resnet20.cpu_c10").pretrained_cfg["description"]
 
 
 def test_another_number_of_classes_and_of_channels():

@@ -17,8 +17,8 @@ from timm_attn.errors import UserError
 from timm_attn.publish import publish
 from timm_attn.weights import WeightsError, read_index
 
-NAME = "resnet20_asr.sgd5_c10"
-FOLDED = "resnet20.asr_sgd5_c10_folded"
+NAME = "resnet20_asr.cpu_c10"
+FOLDED = "resnet20.asr_cpu_c10_folded"
 TOKEN = "hf_alice0123456789"
 
 
@@ -255,7 +255,7 @@ def test_a_damaged_folder_is_not_published(damage, message, hub, server):
         del index["checkpoints"][NAME]
     (hub / "index.json").write_text(json.dumps(index))
     with pytest.raises((UserError, WeightsError), match=message):
-        publish([hub / "resnet20.sgd5_c10", folder], "my-org")
+        publish([hub / "resnet20.cpu_c10", folder], "my-org")
     assert not server.requests
 
 

@@ -19,7 +19,7 @@ from timm_attn.publish.render import render
 from timm_attn.weights import read_index
 
 SHIPPED = {c.name: c for c in read_index(ROOT / "hub")}
-NAME = "resnet20_asr.sgd5_c10"
+NAME = "resnet20_asr.cpu_c10"
 
 
 def test_everything_that_is_rendered_agrees_with_the_index():

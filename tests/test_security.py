@@ -19,7 +19,7 @@ from timm_attn.training import load_model
 from timm_attn.weights import WeightsError, read_config, read_folder, read_index, schema
 from timm_attn.weights.config import check_weights
 
-NAME = "resnet20_asr.sgd5_c10"
+NAME = "resnet20_asr.cpu_c10"
 SHIPPED = ROOT / "hub"
 INDEX = json.loads((SHIPPED / "index.json").read_text())
 CONFIG = json.loads((SHIPPED / NAME / "config.json").read_text())

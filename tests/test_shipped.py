@@ -15,8 +15,23 @@ SHIPPED = {c.name: c for c in read_index(ROOT / "hub")}
 LOGITS = json.loads((ROOT / "tests" / "shipped_logits.json").read_text())
 
 
-def test_something_ships():
-    assert {c.architecture for c in SHIPPED.values()} == {"resnet20", "resnet20_asr", "resnet20_dia"}
+NETWORKS = {
+    "resnet20",
+    "resnet20_dia",
+    "resnet20_asr",
+    "resnet20_ssia",
+    "fmmnet20",
+}
+
+
+def test_what_ships():
+    """Every network with one recipe, and all but the plain one with their folded form."""
+    trained = [c for c in SHIPPED.values() if not c.folded_from]
+    assert {c.architecture for c in trained} == NETWORKS
+    assert all(c.recipe == trained[0].recipe and c.tag == trained[0].tag for c in trained)
+    folded = {c.folded_from for c in SHIPPED.values()} - {None}
+    assert folded == {c.name for c in trained if c.architecture != "resnet20"}
+    assert LOGITS.keys() == SHIPPED.keys()
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -41,7 +56,7 @@ def test_shipped_weights_compute_what_they_did(name):
     torch.testing.assert_close(logits, torch.tensor(LOGITS[name]), atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "resnet20_asr", "resnet20_dia"])
+@pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_the_default_is_the_trained_form(name):
     cfg = timm.models.get_pretrained_cfg(name)
     assert cfg.tag and not cfg.tag.endswith("_folded")

@@ -362,7 +362,7 @@ def test_changed_data_is_not_resumed(tmp_path):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("resnet20_asr.sgd5_c10", "train resnet20_asr with --init resnet20_asr.sgd5_c10"),
+        ("resnet20_asr.cpu_c10", "train resnet20_asr with --init resnet20_asr.cpu_c10"),
         ("vit_tiny_patch16_224", "cannot build"),
     ],
 )
