@@ -26,6 +26,7 @@ from timm_attn.publish import export
 from timm_attn.publish.render import render
 from timm_attn.training.run import hardware
 from timm_attn.training.seeds import gather_seeds
+from timm_attn.training.setup import keep_freed_memory
 from timm_attn.weights import INDEX, WEIGHTS, Checkpoint, read_index, write_index
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -54,6 +55,7 @@ def remove(hub: Path, model: str) -> None:
 
 def times(checkpoints: list[Checkpoint], rounds: int, batch_size: int) -> dict[str, list[float]]:
     """Seconds for a batch in eval mode (fp32), one figure a round; each round begins with another network."""
+    keep_freed_memory()  # else the time of a network depends on what was freed before it
     models = {c.name: timm.create_model(f"local-dir:{c.folder}", pretrained=True).eval() for c in checkpoints}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     names = list(models)
@@ -137,7 +139,7 @@ def main() -> None:
     parser.add_argument("--tag", required=True)
     parser.add_argument("--runs", type=Path, default=ROOT / "hub" / "results" / "zoo")
     parser.add_argument("--hub", type=Path, default=ROOT / "hub")
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=128)
     arguments = parser.parse_args()
     hub = arguments.hub

@@ -17,7 +17,9 @@ LOGITS = json.loads((ROOT / "tests" / "shipped_logits.json").read_text())
 
 NETWORKS = {
     "resnet20",
+    "resnet20_se",
     "resnet20_dia",
+    "resnet20_conam",
     "resnet20_asr",
     "resnet20_ssia",
     "fmmnet20",
