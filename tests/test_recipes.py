@@ -184,8 +184,8 @@ def test_training_starts_from_a_folder_with_other_classes(stock, tmp_path):
         train("resnet32", recipe, tmp_path / "b")
     with pytest.raises(UserError, match="is not a folder"):
         train("resnet20", dataclasses.replace(recipe, init="./nowhere"), tmp_path / "b")
-    with pytest.raises(UserError, match="no pretrained weights for fmmnet20"):
-        train("fmmnet20", dataclasses.replace(recipe, init="fmmnet20"), tmp_path / "b")
+    with pytest.raises(UserError, match="no pretrained weights for fmmnet32"):
+        train("fmmnet32", dataclasses.replace(recipe, init="fmmnet32"), tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 

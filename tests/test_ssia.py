@@ -277,6 +277,7 @@ if rank == 0:
     for (key, p), q in zip(model.named_parameters(), whole.parameters()):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=lambda m: key + ": " + m)
     print("equal over", len(list(model.parameters())), "parameters")
+dist.barrier()  # else the other process may end, and abort, in the midst of gloo's farewell
 dist.destroy_process_group()
 """
 
