@@ -3,28 +3,32 @@
     python scripts/export_zoo.py --data uoft-cs/cifar10 --dataset uoft-cs/cifar10 --tag cpu_c10
 
 Of every network the run with the median top-1 goes into the hub folder, in the place of older weights of
-that network; accuracies are over all of its seeds. `zoo.json` gets what only this script measures, the time
-per image of every form over that of the plain network, in turn in one process; `zoo.png` shows accuracy
-against it and against the number of parameters.
+that name, when all could be exported; accuracies are over all of its seeds. `zoo.json` gets what only this
+script measures, the time per image of every form over that of the plain network, in turn in one process;
+`zoo.png` shows accuracy against it and against the number of parameters.
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
-import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from bench import ratios, rounds, surroundings
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from timm_attn.errors import UserError
+from timm_attn.fold import FoldError
 from timm_attn.publish import export
+from timm_attn.publish.export import link
 from timm_attn.publish.render import render
-from timm_attn.training.run import hardware
 from timm_attn.training.seeds import gather_seeds
 from timm_attn.training.setup import keep_freed_memory
 from timm_attn.weights import INDEX, WEIGHTS, Checkpoint, read_index, write_index
@@ -39,81 +43,73 @@ if not console.is_terminal:
     console.width = 140
 
 
-def family(checkpoint: Checkpoint) -> str:
-    """The network that was trained."""
-    return (checkpoint.folded_from or checkpoint.name).split(".")[0]
+def trained(checkpoint: Checkpoint) -> str:
+    """Name of the network as it was trained."""
+    return checkpoint.folded_from or checkpoint.name
 
 
-def remove(hub: Path, model: str) -> None:
-    """Take a network's weights, and their folded form, out of a hub folder."""
+def replace(hub: Path, exported: Path) -> None:
+    """Move checkpoints from one hub folder to another, in the place of older ones of these networks."""
+    new = read_index(exported)
+    names = {trained(c) for c in new}
     known = read_index(hub) if (hub / INDEX).is_file() else []
     for checkpoint in known:
-        if family(checkpoint) == model:
-            shutil.rmtree(checkpoint.folder)
-    write_index(hub, [c for c in known if family(c) != model])
+        if trained(checkpoint) in names:
+            shutil.rmtree(checkpoint.folder, ignore_errors=True)
+    for checkpoint in new:
+        checkpoint.folder.rename(hub / checkpoint.name)
+    moved = [dataclasses.replace(c, folder=hub / c.name) for c in new]
+    write_index(hub, link([*(c for c in known if trained(c) not in names), *moved]))
 
 
-def times(checkpoints: list[Checkpoint], rounds: int, batch_size: int) -> dict[str, list[float]]:
-    """Seconds for a batch in eval mode (fp32), one figure a round; each round begins with another network."""
+def cost(checkpoints: list[Checkpoint], n: int, batch_size: int) -> dict[str, dict[str, Any]]:
+    """Time in eval mode (fp32) over that of the plain network as it was trained."""
     keep_freed_memory()  # else the time of a network depends on what was freed before it
     models = {c.name: timm.create_model(f"local-dir:{c.folder}", pretrained=True).eval() for c in checkpoints}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    names = list(models)
-    with torch.inference_mode():
-        for i in track(range(rounds), "timing", console=console):
-            for name in names[i % len(names) :] + names[: i % len(names)]:
-                images = torch.randn(batch_size, *models[name].pretrained_cfg["input_size"])
-                models[name](images)
-                start = time.perf_counter()
-                models[name](images)
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def cost(checkpoints: list[Checkpoint], rounds: int, batch_size: int) -> dict[str, dict[str, float]]:
-    """Time over that of the plain network as it was trained: median, least and greatest of the rounds."""
-    seconds = times(checkpoints, rounds, batch_size)
     (plain,) = (c.name for c in checkpoints if c.architecture == PLAIN and not c.folded_from)
-    ratios = {
-        name: [mine / base for mine, base in zip(own, seconds[plain], strict=True)]
-        for name, own in seconds.items()
-    }
-    return {n: {"median": statistics.median(r), "min": min(r), "max": max(r)} for n, r in ratios.items()}
+    images = torch.randn(batch_size, *models[plain].pretrained_cfg["input_size"])
+    with torch.inference_mode():
+        calls = {name: partial(model, images) for name, model in models.items()}
+        times = rounds(calls, n, repeats=2, device=torch.device("cpu"))
+    return {name: ratios(times, name, plain) for name in models}
 
 
-def draw(checkpoints: list[Checkpoint], relative_time: dict[str, dict[str, float]], path: Path) -> None:
-    """Accuracy against parameters and against time: full as trained, hollow as deployed."""
+def draw(checkpoints: list[Checkpoint], relative_time: dict[str, dict[str, Any]], path: Path) -> None:
+    """Accuracy against parameters and time (line: all rounds): full as trained, hollow as deployed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    families = sorted({family(c) for c in checkpoints}, key=lambda name: (name != PLAIN, name))
+    networks = sorted({trained(c) for c in checkpoints}, key=lambda name: (name.split(".")[0] != PLAIN, name))
     places = (
-        lambda c: c.metrics["parameters"] / 1e3,
-        lambda c: relative_time[c.name]["median"],
+        lambda c: [c.metrics["parameters"] / 1e3] * 3,
+        lambda c: [relative_time[c.name][f"ratio_{key}"] for key in ("min", "median", "max")],
     )
     for axis, place in zip(axes, places, strict=True):
-        for i, name in enumerate(families):
-            forms = sorted((c for c in checkpoints if family(c) == name), key=lambda c: bool(c.folded_from))
+        for i, name in enumerate(networks):
+            forms = sorted((c for c in checkpoints if trained(c) == name), key=lambda c: bool(c.folded_from))
             top1 = [c.over_seeds["top1"] for c in forms]
-            axis.plot([place(c) for c in forms], [t["mean"] for t in top1], color=f"C{i}", lw=0.8)
+            axis.plot([place(c)[1] for c in forms], [t["mean"] for t in top1], color=f"C{i}", lw=0.8)
             for c, t in zip(forms, top1, strict=True):
+                least, median, greatest = place(c)
+                axis.hlines(t["mean"], least, greatest, color=f"C{i}", lw=0.5, alpha=0.5)
                 axis.errorbar(
-                    place(c),
+                    median,
                     t["mean"],
                     yerr=t["std"],
                     fmt="o",
                     capsize=3,
                     color=f"C{i}",
                     mfc="white" if c.folded_from else None,
-                    label=None if c.folded_from else f"{name} (n = {t['n']})",
+                    label=None if c.folded_from else f"{c.architecture} (n = {t['n']})",
                 )
         axis.grid(alpha=0.3)
     axes[0].set(xlabel="parameters (thousands)", ylabel="top-1 on the test split (%), last epoch")
-    axes[1].set(xlabel=f"time per image at inference, {PLAIN} as trained = 1")
+    axes[1].set(xlabel=f"time per image at inference (median of rounds), {PLAIN} as trained = 1")
     axes[0].legend(fontsize=8)
     figure.suptitle(
-        "mean ± standard deviation over seeds; full: as trained, hollow: as deployed", fontsize=10
+        "mean ± standard deviation over seeds; full: as trained, hollow: as deployed; lines: all rounds",
+        fontsize=10,
     )
     figure.savefig(path, dpi=110)
 
@@ -148,26 +144,29 @@ def main() -> None:
     finished = sorted({path.parents[1] for path in arguments.runs.glob(f"*/seed-*/{WEIGHTS}")})
     if arguments.runs / PLAIN not in finished:
         sys.exit(f"{arguments.runs} has no finished {PLAIN}: run scripts/train_zoo.py first")
-    known = read_index(hub) if (hub / INDEX).is_file() else []
-    there = {(family(c), c.tag, tuple(c.over_seeds["seeds"])) for c in known}
-    for runs in track(finished, "exporting", console=console):
-        seeds = gather_seeds(runs)["seeds"]
-        if (runs.name, arguments.tag, tuple(seeds)) not in there:
-            remove(hub, runs.name)
-            export(runs, arguments.tag, hub, arguments.dataset, arguments.data)
+    exported = hub / ".exported"  # on the same disk, since folders are moved from it
+    shutil.rmtree(exported, ignore_errors=True)
+    try:
+        for runs in track(finished, "exporting", console=console):
+            gather_seeds(runs)
+            export(runs, arguments.tag, exported, arguments.dataset, arguments.data)
+        replace(hub, exported)
+    finally:
+        shutil.rmtree(exported, ignore_errors=True)
     shipped = hub.resolve() == ROOT / "hub"
     render(hub, ROOT / "README.md" if shipped else None)
     if shipped:
         write_logits(read_index(hub), ROOT / "tests" / "shipped_logits.json")
 
-    checkpoints = [c for c in read_index(hub) if family(c) in {runs.name for runs in finished}]
+    names = {f"{runs.name}.{arguments.tag}" for runs in finished}
+    checkpoints = [c for c in read_index(hub) if trained(c) in names]
     relative_time = cost(checkpoints, arguments.rounds, arguments.batch_size)
     results = hub / "results"
     results.mkdir(exist_ok=True)
     about = {
         "command": f"export_zoo.py --data DATA --dataset {arguments.dataset} --tag {arguments.tag}",
-        "relative_time": f"fp32, batch {arguments.batch_size}, {arguments.rounds} rounds, {PLAIN} = 1",
-        "hardware": hardware(),
+        "relative_time": f"fp32, batch {arguments.batch_size}, {PLAIN} as trained = 1",
+        **surroundings(torch.device("cpu")),
     }
     (results / "zoo.json").write_text(json.dumps({**about, "checkpoints": relative_time}, indent=1) + "\n")
     draw(checkpoints, relative_time, results / "zoo.png")
@@ -181,10 +180,14 @@ def main() -> None:
             f"{top1['mean']:.2f}",
             "" if top1["std"] is None else f"{top1['std']:.2f}",
             str(top1["n"]),
-            f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+            f"{ratio['ratio_median']:.2f} ({ratio['ratio_min']:.2f} to {ratio['ratio_max']:.2f})",
         )
     console.print(table)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, FoldError) as error:
+        console.print(f"error: {error}", markup=False)
+        sys.exit(2)

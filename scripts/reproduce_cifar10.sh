@@ -5,12 +5,15 @@
 #
 #     scripts/reproduce_cifar10.sh [DATA] [OUT]
 #
-# DATA is a Hub id (uoft-cs/cifar10) or a folder of parquet files, OUT a folder (runs/reproduced).
+# DATA is a Hub id (uoft-cs/cifar10) or a folder of parquet files, OUT a folder (runs/reproduced of the checkout).
 set -eu
-cd "$(dirname "$0")/.."
 data=${1:-uoft-cs/cifar10}
-out=${2:-runs/reproduced}
+if [ -d "$data" ]; then data=$(cd "$data" && pwd); fi
+if [ $# -gt 1 ]; then mkdir -p "$2"; out=$(cd "$2" && pwd); fi
+cd "$(dirname "$0")/.."
+out=${out:-runs/reproduced}
 make .venv.ok
-.venv/bin/python scripts/train_zoo.py --data "$data" --runs "$out/runs" --results "$out/hub/results/zoo"
+.venv/bin/python scripts/train_zoo.py --data "$data" --runs "$out/runs" --results "$out/hub/results/zoo" ||
+    [ $? -eq 1 ] # a run broke off: the others are exported
 .venv/bin/python scripts/export_zoo.py --data "$data" --dataset uoft-cs/cifar10 --tag cpu_c10 \
     --runs "$out/hub/results/zoo" --hub "$out/hub"

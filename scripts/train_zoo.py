@@ -4,10 +4,13 @@
 
 Runs lie in ``<runs>/<model>/seed-<seed>``; a finished one is copied to the same place under the results, less
 its checkpoints. A run that was stopped goes on where it was, so the script can be run again until nothing is
-left; `scripts/export_zoo.py` exports what is finished at any time.
+left; `scripts/export_zoo.py` exports what is finished at any time. A run that breaks off (it diverges, say)
+does not keep the others from being made; the script then ends with status 1.
 """
 
 import argparse
+import dataclasses
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,8 +19,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from timm_attn.training.recipe_file import load_recipe
-from timm_attn.training.run import CURVES, ENVIRONMENT, METRICS, RECIPE, RESULTS, is_run, read_metrics
+from timm_attn.errors import UserError
+from timm_attn.files import replace_file, sha256
+from timm_attn.training import Recipe
+from timm_attn.training.checkpoint import write_json
+from timm_attn.training.recipe_file import load_recipe, save_recipe
+from timm_attn.training.run import (
+    CURVES,
+    ENVIRONMENT,
+    METRICS,
+    RECIPE,
+    RESULTS,
+    is_run,
+    open_run,
+    read_metrics,
+)
 from timm_attn.weights import CONFIG, WEIGHTS
 
 ROOT = Path(__file__).parents[1]
@@ -30,32 +46,53 @@ MODELS = (
     "resnet20_ssia",
     "fmmnet20",
 )
-#: What is kept of a run: all that an export needs, the weights last, so a kept run that has them is whole.
-TEXTS = (RECIPE, ENVIRONMENT, METRICS, RESULTS)
-FILES = (CURVES, CONFIG, WEIGHTS)
+#: Steps between two checkpoints of a run.
+CHECKPOINT_EVERY = 100
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
     console.width = 140
 
 
-def train(model: str, run: Path, options: list[str]) -> None:
-    """Start a run, or go on with it."""
+def refuse_another_recipe(run: Path, asked: Recipe) -> None:
+    """Raise a UserError if a run was made with another recipe.
+
+    Where the data lay may differ, and what the recipe left open was filled in when the run began.
+    """
+    made, wanted = ({**vars(r), "data": Path(r.data).name} for r in (load_recipe(run / RECIPE), asked))
+    differing = [
+        f"{name} {made[name]!r}, not {value!r}"
+        for name, value in wanted.items()
+        if name != "seed" and value is not None and made[name] != value
+    ]
+    if differing:
+        raise UserError(f"{run} has {'; '.join(differing)}: name other folders with --runs and --results")
+
+
+def train(model: str, run: Path, options: list[str]) -> bool:
+    """Start a run, or go on with it; whether it came to its end."""
     arguments = ["--resume", str(run)] if is_run(run) else [model, *options, "--out", str(run)]
     console.print(f"$ timm-attn train {' '.join(arguments)}", markup=False)
-    subprocess.run([sys.executable, "-m", "timm_attn", "train", *arguments], check=True)
+    status = subprocess.run([sys.executable, "-m", "timm_attn", "train", *arguments]).returncode
+    if status in (0, 1, 2) and is_run(run):
+        return status == 0
+    sys.exit(status)  # stopped by the user or by a signal, or wrong input, which all runs would have
 
 
 def keep(run: Path, data: str, folder: Path) -> None:
-    """Copy a finished run, but for its checkpoints and where the data lay."""
+    """Copy a finished run, but for its checkpoints and where the data lay.
+
+    The weights come last: a kept run that has them is whole.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    resolved = load_recipe(run / RECIPE).data
-    for name in TEXTS:
-        text = (run / name).read_text(encoding="utf-8").replace(f"{ROOT}/", "")
-        for path in {data, resolved} if Path(resolved).is_dir() else ():
-            text = text.replace(path, Path(resolved).name)
-        (folder / name).write_text(text)
-    for name in FILES:
-        shutil.copy(run / name, folder / name)
+    recipe, about = load_recipe(run / RECIPE), open_run(run)
+    name = Path(recipe.data).name if Path(recipe.data).is_dir() else recipe.data
+    save_recipe(dataclasses.replace(recipe, data=name), folder / RECIPE)
+    words = [name if word in (data, recipe.data) else word for word in shlex.split(about["command"])]
+    about["command"] = shlex.join(word.removeprefix(f"{ROOT}/") for word in words)
+    write_json(folder / ENVIRONMENT, {**about, "recipe_sha256": sha256(folder / RECIPE)})
+    for file in (METRICS, RESULTS, CURVES, CONFIG):
+        shutil.copy(run / file, folder / file)
+    replace_file(folder / WEIGHTS, (run / WEIGHTS).read_bytes())
 
 
 def show(runs: Path, results: Path, models: list[str], seeds: list[int]) -> None:
@@ -83,17 +120,31 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "zoo")
     parser.add_argument("--results", type=Path, default=ROOT / "hub" / "results" / "zoo")
     arguments = parser.parse_args()
-    options = ["--recipe", arguments.recipe, "--data", arguments.data, "--checkpoint-every", "100"]
+    options = ["--recipe", arguments.recipe, "--data", arguments.data]
+    options += ["--checkpoint-every", str(CHECKPOINT_EVERY)]
+    asked = dataclasses.replace(
+        load_recipe(arguments.recipe), data=arguments.data, checkpoint_every=CHECKPOINT_EVERY
+    )
+    broken = []
     for seed in arguments.seeds:  # one seed of every network says more than all seeds of one
         for model in arguments.models:
             run = arguments.runs / model / f"seed-{seed}"
             kept = arguments.results / model / f"seed-{seed}"
+            for folder in filter(is_run, (kept, run)):
+                refuse_another_recipe(folder, asked)
             if not (kept / WEIGHTS).is_file():
-                if not (run / WEIGHTS).is_file():
-                    train(model, run, [*options, "--seed", str(seed)])
-                keep(run, arguments.data, kept)
+                if (run / WEIGHTS).is_file() or train(model, run, [*options, "--seed", str(seed)]):
+                    keep(run, arguments.data, kept)
+                else:
+                    broken.append(str(run))
             show(arguments.runs, arguments.results, arguments.models, arguments.seeds)
+    if broken:
+        sys.exit(f"not finished: {', '.join(broken)}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        console.print(f"error: {error}", markup=False)
+        sys.exit(2)

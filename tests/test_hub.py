@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import zipfile
@@ -11,12 +12,12 @@ import pytest
 import timm
 import torch
 from forked import run_code
-from helpers import ROOT, python, use_hub
+from helpers import ROOT, python, same, use_hub
 from hub_server import HubServer
 
 from timm_attn.errors import UserError
 from timm_attn.publish import export, publish
-from timm_attn.training import Recipe, load_model, train
+from timm_attn.training import Recipe, load_model, train, train_seeds, validate
 from timm_attn.weights import WeightsError, read_index, sha256
 
 RECIPE = Recipe(data="digits", img_size=16, crop_padding=2, batch_size=256, lr=0.1, epochs=1)
@@ -76,6 +77,28 @@ def test_index_agrees_with_files_and_cards(hub):
         assert 0 < folded.metrics["logit_difference"] <= 1e-5
         assert folded.metrics["top1"] == trained.metrics["top1"]
     assert checkpoints["resnet20_dia.sgd_digits_folded"].model_args["folded"] is True
+
+
+def test_of_several_seeds_the_median_is_exported_and_all_are_measured(tmp_path):
+    runs = tmp_path / "runs"
+    train_seeds("resnet20_asr", RECIPE, runs, (0, 1, 2))
+    found = [validate(load_model(str(runs / f"seed-{seed}")), RECIPE)["top1"] for seed in range(3)]
+    assert len(set(found)) == 3
+    for n, place in ((3, 1), (2, 0)):  # of two the lower one
+        tops = found[:n]
+        (runs / "seeds.json").write_text(json.dumps({"model": "resnet20_asr", "seeds": [*range(n)]}))
+        export(runs, f"of{n}", tmp_path / "hub")
+        chosen = sorted(tops)[place]
+        forms = [c for c in read_index(tmp_path / "hub") if f"of{n}" in c.tag]
+        assert len(forms) == 2
+        for checkpoint in forms:
+            assert checkpoint.metrics["top1"] == chosen and checkpoint.metrics["seed"] == tops.index(chosen)
+            over = checkpoint.over_seeds
+            assert over["seeds"] == [*range(n)] and over["top1"]["n"] == n
+            assert over["top1"]["mean"] == pytest.approx(statistics.mean(tops))
+            assert over["top1"]["std"] == pytest.approx(statistics.stdev(tops))
+        kept = load_model(str(runs / f"seed-{tops.index(chosen)}")).state_dict()
+        assert same(kept, load_model(f"local-dir:{tmp_path}/hub/resnet20_asr.of{n}").state_dict())
 
 
 def test_names_find_weights_without_network(hub):

@@ -251,6 +251,8 @@ def test_several_seeds_are_aggregated(tmp_path, capsys):
     (tmp_path / "a" / "seeds.json").unlink()
     (tmp_path / "a" / "results.json").unlink()
     (tmp_path / "a" / "seed-3").mkdir()  # not finished
+    recipe = tmp_path / "a" / "seed-1" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("data: digits", "data: elsewhere/digits"))
     assert gather_seeds(tmp_path / "a") == summary == read_results(tmp_path / "a")
     assert [run.name for run in seed_runs(tmp_path / "a")] == ["seed-0", "seed-1", "seed-2"]
     train("resnet20", Recipe(**{**FAST, "epochs": 1, "lr": 0.1, "seed": 4}), tmp_path / "a" / "seed-4")

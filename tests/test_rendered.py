@@ -144,12 +144,30 @@ def test_a_card_says_how_far_it_is_from_its_controls():
     dia = checkpoint("resnet20_dia.a", "dia", 91.5, 0.2, 4, controls=["resnet20.a"])
     text = card(dia, {"resnet20.a": plain})
     assert (
-        "91.50 ± 0.20 (4) % against 91.00 ± 0.10 (4) % of `resnet20.a`, a difference of +0.50 points" in text
+        "91.50 ± 0.20 % (n = 4) against 91.00 ± 0.10 % (n = 4) of `resnet20.a`, a difference of +0.50 points; "
+        "that is more than twice its standard error (0.11)" in text
     )
-    assert "more than twice its standard error (0.11)" in text
-    assert judge({"mean": 91.1, "std": 0.2, "n": 4}, plain.over_seeds["top1"]).startswith("less than twice")
-    assert "may be noise" in judge({"mean": 95.0, "std": None, "n": 1}, plain.over_seeds["top1"])
+    assert "less than twice" in judge({"mean": 91.1, "std": 0.2, "n": 4}, plain.over_seeds["top1"])
     assert "No control was trained" in card(dataclasses.replace(dia, controls=[]), {})
+    for few in ({"mean": 95.0, "std": None, "n": 1}, {"mean": 95.0, "std": 0.01, "n": 2}):
+        assert "may be noise" in judge(few, plain.over_seeds["top1"])
+        assert "may be noise" in judge(plain.over_seeds["top1"], few)
+
+
+def test_a_card_says_which_of_the_seeds_it_is():
+    for n, which in (
+        (2, "over seeds 0 and 1; by its top-1 this is the lower one."),
+        (3, "over seeds 0, 1 and 2; by its top-1 this is the median."),
+        (4, "over seeds 0, 1, 2 and 3; by its top-1 this is the lower median."),
+    ):
+        assert which in card(checkpoint("resnet20.a", "resnet", 91.0, 0.1, n), {})
+    assert "One run says nothing" in card(checkpoint("resnet20.a", "resnet", 91.0), {})
+
+
+def test_a_control_has_no_claim():
+    se = checkpoint("resnet20_se.a", "se", 91.0, 0.1, 3)
+    text = card(checkpoint("resnet20.a", "resnet", 91.0, 0.1, 3, controls=[se.name]), {se.name: se})
+    assert "control: it stands for no claim of ours.\n\nHere, with one recipe" in text
 
 
 def test_a_card_says_which_options_there_were_and_what_is_left():

@@ -9,7 +9,7 @@ from helpers import ROOT, fixed_images, parameters
 
 import timm_attn
 from timm_attn.fold import relative_difference
-from timm_attn.weights import read_index
+from timm_attn.weights import read_index, sha256
 
 SHIPPED = {c.name: c for c in read_index(ROOT / "hub")}
 LOGITS = json.loads((ROOT / "tests" / "shipped_logits.json").read_text())
@@ -34,6 +34,19 @@ def test_what_ships():
     folded = {c.folded_from for c in SHIPPED.values()} - {None}
     assert folded == {c.name for c in trained if c.architecture != "resnet20"}
     assert LOGITS.keys() == SHIPPED.keys()
+
+
+def test_all_finished_runs_are_exported():
+    """The figures are over all runs that are kept, and the weights are those of one of them."""
+    results = ROOT / "hub" / "results"
+    for c in SHIPPED.values():
+        if not c.folded_from:
+            runs = results / "zoo" / c.architecture
+            kept = {int(p.parent.name.removeprefix("seed-")) for p in runs.glob("seed-*/results.json")}
+            assert set(c.over_seeds["seeds"]) == kept
+            metrics = runs / f"seed-{c.metrics['seed']}" / "metrics.jsonl"
+            assert sha256(metrics) == c.files["metrics.jsonl"]["sha256"]
+    assert json.loads((results / "zoo.json").read_text())["checkpoints"].keys() == SHIPPED.keys()
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -71,4 +84,5 @@ def test_shipped_folded_weights_are_the_fold_of_the_trained(name):
     folded = timm.create_model(name, pretrained=True).eval()
     x = torch.randn(4, *trained.pretrained_cfg["input_size"])
     assert relative_difference(trained, folded, x) <= 1e-5
-    assert relative_difference(timm_attn.fold(trained), folded, x) == 0
+    # Gates are computed in float32 when they are folded, and processors differ in the last bit.
+    assert relative_difference(timm_attn.fold(trained), folded, x) <= 1e-6

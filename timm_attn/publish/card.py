@@ -221,10 +221,10 @@ def _usage(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], owner: str 
     lines = [*(lines if own else ["import timm"]), ""]
     lines.append(f'model = timm.create_model("{name}", pretrained=True).eval()')
     blocks = ["```python\n" + "\n".join(lines) + "\n```"]
-    if own and owner and checkpoint.name in others:
+    if own and checkpoint.name in others:
         blocks.append(
             f'By name, compared with the sha256 of the index: `timm.create_model("{checkpoint.name}", '
-            "pretrained=True)`."
+            "pretrained=True)`, for weights of the package or of the hub folder in `TIMM_ATTN_HUB`."
         )
     if not own and owner:
         blocks.append(
@@ -271,24 +271,32 @@ def _measured(checkpoint: Checkpoint, others: Mapping[str, Checkpoint]) -> str:
 
 def figure(value: dict[str, Any] | None) -> str:
     """Mean, standard deviation and number of runs."""
-    if not value:
-        return "–"
+    return f"{_mean(value)} ({value['n']})" if value else "–"
+
+
+def _mean(value: dict[str, Any]) -> str:
     std = "" if value["std"] is None else f" ± {value['std']:.2f}"
-    return f"{value['mean']:.2f}{std} ({value['n']})"
+    return f"{value['mean']:.2f}{std}"
 
 
 def _spread(checkpoint: Checkpoint) -> str:
     over = checkpoint.over_seeds
     if not over or over["top1"]["n"] == 1:
         return " One run says nothing about the spread over seeds."
-    seeds = ", ".join(map(str, over["seeds"]))
+    *most, last = map(str, over["seeds"])
+    which = (
+        "the median" if over["top1"]["n"] % 2 else "the lower one" if len(most) == 1 else "the lower median"
+    )
     return (
-        f"\nMean and sample standard deviation are over the runs with seeds {seeds}; this is the median one."
+        f"\nMean and sample standard deviation are over seeds {', '.join(most)} and {last}; "
+        f"by its top-1 this is {which}."
     )
 
 
 def _claim(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], paper: Paper) -> str:
     lines = [f"The paper: {paper.claim}"] if paper.claim else []
+    if checkpoint.mechanism in ("resnet", "se"):
+        lines = ["This network is a control: it stands for no claim of ours."]
     own = checkpoint.over_seeds.get("top1")
     for name in checkpoint.controls:
         control = others[name].over_seeds.get("top1") if name in others else None
@@ -296,21 +304,25 @@ def _claim(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], paper: Pape
             continue
         difference = own["mean"] - control["mean"]
         lines.append(
-            f"Here, with one recipe: {figure(own)} % against {figure(control)} % of `{name}`, a difference "
-            f"of {difference:+.2f} points, {judge(own, control)}."
+            f"Here, with one recipe: {_mean(own)} % (n = {own['n']}) against {_mean(control)} % "
+            f"(n = {control['n']}) of `{name}`, a difference of {difference:+.2f} points; "
+            f"{judge(own, control)}."
         )
     if len(lines) < 2 and not checkpoint.controls and checkpoint.mechanism not in ("resnet", "se"):
         lines.append("No control was trained with the same recipe: nothing is said about the claim.")
-    return "\n\n".join(lines) or "This network is a control: it stands for no claim of ours."
+    return "\n\n".join(lines)
 
 
 def judge(a: dict[str, Any], b: dict[str, Any]) -> str:
-    """Whether two means differ by more than twice the standard error of their difference."""
-    if a["std"] is None or b["std"] is None:
-        return "of one run each, or of one against several: it may be noise"
+    """Whether two means differ by more than twice the standard error of their difference.
+
+    Of fewer than three runs a standard deviation says too little.
+    """
+    if min(a["n"], b["n"]) < 3:
+        return "with so few runs it may be noise"
     error = (a["std"] ** 2 / a["n"] + b["std"] ** 2 / b["n"]) ** 0.5
     far = abs(a["mean"] - b["mean"]) > 2 * error
-    return f"{'more' if far else 'less'} than twice its standard error ({error:.2f})"
+    return f"that is {'more' if far else 'less'} than twice its standard error ({error:.2f})"
 
 
 def _settings(recipe: Mapping[str, Any]) -> str:

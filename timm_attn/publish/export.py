@@ -1,9 +1,10 @@
 """Finished runs to folders laid out as Hub repositories, with what was measured of the very files."""
 
 import dataclasses
+import itertools
 import shutil
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,9 @@ def export(
     """Write ``hub/<architecture>.<tag>`` and, where the model folds, its folded form beside it.
 
     Both are loaded from what was written and measured in float32 on the run's evaluation split; the figures
-    go into ``hub/index.json``, from which cards and results are rendered. Of the runs of several seeds, the
-    one with the median top-1 is written (of an even number, the lower of the two in the middle), and all are
-    measured.
+    go into ``hub/index.json``, from which cards and results are rendered. The runs of several seeds are all
+    measured so, and the one with the median top-1 is written (of an even number, the lower of the two in the
+    middle).
 
     Args:
         run: A finished run, or the finished runs of several seeds.
@@ -71,26 +72,25 @@ def export(
             there, the data cannot be read, or its licence is not known. Nothing is written then.
         FoldError: The folded model, or a file for another runtime, differs from the trained one.
     """
-    run, other_runs = _median(run)
-    about = open_run(run, finished=True)
-    read_results(run)
+    runs = _finished(run)
+    about = open_run(runs[0])
     if not tag or not tag.replace("_", "").isalnum():
         raise UserError(f"tag {tag!r} must be letters, digits and underscores, e.g. sgd_c10")
     if tag.startswith(GRAFT):
         raise UserError(f"tag {tag!r} would stand for grafted weights: begin it otherwise than with {GRAFT}")
     dataset = str(dataset or about["data"])
     license_ = license_of(dataset, dataset_license)
-    trained = load_recipe(run / RECIPE)
-    recipe = dataclasses.replace(trained, data=data or trained.data, precision="no")
-    forms = _forms(about["model"], tag, run)
     if hub.exists() and not hub.is_dir():
         raise UserError(f"{hub} is a file: name a folder with --hub")
-    for form in forms:
+    forms_of = {run: _forms(about["model"], tag, run) for run in runs}
+    for form in itertools.chain(*forms_of.values()):
         if (hub / form.name).exists():
             raise UserError(
                 f"{hub / form.name} is there already: choose another --tag or --hub, or remove it"
             )
-    others = [_forms(about["model"], tag, other) for other in other_runs]
+    run, measured = _median(forms_of, data)
+    about, forms, trained = open_run(run), forms_of[run], load_recipe(run / RECIPE)
+    recipe = _evaluation(run, data)
 
     known = read_index(hub) if (hub / INDEX).is_file() else []
     mechanism = parse_name(about["model"])[1] or "resnet" if about["model"] in model_names() else "timm"
@@ -116,18 +116,20 @@ def export(
     written: list[Checkpoint] = []
     partials: list[tuple[Path, Path]] = []
     try:
-        for i, form in enumerate(forms):
+        for form in forms:
             partial = hub / f".{form.name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             partials.append((partial, hub / form.name))
             checkpoint = _write(partial, form, run, recipe, runtimes, {**resolved, "data": dataset})
-            figures = [
-                checkpoint.metrics,
-                *(validate(other[i].model, recipe) for other in others if i < len(other)),
-            ]
-            seeds = [trained.seed, *(load_recipe(other / RECIPE).seed for other in other_runs)]
-            over = {"seeds": sorted(seeds), **{key: spread([f[key] for f in figures]) for key in FIGURES}}
+            figures = {
+                **{load_recipe(r / RECIPE).seed: f[form.name] for r, f in measured.items() if form.name in f},
+                trained.seed: checkpoint.metrics,
+            }
+            over = {
+                "seeds": sorted(figures),
+                **{key: spread([f[key] for f in figures.values()]) for key in FIGURES},
+            }
             folded = forms[1].name if form.folded_from is None and len(forms) > 1 else None
             written.append(
                 dataclasses.replace(
@@ -180,15 +182,37 @@ def link(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     ]
 
 
-def _median(run: Path) -> tuple[Path, list[Path]]:
-    """The run to write and the others, where there are several seeds."""
-    if not is_seeds(run):
-        return run, []
-    if not (run / RESULTS).is_file():
+def _finished(run: Path) -> list[Path]:
+    """The run, or those of several seeds."""
+    if is_seeds(run) and not (run / RESULTS).is_file():
         raise UserError(f"{run} has no {RESULTS}: `timm-attn train --resume {run}` finishes its runs")
-    runs = sorted(seed_runs(run), key=lambda path: read_results(path)["top1"])
-    chosen = runs[(len(runs) - 1) // 2]
-    return chosen, [other for other in runs if other != chosen]
+    runs = seed_runs(run) if is_seeds(run) else [run]
+    for one in runs:
+        open_run(one, finished=True)
+        read_results(one)
+    return runs
+
+
+def _evaluation(run: Path, data: str | None) -> Recipe:
+    """A run's recipe, to evaluate it in float32."""
+    trained = load_recipe(run / RECIPE)
+    return dataclasses.replace(trained, data=data or trained.data, precision="no")
+
+
+def _median(
+    forms_of: Mapping[Path, Sequence[_Form]], data: str | None
+) -> tuple[Path, dict[Path, dict[str, dict[str, Any]]]]:
+    """The run to write, and of several the figures of each by the form's name."""
+    first, *others = forms_of
+    if not others:
+        return first, {}
+    measured = {
+        run: {form.name: validate(form.model, _evaluation(run, data)) for form in forms}
+        for run, forms in forms_of.items()
+    }
+    trained = forms_of[first][0].name
+    runs = sorted(measured, key=lambda run: measured[run][trained]["top1"])
+    return runs[(len(runs) - 1) // 2], measured
 
 
 def _forms(architecture: str, tag: str, run: Path) -> list[_Form]:

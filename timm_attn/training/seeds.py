@@ -65,6 +65,9 @@ def resume_seeds(out: str | Path) -> dict[str, Any]:
 def gather_seeds(out: str | Path) -> dict[str, Any]:
     """Take the finished runs ``out/seed-<seed>``, made one by one, as those of :func:`train_seeds`.
 
+    Where the data lay may differ between them (a folder, a Hub id), but not how many images it had nor their
+    classes; commit and hardware may differ too.
+
     Returns:
         As :func:`train_seeds`.
 
@@ -76,12 +79,16 @@ def gather_seeds(out: str | Path) -> dict[str, Any]:
     if not runs:
         raise UserError(f"{out} has no finished run seed-<seed>: train one, or name another folder")
     recipes = [load_recipe(run / RECIPE) for run in runs]
-    models = [open_run(run)["model"] for run in runs]
-    for run, model, recipe in zip(runs, models, recipes, strict=True):
-        if (model, dataclasses.replace(recipe, seed=recipes[0].seed)) != (models[0], recipes[0]):
+    abouts = [open_run(run) for run in runs]
+    same = [
+        (about["model"], about["images"], about["label_names"], dataclasses.replace(recipe, seed=0, data=""))
+        for about, recipe in zip(abouts, recipes, strict=True)
+    ]
+    for run, one in zip(runs, same, strict=True):
+        if one != same[0]:
             raise UserError(f"{run} and {runs[0]} differ in more than the seed: take one of them away")
     seeds = sorted(recipe.seed for recipe in recipes)
-    _announce(models[0], recipes[0], out, seeds)
+    _announce(abouts[0]["model"], recipes[0], out, seeds)
     return _summary(out, seeds)
 
 
@@ -116,5 +123,6 @@ def _summary(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
     if PartialState().is_main_process:
         write_json(out / RESULTS, summary)
         model = json.loads((out / SEEDS).read_text(encoding="utf-8"))["model"]
-        curves.draw_seeds([read_metrics(run) for run in runs], f"{model}, {len(runs)} seeds", out / CURVES)
+        title = f"{model}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
+        curves.draw_seeds([read_metrics(run) for run in runs], title, out / CURVES)
     return summary

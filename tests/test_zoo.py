@@ -1,0 +1,116 @@
+"""The scripts that train, export, measure and draw the zoo, on digits."""
+
+import json
+import shutil
+
+import pytest
+from helpers import ROOT, python
+
+from timm_attn.training.recipe_file import load_recipe
+from timm_attn.training.run import read_results
+from timm_attn.weights import read_index, sha256
+
+RECIPE = "data: digits\nimg_size: 16\ncrop_padding: 2\nbatch_size: 256\nlr: 0.1\nepochs: 1\n"
+KEPT = {
+    "recipe.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "results.json",
+    "curves.png",
+    "config.json",
+    "model.safetensors",
+}
+
+
+def train_zoo(folder, *options):
+    command = [ROOT / "scripts" / "train_zoo.py", "--data", "digits", "--recipe", folder / "recipe.yaml"]
+    command += ["--runs", folder / "runs", "--results", folder / "hub" / "results" / "zoo"]
+    return python(*command, "--models", "resnet20", "resnet20_asr", *options)
+
+
+def export_zoo(folder, data="digits"):
+    command = [ROOT / "scripts" / "export_zoo.py", "--data", data, "--dataset", "digits", "--tag", "tiny"]
+    command += ["--runs", folder / "hub" / "results" / "zoo", "--hub", folder / "hub"]
+    return python(*command, "--rounds", "2", "--batch-size", "4")
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """Two networks with two seeds, exported."""
+    folder = tmp_path_factory.mktemp("zoo")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    for result in (train_zoo(folder, "--seeds", "0", "1"), export_zoo(folder)):
+        assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_what_is_kept_of_a_run(zoo):
+    for model in ("resnet20", "resnet20_asr"):
+        for seed in (0, 1):
+            kept = zoo / "hub" / "results" / "zoo" / model / f"seed-{seed}"
+            assert {p.name for p in kept.iterdir()} == KEPT
+            about = json.loads((kept / "environment.json").read_text())
+            assert about["recipe_sha256"] == sha256(kept / "recipe.yaml")
+            assert load_recipe(kept / "recipe.yaml").seed == seed
+            run = zoo / "runs" / model / f"seed-{seed}"
+            assert read_results(kept) == read_results(run)
+            assert sha256(kept / "model.safetensors") == sha256(run / "model.safetensors")
+
+
+def test_what_is_exported(zoo):
+    found = {c.name: c for c in read_index(zoo / "hub")}
+    assert set(found) == {"resnet20.tiny", "resnet20_asr.tiny", "resnet20.asr_tiny_folded"}
+    assert all(c.over_seeds["seeds"] == [0, 1] and c.over_seeds["top1"]["n"] == 2 for c in found.values())
+    assert found["resnet20_asr.tiny"].controls == ["resnet20.tiny"]
+    assert "n = 2" in (found["resnet20_asr.tiny"].folder / "README.md").read_text()
+    times = json.loads((zoo / "hub" / "results" / "zoo.json").read_text())
+    assert times["checkpoints"].keys() == found.keys() and times["torch"]
+    assert times["checkpoints"]["resnet20.tiny"]["ratio_median"] == 1
+    assert (zoo / "hub" / "results" / "zoo.png").read_bytes()[:4] == b"\x89PNG"
+    assert not [p for p in (zoo / "hub").iterdir() if p.name.startswith(".")]
+
+
+def test_a_failed_export_changes_nothing(zoo):
+    before = contents(zoo)
+    result = export_zoo(zoo, data="./gone")
+    assert result.returncode == 2 and "error: ./gone is not a folder" in result.stdout
+    assert contents(zoo) == before
+
+
+def test_a_third_seed_takes_the_place_of_the_older_weights(zoo, tmp_path):
+    folder = shutil.copytree(zoo, tmp_path / "zoo")
+    seed = folder / "hub" / "results" / "zoo" / "resnet20_asr" / "seed-1"
+    shutil.copytree(seed, seed.with_name("seed-2"))
+    recipe = seed.with_name("seed-2") / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("seed: 1", "seed: 2"))
+    assert export_zoo(folder).returncode == 0
+    found = {c.name: c for c in read_index(folder / "hub")}
+    assert found["resnet20.tiny"].over_seeds["seeds"] == [0, 1]
+    for name in ("resnet20_asr.tiny", "resnet20.asr_tiny_folded"):
+        assert found[name].over_seeds["seeds"] == [0, 1, 2]
+        assert (
+            found[name].folder == folder / "hub" / name
+            and found[name].verified("model.safetensors").is_file()
+        )
+
+
+def test_what_is_finished_is_skipped_and_another_recipe_is_refused(zoo):
+    before = contents(zoo)
+    assert train_zoo(zoo, "--seeds", "0", "1").returncode == 0
+    assert contents(zoo) == before
+    (zoo / "recipe.yaml").write_text(RECIPE.replace("0.1", "0.2"))
+    result = train_zoo(zoo, "--seeds", "0")
+    (zoo / "recipe.yaml").write_text(RECIPE)
+    assert result.returncode == 2 and "has lr 0.1, not 0.2: name other folders" in result.stdout
+    assert contents(zoo) == before
+
+
+def test_a_run_that_diverges_does_not_stop_the_others(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("0.1", "1.0e+30"))
+    result = train_zoo(tmp_path, "--seeds", "0")
+    assert result.returncode == 1 and "not finished: " in result.stderr
+    assert all((tmp_path / "runs" / model / "seed-0").is_dir() for model in ("resnet20", "resnet20_asr"))
