@@ -105,7 +105,7 @@ def draw(checkpoints: list[Checkpoint], relative_time: dict[str, dict[str, Any]]
                 )
         axis.grid(alpha=0.3)
     axes[0].set(xlabel="parameters (thousands)", ylabel="top-1 on the test split (%), last epoch")
-    axes[1].set(xlabel=f"time per image at inference (median of rounds), {PLAIN} as trained = 1")
+    axes[1].set(xlabel=f"time per image at inference (median), {PLAIN} = 1")
     axes[0].legend(fontsize=8)
     figure.suptitle(
         "mean ± standard deviation over seeds; full: as trained, hollow: as deployed; lines: all rounds",
