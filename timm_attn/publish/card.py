@@ -295,7 +295,7 @@ def _spread(checkpoint: Checkpoint) -> str:
 
 def _claim(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], paper: Paper) -> str:
     lines = [f"The paper: {paper.claim}"] if paper.claim else []
-    if checkpoint.mechanism in ("resnet", "se"):
+    if checkpoint.is_control:
         lines = ["This network is a control: it stands for no claim of ours."]
     own = checkpoint.over_seeds.get("top1")
     for name in checkpoint.controls:
@@ -308,7 +308,7 @@ def _claim(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], paper: Pape
             f"(n = {control['n']}) of `{name}`, a difference of {difference:+.2f} points; "
             f"{judge(own, control)}."
         )
-    if len(lines) < 2 and not checkpoint.controls and checkpoint.mechanism not in ("resnet", "se"):
+    if len(lines) < 2 and not checkpoint.controls and not checkpoint.is_control:
         lines.append("No control was trained with the same recipe: nothing is said about the claim.")
     return "\n\n".join(lines)
 

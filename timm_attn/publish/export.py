@@ -168,7 +168,7 @@ def link(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
         recipe = {name: value for name, value in trained.recipe.items() if name != "model_kwargs"}
         return backbone, recipe, checkpoint.dataset.get("id")
 
-    controls = [c for c in checkpoints if c.mechanism in ("resnet", "se") and not c.folded_from]
+    controls = [c for c in checkpoints if c.is_control and not c.folded_from]
     return [
         dataclasses.replace(
             c,

@@ -68,6 +68,11 @@ class Checkpoint:
         return (self.folder / WEIGHTS).is_file()
 
     @property
+    def is_control(self) -> bool:
+        """Whether it is a plain or SE network, which stands for no claim of this package."""
+        return self.mechanism in ("resnet", "se")
+
+    @property
     def source(self) -> dict[str, str]:
         """Where timm is told that the weights are."""
         if self.here or not self.repo_id:
