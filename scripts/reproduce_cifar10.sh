@@ -1,7 +1,7 @@
 #!/bin/sh
 # All of the CIFAR-10 zoo from nothing: seven networks, seeds 0, 1 and 2, and of these the weights with their folded
-# forms, cards, index, tables and picture, in a folder laid out as hub/. On two CPU cores this takes some twenty
-# hours; stopped, it goes on where it was.
+# forms, cards, index, tables and picture, in a folder laid out as hub/. On two CPU cores this takes some ten to
+# fourteen hours; stopped, it goes on where it was.
 #
 #     scripts/reproduce_cifar10.sh [DATA] [OUT]
 #
