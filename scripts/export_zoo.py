@@ -9,6 +9,7 @@ script measures, the time per image of every form over that of the plain network
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import shutil
@@ -26,18 +27,20 @@ from rich.table import Table
 
 from timm_attn.errors import UserError
 from timm_attn.fold import FoldError
+from timm_attn.models.deployed import fuse_conv_norms
 from timm_attn.publish import export
 from timm_attn.publish.export import link
 from timm_attn.publish.render import render
 from timm_attn.training.seeds import gather_seeds
 from timm_attn.training.setup import keep_freed_memory
-from timm_attn.weights import INDEX, WEIGHTS, Checkpoint, read_index, write_index
+from timm_attn.weights import INDEX, WEIGHTS, Checkpoint, WeightsError, read_index, write_index
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers import fixed_images
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = "resnet20"
+FUSED = f"{PLAIN}, norms fused"
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
     console.width = 140
@@ -63,10 +66,16 @@ def replace(hub: Path, exported: Path) -> None:
 
 
 def cost(checkpoints: list[Checkpoint], n: int, batch_size: int) -> dict[str, dict[str, Any]]:
-    """Time in eval mode (fp32) over that of the plain network as it was trained."""
+    """Time in eval mode (fp32) over that of the plain network as it was trained.
+
+    The plain network with its norms fused is among them, since those of the deployed forms that keep their
+    attention are.
+    """
     keep_freed_memory()  # else the time of a network depends on what was freed before it
     models = {c.name: timm.create_model(f"local-dir:{c.folder}", pretrained=True).eval() for c in checkpoints}
     (plain,) = (c.name for c in checkpoints if c.architecture == PLAIN and not c.folded_from)
+    models[FUSED] = copy.deepcopy(models[plain])
+    fuse_conv_norms(models[FUSED])
     images = torch.randn(batch_size, *models[plain].pretrained_cfg["input_size"])
     with torch.inference_mode():
         calls = {name: partial(model, images) for name, model in models.items()}
@@ -74,8 +83,13 @@ def cost(checkpoints: list[Checkpoint], n: int, batch_size: int) -> dict[str, di
     return {name: ratios(times, name, plain) for name in models}
 
 
-def draw(checkpoints: list[Checkpoint], relative_time: dict[str, dict[str, Any]], path: Path) -> None:
-    """Accuracy against parameters and time (line: all rounds): full as trained, hollow as deployed."""
+def draw(
+    checkpoints: list[Checkpoint], relative_time: dict[str, dict[str, Any]], fused: float, path: Path
+) -> None:
+    """Accuracy against parameters and time (line: all rounds): full as trained, hollow as deployed.
+
+    Networks are moved apart by a hundredth of an axis each, since some are at the same place.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -86,13 +100,16 @@ def draw(checkpoints: list[Checkpoint], relative_time: dict[str, dict[str, Any]]
         lambda c: [relative_time[c.name][f"ratio_{key}"] for key in ("min", "median", "max")],
     )
     for axis, place in zip(axes, places, strict=True):
+        ends = [place(c)[1] for c in checkpoints]
+        step = (max(ends) - min(ends)) / 100
         for i, name in enumerate(networks):
+            shift = step * (i - len(networks) // 2)
             forms = sorted((c for c in checkpoints if trained(c) == name), key=lambda c: bool(c.folded_from))
             top1 = [c.over_seeds["top1"] for c in forms]
-            axis.plot([place(c)[1] for c in forms], [t["mean"] for t in top1], color=f"C{i}", lw=0.8)
+            axis.plot([place(c)[1] + shift for c in forms], [t["mean"] for t in top1], color=f"C{i}", lw=0.8)
             for c, t in zip(forms, top1, strict=True):
-                least, median, greatest = place(c)
-                axis.hlines(t["mean"], least, greatest, color=f"C{i}", lw=0.5, alpha=0.5)
+                least, median, greatest = (x + shift for x in place(c))
+                axis.hlines(t["mean"], least, greatest, color=f"C{i}", lw=3, alpha=0.15)
                 axis.errorbar(
                     median,
                     t["mean"],
@@ -105,10 +122,13 @@ def draw(checkpoints: list[Checkpoint], relative_time: dict[str, dict[str, Any]]
                 )
         axis.grid(alpha=0.3)
     axes[0].set(xlabel="parameters (thousands)", ylabel="top-1 on the test split (%), last epoch")
-    axes[1].set(xlabel=f"time per image at inference (median), {PLAIN} = 1")
+    line = axes[1].axvline(fused, color="C0", ls=":", label=FUSED)
+    axes[1].set(xlabel=f"time per image at inference (median), {PLAIN} with its norms = 1")
     axes[0].legend(fontsize=8)
+    axes[1].legend(handles=[line], fontsize=8)
     figure.suptitle(
-        "mean ± standard deviation over seeds; full: as trained, hollow: as deployed; lines: all rounds",
+        "mean ± standard deviation over seeds; full: as trained, hollow: as deployed; bands: all rounds; "
+        "networks are moved apart a little",
         fontsize=10,
     )
     figure.savefig(path, dpi=110)
@@ -137,7 +157,12 @@ def main() -> None:
     parser.add_argument("--hub", type=Path, default=ROOT / "hub")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--dataset-license", help="licence of the images, where it is not known here")
     arguments = parser.parse_args()
+    for option in ("rounds", "batch_size"):
+        if getattr(arguments, option) < 1:
+            given = getattr(arguments, option)
+            parser.error(f"--{option.replace('_', '-')} is {given}: it must be at least 1")
     hub = arguments.hub
     hub.mkdir(parents=True, exist_ok=True)
 
@@ -149,7 +174,14 @@ def main() -> None:
     try:
         for runs in track(finished, "exporting", console=console):
             gather_seeds(runs)
-            export(runs, arguments.tag, exported, arguments.dataset, arguments.data)
+            export(
+                runs,
+                arguments.tag,
+                exported,
+                arguments.dataset,
+                arguments.data,
+                dataset_license=arguments.dataset_license,
+            )
         replace(hub, exported)
     finally:
         shutil.rmtree(exported, ignore_errors=True)
@@ -168,8 +200,10 @@ def main() -> None:
         "relative_time": f"fp32, batch {arguments.batch_size}, {PLAIN} as trained = 1",
         **surroundings(torch.device("cpu")),
     }
-    (results / "zoo.json").write_text(json.dumps({**about, "checkpoints": relative_time}, indent=1) + "\n")
-    draw(checkpoints, relative_time, results / "zoo.png")
+    fused = relative_time.pop(FUSED)
+    measured = {**about, "checkpoints": relative_time, FUSED: fused}
+    (results / "zoo.json").write_text(json.dumps(measured, indent=1) + "\n")
+    draw(checkpoints, relative_time, fused["ratio_median"], results / "zoo.png")
     table = Table("weights", "parameters", "top-1 (%)", "mean", "std", "n", "time over plain")
     for c in checkpoints:
         top1, ratio = c.over_seeds["top1"], relative_time[c.name]
@@ -183,11 +217,13 @@ def main() -> None:
             f"{ratio['ratio_median']:.2f} ({ratio['ratio_min']:.2f} to {ratio['ratio_max']:.2f})",
         )
     console.print(table)
+    ratios_of = [fused[f"ratio_{key}"] for key in ("median", "min", "max")]
+    console.print("{}: {:.2f} ({:.2f} to {:.2f})".format(FUSED, *ratios_of))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, FoldError) as error:
+    except (UserError, WeightsError, FoldError) as error:
         console.print(f"error: {error}", markup=False)
         sys.exit(2)

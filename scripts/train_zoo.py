@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import timm
 from rich.console import Console
 from rich.table import Table
 
@@ -120,6 +121,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "zoo")
     parser.add_argument("--results", type=Path, default=ROOT / "hub" / "results" / "zoo")
     arguments = parser.parse_args()
+    for model in arguments.models:  # at once, not when its turn comes
+        if not timm.is_model(model):
+            raise UserError(f"--models has {model!r}, which timm does not know: see `timm-attn list`")
+    for seed in arguments.seeds:
+        if seed < 0:
+            raise UserError(f"--seeds has {seed}: it must be 0 or more")
     options = ["--recipe", arguments.recipe, "--data", arguments.data]
     options += ["--checkpoint-every", str(CHECKPOINT_EVERY)]
     asked = dataclasses.replace(

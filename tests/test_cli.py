@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import timm
@@ -45,6 +46,9 @@ def test_the_way_of_a_model(tmp_path, monkeypatch, capsys):
     run("validate", "hub/resnet20.asr_sgd_digits_folded", "--data", "digits", "--precision", "bf16")
     message = fails(capsys, "fold", "runs/a")
     assert "runs/a/folded is not empty" in message
+    message = fails(capsys, "fold", "hub/resnet20_asr.sgd_digits")  # which holds what its index says
+    assert "name a folder for the folded hub/resnet20_asr.sgd_digits with --out" in message
+    assert not Path("hub/resnet20_asr.sgd_digits/folded").exists()
 
 
 def test_list(capsys):

@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import zipfile
+from functools import cache
 
 import huggingface_hub
 import pytest
@@ -18,7 +19,7 @@ from hub_server import HubServer
 from timm_attn.errors import UserError
 from timm_attn.publish import export, publish
 from timm_attn.training import Recipe, load_model, train, train_seeds, validate
-from timm_attn.weights import WeightsError, read_index, sha256
+from timm_attn.weights import WeightsError, read_index, sha256, store
 
 RECIPE = Recipe(data="digits", img_size=16, crop_padding=2, batch_size=256, lr=0.1, epochs=1)
 # Norm weights of zero would leave branches so small that folding them moves no bit of the logits on some CPUs.
@@ -190,6 +191,19 @@ def test_a_checkpoint_that_does_not_fit_is_refused(hub, tmp_path):
 def test_no_weights_is_an_error_with_the_fix():
     with pytest.raises(WeightsError, match="no pretrained weights for fmmnet152 .*TIMM_ATTN_HUB"):
         timm.create_model("fmmnet152", pretrained=True)
+
+
+def test_a_missing_or_broken_index_of_the_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "shipped_folder", lambda: tmp_path)
+    monkeypatch.setattr(store, "candidates", cache(store.candidates.__wrapped__))
+    monkeypatch.delenv("TIMM_ATTN_HUB", raising=False)
+    store._chosen.cache_clear()
+    with pytest.raises(WeightsError, match=f"looked in .*{tmp_path}, which has no index.json"):
+        store.resolve("resnet20_dia", {})
+    (tmp_path / "index.json").write_text('{"checkpoints"')
+    store.candidates.cache_clear()
+    with pytest.warns(UserWarning, match="ignored"), pytest.raises(WeightsError, match="cannot be read"):
+        store.resolve("resnet20_dia", {})
 
 
 def test_export_refuses_what_is_there_and_leaves_nothing_of_a_failure(hub, tmp_path, monkeypatch):

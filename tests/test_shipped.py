@@ -1,6 +1,8 @@
 """The weights that ship, their cards, and what the README says of them."""
 
 import json
+import re
+import statistics
 
 import pytest
 import timm
@@ -9,6 +11,8 @@ from helpers import ROOT, fixed_images, parameters
 
 import timm_attn
 from timm_attn.fold import relative_difference
+from timm_attn.training.run import read_metrics, read_results
+from timm_attn.training.seeds import spread
 from timm_attn.weights import read_index, sha256
 
 SHIPPED = {c.name: c for c in read_index(ROOT / "hub")}
@@ -46,7 +50,56 @@ def test_all_finished_runs_are_exported():
             assert set(c.over_seeds["seeds"]) == kept
             metrics = runs / f"seed-{c.metrics['seed']}" / "metrics.jsonl"
             assert sha256(metrics) == c.files["metrics.jsonl"]["sha256"]
+            for seed, top1 in zip(c.over_seeds["seeds"], c.over_seeds["top1"]["values"], strict=True):
+                run = runs / f"seed-{seed}"
+                last = read_metrics(run)[-1]
+                trained = read_results(run)
+                assert trained["epoch"] == last["epoch"] and trained["top1"] == last["top1"]
+                # A run evaluates in bf16, in which the classes of a few images differ.
+                assert top1 == pytest.approx(trained["top1"], abs=0.3)
+        values = c.over_seeds["top1"]["values"]
+        assert {**spread(values), "values": values} == c.over_seeds["top1"]
+        middle = statistics.median_low(values)
+        assert c.metrics["top1"] == middle == values[c.over_seeds["seeds"].index(c.metrics["seed"])]
     assert json.loads((results / "zoo.json").read_text())["checkpoints"].keys() == SHIPPED.keys()
+
+
+def test_the_readme_says_what_was_measured():
+    """The sentences under the table are written by hand."""
+    _, _, text = (ROOT / "README.md").read_text().partition("![top-1 against parameters")
+    text = " ".join(text.partition("## Set up")[0].split())
+    names = {
+        "resnet20": "plain",
+        "resnet20_se": "SE",
+        "resnet20_dia": "DIA",
+        "resnet20_asr": "ASR",
+        "resnet20_conam": "ConAM",
+        "resnet20_ssia": "SSIA",
+        "fmmnet20": "FMMNet",
+    }
+    over = {c.architecture: c.over_seeds["top1"] for c in SHIPPED.values() if not c.folded_from}
+    figures = {name: f"{top1['mean']:.2f} ± {top1['std']:.2f}" for name, top1 in over.items()}
+    assert set(re.findall(r"\d+\.\d+ ± \d+\.\d+", text)) == set(figures.values())
+    for architecture, name in names.items():
+        if architecture != "fmmnet20":
+            assert f"{name} {figures[architecture]}" in text, name
+    fmm, plain = over["fmmnet20"], over["resnet20"]
+    verdict = f"({figures['fmmnet20']}, n = {fmm['n']}, against {figures['resnet20']}, n = {plain['n']}"
+    assert verdict in text
+
+    zoo = json.loads((ROOT / "hub" / "results" / "zoo.json").read_text())
+    times = {name: entry["ratio_median"] for name, entry in zoo["checkpoints"].items()}
+    fused = zoo["resnet20, norms fused"]["ratio_median"]
+    controls = {c.name for c in SHIPPED.values() if c.is_control}
+    five = [times[c.name] for c in SHIPPED.values() if not c.folded_from and c.name not in controls]
+    kept = [times[c.name] for c in SHIPPED.values() if c.folded_from and c.architecture != "resnet20"]
+    for sentence in (
+        f"As trained, the five take {min(five):.2f} to {max(five):.2f} times the plain network's time",
+        f"SE {times['resnet20_se.cpu_c10']:.2f}",
+        f"take {min(kept):.2f} to {max(kept):.2f}; the plain network with its own fused takes {fused:.2f}",
+        f"of which theirs is {min(kept) / fused:.2f} to {max(kept) / fused:.2f}",
+    ):
+        assert sentence in text, sentence
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -28,10 +28,10 @@ def train_zoo(folder, *options):
     return python(*command, "--models", "resnet20", "resnet20_asr", *options)
 
 
-def export_zoo(folder, data="digits"):
+def export_zoo(folder, data="digits", rounds=2):
     command = [ROOT / "scripts" / "export_zoo.py", "--data", data, "--dataset", "digits", "--tag", "tiny"]
     command += ["--runs", folder / "hub" / "results" / "zoo", "--hub", folder / "hub"]
-    return python(*command, "--rounds", "2", "--batch-size", "4")
+    return python(*command, "--rounds", str(rounds), "--batch-size", "4")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,33 @@ def test_a_failed_export_changes_nothing(zoo):
     before = contents(zoo)
     result = export_zoo(zoo, data="./gone")
     assert result.returncode == 2 and "error: ./gone is not a folder" in result.stdout
+    result = export_zoo(zoo, rounds=0)
+    assert result.returncode == 2 and "--rounds is 0: it must be at least 1" in result.stderr
     assert contents(zoo) == before
+
+
+def test_a_damaged_run_is_named(zoo, tmp_path):
+    folder = shutil.copytree(zoo, tmp_path / "zoo")
+    damaged = folder / "hub" / "results" / "zoo" / "resnet20_asr" / "seed-1" / "model.safetensors"
+    damaged.write_text("x")
+    checkpoints = {c.name: c.files for c in read_index(folder / "hub")}
+    result = export_zoo(folder)
+    assert result.returncode == 2 and f"error: {damaged} cannot be read" in result.stdout
+    assert {c.name: c.files for c in read_index(folder / "hub")} == checkpoints
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--models", "resnet20", "resnet20_dai"), "--models has 'resnet20_dai', which timm does not know"),
+        (("--seeds", "0", "-1"), "--seeds has -1: it must be 0 or more"),
+    ],
+)
+def test_wrong_networks_and_seeds_are_found_before_the_first_run(tmp_path, options, message):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    result = train_zoo(tmp_path, *options)
+    assert result.returncode == 2 and message in result.stdout
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_third_seed_takes_the_place_of_the_older_weights(zoo, tmp_path):

@@ -23,7 +23,7 @@ from .training import train as train_run
 from .training.recipe_file import recipe_arguments
 from .training.run import is_run, save_model
 from .training.seeds import is_seeds
-from .weights import Checkpoint, WeightsError, checkpoints
+from .weights import INDEX, Checkpoint, WeightsError, checkpoints
 
 app = SubcommandApp()
 console = Console(soft_wrap=True, highlight=False)
@@ -158,7 +158,7 @@ def fold_command(source: Positional[str], /, out: Path | None = None) -> None:
 
     Args:
         source: A run folder, a hub folder or a model name with pretrained weights.
-        out: Folder to write; <source>/folded by default.
+        out: Folder to write; <run>/folded by default, of a hub folder or a name there is none.
     """
     model = load_model(source)
     try:
@@ -173,7 +173,7 @@ def fold_command(source: Positional[str], /, out: Path | None = None) -> None:
     if excess:
         raise FoldError(f"the folded {source} does not compute what it computes: {excess}")
     if out is None:
-        if not Path(source).is_dir():
+        if not Path(source).is_dir() or (Path(source).parent / INDEX).is_file():
             raise UserError(f"name a folder for the folded {source} with --out")
         out = Path(source) / "folded"
     if out.exists() and any(out.iterdir()):

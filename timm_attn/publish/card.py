@@ -287,8 +287,10 @@ def _spread(checkpoint: Checkpoint) -> str:
     which = (
         "the median" if over["top1"]["n"] % 2 else "the lower one" if len(most) == 1 else "the lower median"
     )
+    values = [f"{value:.2f}" for value in over["top1"].get("values", ())]
+    each = f", whose top-1 is {', '.join(values[:-1])} and {values[-1]} %" if values else ""
     return (
-        f"\nMean and sample standard deviation are over seeds {', '.join(most)} and {last}; "
+        f"\nMean and sample standard deviation are over seeds {', '.join(most)} and {last}{each}; "
         f"by its top-1 this is {which}."
     )
 
@@ -302,7 +304,7 @@ def _claim(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], paper: Pape
         control = others[name].over_seeds.get("top1") if name in others else None
         if not own or not control:
             continue
-        difference = own["mean"] - control["mean"]
+        difference = round(own["mean"], 2) - round(control["mean"], 2)  # as a reader subtracts them
         lines.append(
             f"Here, with one recipe: {_mean(own)} % (n = {own['n']}) against {_mean(control)} % "
             f"(n = {control['n']}) of `{name}`, a difference of {difference:+.2f} points; "

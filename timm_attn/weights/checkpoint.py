@@ -27,7 +27,8 @@ class Checkpoint:
         files: ``{file name: {"sha256": hex digest, "size": bytes}}``.
         metrics: ``{"top1": %, "top5": %, "loss": nats, "images", "epoch", "seed", "parameters",
             "logit_difference"}`` of these very weights, measured on the test split in float32.
-        over_seeds: ``{"seeds": [...], "top1": {"mean", "std", "n"}, ...}`` of all runs of the recipe.
+        over_seeds: ``{"seeds": [...], "top1": {"mean", "std", "n", "values": [...]}, ...}`` of all runs of
+            the recipe, measured as ``metrics``; values in the order of the seeds.
         recipe: The resolved recipe.
         dataset: ``{"id", "license", "split", "images": {split: number}}``.
         training: Hardware, precision, packages and git commit of the run.

@@ -268,7 +268,12 @@ CONFIG = record(
     others=anything,
 )
 _FIGURE = record(
-    {"mean": number(-1e9, 1e9), "std": either(NONE, number(0, 1e9)), "n": whole(1, 10_000)},
+    {
+        "mean": number(-1e9, 1e9),
+        "std": either(NONE, number(0, 1e9)),
+        "n": whole(1, 10_000),
+        "values": list_of(number(-1e9, 1e9), 1, 10_000),
+    },
     required=("mean", "std", "n"),
 )
 _COUNT = whole(0, 10**12)

@@ -143,6 +143,9 @@ def resolve(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     if tag and tag not in known and organisation:
         return _of_organisation(f"{organisation}/{architecture}.{tag}", architecture, kwargs)
     if tag is None or tag not in known:
+        for place in _folders():
+            if (place / INDEX).is_file():
+                read_index(place)  # a broken one is why they were not found
         raise WeightsError(_not_found(architecture, tag, list(known)))
     first, *others = candidates()[known[tag].name]
     theirs = f"{organisation}/{first.name}"
@@ -186,7 +189,10 @@ def _not_given(arguments: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, A
 
 def _not_found(architecture: str, tag: str | None, known: list[str]) -> str:
     name = f"{architecture}.{tag}" if tag else architecture
-    looked = ", ".join(map(str, _folders()))
+    looked = ", ".join(
+        str(folder) if (folder / INDEX).is_file() else f"{folder}, which has no {INDEX}"
+        for folder in _folders()
+    )
     others = f" Known tags of {architecture}: {', '.join(known)}." if known else ""
     return (
         f"no pretrained weights for {name} (looked in {looked}).{others} `timm-attn list` shows "
