@@ -65,11 +65,14 @@ def replace(hub: Path, exported: Path) -> None:
     write_index(hub, link([*(c for c in known if trained(c) not in names), *moved]))
 
 
-def cost(checkpoints: list[Checkpoint], n: int, batch_size: int) -> dict[str, dict[str, Any]]:
+def cost(
+    checkpoints: list[Checkpoint], n: int, batch_size: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Time in eval mode (fp32) over that of the plain network as it was trained.
 
-    The plain network with its norms fused is among them, since those of the deployed forms that keep their
-    attention are.
+    Returns:
+        That of every checkpoint by name, and that of the plain network with its norms fused, since those of
+        the deployed forms that keep their attention are.
     """
     keep_freed_memory()  # else the time of a network depends on what was freed before it
     models = {c.name: timm.create_model(f"local-dir:{c.folder}", pretrained=True).eval() for c in checkpoints}
@@ -80,13 +83,18 @@ def cost(checkpoints: list[Checkpoint], n: int, batch_size: int) -> dict[str, di
     with torch.inference_mode():
         calls = {name: partial(model, images) for name, model in models.items()}
         times = rounds(calls, n, repeats=2, device=torch.device("cpu"))
-    return {name: ratios(times, name, plain) for name in models}
+    return {c.name: ratios(times, c.name, plain) for c in checkpoints}, ratios(times, FUSED, plain)
+
+
+def in_words(ratio: dict[str, Any]) -> str:
+    """A ratio's median and, in brackets, its range over the rounds."""
+    return f"{ratio['ratio_median']:.2f} ({ratio['ratio_min']:.2f} to {ratio['ratio_max']:.2f})"
 
 
 def draw(
     checkpoints: list[Checkpoint], relative_time: dict[str, dict[str, Any]], fused: float, path: Path
 ) -> None:
-    """Accuracy against parameters and time (line: all rounds): full as trained, hollow as deployed.
+    """Accuracy against parameters and time (band: all rounds): full as trained, hollow as deployed.
 
     Networks are moved apart by a hundredth of an axis each, since some are at the same place.
     """
@@ -160,8 +168,8 @@ def main() -> None:
     parser.add_argument("--dataset-license", help="licence of the images, where it is not known here")
     arguments = parser.parse_args()
     for option in ("rounds", "batch_size"):
-        if getattr(arguments, option) < 1:
-            given = getattr(arguments, option)
+        given = getattr(arguments, option)
+        if given < 1:
             parser.error(f"--{option.replace('_', '-')} is {given}: it must be at least 1")
     hub = arguments.hub
     hub.mkdir(parents=True, exist_ok=True)
@@ -192,7 +200,7 @@ def main() -> None:
 
     names = {f"{runs.name}.{arguments.tag}" for runs in finished}
     checkpoints = [c for c in read_index(hub) if trained(c) in names]
-    relative_time = cost(checkpoints, arguments.rounds, arguments.batch_size)
+    relative_time, fused = cost(checkpoints, arguments.rounds, arguments.batch_size)
     results = hub / "results"
     results.mkdir(exist_ok=True)
     about = {
@@ -200,13 +208,12 @@ def main() -> None:
         "relative_time": f"fp32, batch {arguments.batch_size}, {PLAIN} as trained = 1",
         **surroundings(torch.device("cpu")),
     }
-    fused = relative_time.pop(FUSED)
     measured = {**about, "checkpoints": relative_time, FUSED: fused}
     (results / "zoo.json").write_text(json.dumps(measured, indent=1) + "\n")
     draw(checkpoints, relative_time, fused["ratio_median"], results / "zoo.png")
     table = Table("weights", "parameters", "top-1 (%)", "mean", "std", "n", "time over plain")
     for c in checkpoints:
-        top1, ratio = c.over_seeds["top1"], relative_time[c.name]
+        top1 = c.over_seeds["top1"]
         table.add_row(
             c.name,
             f"{c.metrics['parameters']:,}",
@@ -214,11 +221,10 @@ def main() -> None:
             f"{top1['mean']:.2f}",
             "" if top1["std"] is None else f"{top1['std']:.2f}",
             str(top1["n"]),
-            f"{ratio['ratio_median']:.2f} ({ratio['ratio_min']:.2f} to {ratio['ratio_max']:.2f})",
+            in_words(relative_time[c.name]),
         )
     console.print(table)
-    ratios_of = [fused[f"ratio_{key}"] for key in ("median", "min", "max")]
-    console.print("{}: {:.2f} ({:.2f} to {:.2f})".format(FUSED, *ratios_of))
+    console.print(f"{FUSED}: {in_words(fused)}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import timm
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +23,7 @@ from timm_attn.errors import UserError
 from timm_attn.files import replace_file, sha256
 from timm_attn.training import Recipe
 from timm_attn.training.checkpoint import write_json
+from timm_attn.training.network import check_model
 from timm_attn.training.recipe_file import load_recipe, save_recipe
 from timm_attn.training.run import (
     CURVES,
@@ -121,17 +121,15 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "zoo")
     parser.add_argument("--results", type=Path, default=ROOT / "hub" / "results" / "zoo")
     arguments = parser.parse_args()
-    for model in arguments.models:  # at once, not when its turn comes
-        if not timm.is_model(model):
-            raise UserError(f"--models has {model!r}, which timm does not know: see `timm-attn list`")
-    for seed in arguments.seeds:
-        if seed < 0:
-            raise UserError(f"--seeds has {seed}: it must be 0 or more")
     options = ["--recipe", arguments.recipe, "--data", arguments.data]
     options += ["--checkpoint-every", str(CHECKPOINT_EVERY)]
     asked = dataclasses.replace(
         load_recipe(arguments.recipe), data=arguments.data, checkpoint_every=CHECKPOINT_EVERY
     )
+    for model in arguments.models:  # at once, not when its turn comes
+        check_model(model)
+    for seed in arguments.seeds:
+        dataclasses.replace(asked, seed=seed)  # a recipe checks its own fields
     broken = []
     for seed in arguments.seeds:  # one seed of every network says more than all seeds of one
         for model in arguments.models:

@@ -196,8 +196,7 @@ def test_no_weights_is_an_error_with_the_fix():
 def test_a_missing_or_broken_index_of_the_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "shipped_folder", lambda: tmp_path)
     monkeypatch.setattr(store, "candidates", cache(store.candidates.__wrapped__))
-    monkeypatch.delenv("TIMM_ATTN_HUB", raising=False)
-    store._chosen.cache_clear()
+    monkeypatch.setattr(store, "_chosen", lambda: (None, None))
     with pytest.raises(WeightsError, match=f"looked in .*{tmp_path}, which has no index.json"):
         store.resolve("resnet20_dia", {})
     (tmp_path / "index.json").write_text('{"checkpoints"')

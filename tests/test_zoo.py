@@ -96,8 +96,8 @@ def test_a_damaged_run_is_named(zoo, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--models", "resnet20", "resnet20_dai"), "--models has 'resnet20_dai', which timm does not know"),
-        (("--seeds", "0", "-1"), "--seeds has -1: it must be 0 or more"),
+        (("--models", "resnet20", "resnet20_dai"), "unknown model 'resnet20_dai': did you mean resnet20_dia"),
+        (("--seeds", "0", "-1"), "seed must be finite and not negative, got -1"),
     ],
 )
 def test_wrong_networks_and_seeds_are_found_before_the_first_run(tmp_path, options, message):

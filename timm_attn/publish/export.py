@@ -128,7 +128,7 @@ def export(
             }
             over = {
                 "seeds": sorted(figures),
-                **{key: _over(figures, key) for key in FIGURES},
+                **{key: spread([figures[seed][key] for seed in sorted(figures)]) for key in FIGURES},
             }
             folded = forms[1].name if form.folded_from is None and len(forms) > 1 else None
             written.append(
@@ -151,12 +151,6 @@ def export(
     write_index(hub, linked)
     render(hub)  # the cards of those that were there may name the new ones
     return [c for c in linked if c.name in {form.name for form in forms}]
-
-
-def _over(figures: Mapping[int, Mapping[str, Any]], key: str) -> dict[str, Any]:
-    """Mean, deviation and the values themselves, in the order of the seeds."""
-    values = [figures[seed][key] for seed in sorted(figures)]
-    return {**spread(values), "values": values}
 
 
 def link(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:

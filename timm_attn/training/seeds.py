@@ -99,9 +99,9 @@ def seed_runs(out: Path) -> list[Path]:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation of a sample (None of a single value) and number of values."""
+    """Mean, standard deviation of a sample (None of a single value), number of values, and the values."""
     std = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "std": std, "n": len(values)}
+    return {"mean": statistics.mean(values), "std": std, "n": len(values), "values": [*values]}
 
 
 def _announce(model: str, recipe: Recipe, out: Path, seeds: Sequence[int]) -> None:
@@ -118,8 +118,7 @@ def _summary(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
         "seeds": list(seeds),
     }
     for key in ("top1", "top5", "loss"):
-        values = [result[key] for result in results]
-        summary[key] = {**spread(values), "values": values}
+        summary[key] = spread([result[key] for result in results])
     if PartialState().is_main_process:
         write_json(out / RESULTS, summary)
         model = json.loads((out / SEEDS).read_text(encoding="utf-8"))["model"]
