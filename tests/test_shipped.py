@@ -1,5 +1,6 @@
 """The weights that ship, their cards, and what the README says of them."""
 
+import itertools
 import json
 import re
 import statistics
@@ -72,19 +73,37 @@ def test_the_readme_says_what_was_measured():
     over = {c.architecture: c.over_seeds["top1"] for c in SHIPPED.values() if not c.folded_from}
     figures = {name: f"{top1['mean']:.2f} ± {top1['std']:.2f}" for name, top1 in over.items()}
     assert set(re.findall(r"\d+\.\d+ ± \d+\.\d+", text)) == set(figures.values())
-    for architecture, name in NETWORKS.items():
-        if architecture != "fmmnet20":
-            assert f"{name} {figures[architecture]}" in text, name
-    fmm, plain = over["fmmnet20"], over["resnet20"]
-    verdict = f"({figures['fmmnet20']}, n = {fmm['n']}, against {figures['resnet20']}, n = {plain['n']}"
-    assert verdict in text
+    assert {top1["n"] for top1 in over.values()} == {3}
+
+    def standard_errors(a, b):
+        """The difference of two means over its standard error, the measure of the cards."""
+        a, b = over[a], over[b]
+        return (b["mean"] - a["mean"]) / ((a["std"] ** 2 / a["n"] + b["std"] ** 2 / b["n"]) ** 0.5)
+
+    fmm_behind = standard_errors("fmmnet20", "resnet20")
+    ssia_behind = standard_errors("resnet20_ssia", "resnet20")
+    rest = NETWORKS.keys() - {"fmmnet20", "resnet20_ssia"}
+    apart = max(abs(standard_errors(a, b)) for a, b in itertools.combinations(rest, 2))
+    assert ssia_behind > 2 > apart
+    assert max(over["fmmnet20"]["values"]) < min(min(over[name]["values"]) for name in rest)
+    for sentence in (
+        f"{figures['fmmnet20']} against {figures['resnet20']} (n = 3 each), {fmm_behind:.1f} standard errors",
+        f"{figures['resnet20_ssia']}, {ssia_behind:.1f} standard errors behind plain",
+        *(f"{NETWORKS[name]} {figures[name]}" for name in rest - {"resnet20"}),
+        f"Plain {figures['resnet20']}",
+        f"(n = 3 each) differ by at most {apart:.1f} standard errors",
+    ):
+        assert sentence in text, sentence
 
     zoo = json.loads((ROOT / "hub" / "results" / "zoo.json").read_text())
     times = {name: entry["ratio_median"] for name, entry in zoo["checkpoints"].items()}
     fused = zoo["resnet20, norms fused"]["ratio_median"]
+    asr, ssia = (zoo["checkpoints"][f"resnet20.{name}_cpu_c10_folded"] for name in ("asr", "ssia"))
+    low, high = min(asr["ratio_min"], ssia["ratio_min"]), max(asr["ratio_max"], ssia["ratio_max"])
     five = [times[c.name] for c in SHIPPED.values() if not (c.folded_from or c.is_control)]
     kept = [times[c.name] for c in SHIPPED.values() if c.folded_from and c.architecture != "resnet20"]
     for sentence in (
+        f"({asr['ratio_median']:.2f} and {ssia['ratio_median']:.2f} of it; rounds: {low:.2f} to {high:.2f})",
         f"As trained, the five take {min(five):.2f} to {max(five):.2f} times the plain network's time",
         f"SE {times['resnet20_se.cpu_c10']:.2f}",
         f"take {min(kept):.2f} to {max(kept):.2f}; the plain network with its own fused takes {fused:.2f}",
