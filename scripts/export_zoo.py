@@ -135,8 +135,8 @@ def draw(
     axes[0].legend(fontsize=8)
     axes[1].legend(handles=[line], fontsize=8)
     figure.suptitle(
-        "mean ± standard deviation over seeds; full: as trained, hollow: as deployed; bands: all rounds; "
-        "networks are moved apart a little",
+        "mean ± standard deviation over seeds; full: as trained, hollow: as deployed\n"
+        "bands: all rounds; networks are moved apart, by up to 3 % of an axis",
         fontsize=10,
     )
     figure.savefig(path, dpi=110)

@@ -9,6 +9,7 @@
 set -eu
 case ${1:-} in -*)
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+    case $1 in -h | --help) exit 0 ;; esac
     exit 2
     ;;
 esac
