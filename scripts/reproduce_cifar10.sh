@@ -7,11 +7,10 @@
 #
 # DATA is a Hub id (uoft-cs/cifar10) or a folder of parquet files, OUT a folder (runs/reproduced of the checkout).
 set -eu
-case ${1:-} in -*)
-    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
-    case $1 in -h | --help) exit 0 ;; esac
-    exit 2
-    ;;
+usage() { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; }
+case ${1:-} in
+-h | --help) usage && exit 0 ;;
+-*) usage && exit 2 ;;
 esac
 data=${1:-uoft-cs/cifar10}
 if [ -d "$data" ]; then data=$(cd "$data" && pwd); fi

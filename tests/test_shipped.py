@@ -12,6 +12,7 @@ from helpers import ROOT, fixed_images, parameters
 
 import timm_attn
 from timm_attn.fold import relative_difference
+from timm_attn.publish.card import standard_error
 from timm_attn.training.run import read_metrics, read_results
 from timm_attn.training.seeds import spread
 from timm_attn.weights import read_index, sha256
@@ -66,24 +67,27 @@ def test_all_finished_runs_are_exported():
     assert json.loads((results / "zoo.json").read_text())["checkpoints"].keys() == SHIPPED.keys()
 
 
-def test_the_readme_says_what_was_measured():
-    """The sentences under the table are written by hand."""
+@pytest.fixture
+def findings():
+    """The sentences under the README's table, which are written by hand, on one line."""
     _, _, text = (ROOT / "README.md").read_text().partition("![top-1 against parameters")
-    text = " ".join(text.partition("## Set up")[0].split())
+    return " ".join(text.partition("## Set up")[0].split())
+
+
+def test_the_readme_says_the_measured_accuracies(findings):
     over = {c.architecture: c.over_seeds["top1"] for c in SHIPPED.values() if not c.folded_from}
     figures = {name: f"{top1['mean']:.2f} ± {top1['std']:.2f}" for name, top1 in over.items()}
-    assert set(re.findall(r"\d+\.\d+ ± \d+\.\d+", text)) == set(figures.values())
+    assert set(re.findall(r"\d+\.\d+ ± \d+\.\d+", findings)) == set(figures.values())
     assert {top1["n"] for top1 in over.values()} == {3}
 
-    def standard_errors(a, b):
-        """The difference of two means over its standard error, the measure of the cards."""
-        a, b = over[a], over[b]
-        return (b["mean"] - a["mean"]) / ((a["std"] ** 2 / a["n"] + b["std"] ** 2 / b["n"]) ** 0.5)
+    def behind(a, b):
+        """How many standard errors the mean of a is below that of b, the measure of the cards."""
+        return (over[b]["mean"] - over[a]["mean"]) / standard_error(over[a], over[b])
 
-    fmm_behind = standard_errors("fmmnet20", "resnet20")
-    ssia_behind = standard_errors("resnet20_ssia", "resnet20")
+    fmm_behind = behind("fmmnet20", "resnet20")
+    ssia_behind = behind("resnet20_ssia", "resnet20")
     rest = NETWORKS.keys() - {"fmmnet20", "resnet20_ssia"}
-    apart = max(abs(standard_errors(a, b)) for a, b in itertools.combinations(rest, 2))
+    apart = max(abs(behind(a, b)) for a, b in itertools.combinations(rest, 2))
     assert fmm_behind > 2 > apart
     assert max(over["fmmnet20"]["values"]) < min(min(over[name]["values"]) for name in rest)
     for sentence in (
@@ -93,8 +97,10 @@ def test_the_readme_says_what_was_measured():
         f"Plain {figures['resnet20']}",
         f"(n = 3 each) differ by at most {apart:.1f} standard errors",
     ):
-        assert sentence in text, sentence
+        assert sentence in findings, sentence
 
+
+def test_the_readme_says_the_measured_times(findings):
     zoo = json.loads((ROOT / "hub" / "results" / "zoo.json").read_text())
     times = {name: entry["ratio_median"] for name, entry in zoo["checkpoints"].items()}
     fused = zoo["resnet20, norms fused"]["ratio_median"]
@@ -112,7 +118,7 @@ def test_the_readme_says_what_was_measured():
         f"take {min(kept):.2f} to {max(kept):.2f}; the plain network with its own fused takes {fused:.2f}",
         f"of which theirs is {min(kept) / fused:.2f} to {max(kept) / fused:.2f}",
     ):
-        assert sentence in text, sentence
+        assert sentence in findings, sentence
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -315,6 +315,11 @@ def _claim(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], paper: Pape
     return "\n\n".join(lines)
 
 
+def standard_error(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """Standard error of the difference of two means over seeds, in their unit."""
+    return (a["std"] ** 2 / a["n"] + b["std"] ** 2 / b["n"]) ** 0.5
+
+
 def judge(a: dict[str, Any], b: dict[str, Any]) -> str:
     """Whether two means differ by more than twice the standard error of their difference.
 
@@ -322,7 +327,7 @@ def judge(a: dict[str, Any], b: dict[str, Any]) -> str:
     """
     if min(a["n"], b["n"]) < 3:
         return "with so few runs it may be noise"
-    error = (a["std"] ** 2 / a["n"] + b["std"] ** 2 / b["n"]) ** 0.5
+    error = standard_error(a, b)
     far = abs(a["mean"] - b["mean"]) > 2 * error
     return f"that is {'more' if far else 'less'} than twice its standard error ({error:.2f})"
 
