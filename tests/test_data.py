@@ -226,7 +226,7 @@ def test_decoded_images_are_kept_by_content(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("harm", ["truncate", "remove"])
 def test_a_damaged_cache_is_made_again(harm, tmp_path, monkeypatch):
-    monkeypatch.setattr(pixels, "_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(pixels, "cache_folder", lambda: tmp_path / "cache")
     data = write(tmp_path / "d")
     load_split(data, "train")
     (file,) = (tmp_path / "cache").iterdir()
@@ -243,7 +243,7 @@ def test_a_damaged_cache_is_made_again(harm, tmp_path, monkeypatch):
 
 def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
-    monkeypatch.setattr(pixels, "_folder", lambda: tmp_path / "file" / "cache")
+    monkeypatch.setattr(pixels, "cache_folder", lambda: tmp_path / "file" / "cache")
     with pytest.warns(UserWarning, match="cannot be kept"):
         assert len(load_split(write(tmp_path / "d"), "train")) == 6
 

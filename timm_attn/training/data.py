@@ -5,17 +5,22 @@ batch; larger ones stay encoded and are decoded in worker processes.
 """
 
 import dataclasses
+import errno
+import hashlib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from .folders import image_splits, image_table, readable_folder, split_folders
 from .images import DataError, decode
-from .pixels import decoded
+from .labels import read_labels
+from .pixels import cache_folder, contents, decoded
 
 if TYPE_CHECKING:
     import datasets
@@ -40,6 +45,7 @@ class Split:
         column: Name of the image column of ``rows``.
         named: Whether the classes have names; else ``label_names`` are the numbers up to the greatest label.
         skipped: Number of corrupt small images that were left out.
+        fingerprint: Digest of labels and images, by which a run that goes on knows its data.
     """
 
     data: str
@@ -51,6 +57,7 @@ class Split:
     column: str = "image"
     named: bool = True
     skipped: int = 0
+    fingerprint: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -97,6 +104,8 @@ def load_split(
     label_column: str | None = None,
     encoded: bool = False,
     skip_corrupt: bool = False,
+    config: str | None = None,
+    revision: str | None = None,
 ) -> Split:
     """Read one split.
 
@@ -107,31 +116,52 @@ def load_split(
         size: Width and height in pixels that images are brought to; None keeps small images as they are.
         encoded: Leave small images encoded, too.
         skip_corrupt: Leave small images that are corrupt out; larger ones are decoded later.
+        config: Configuration of a data set that has several.
+        revision: Branch, tag or commit of a data set on the Hub.
 
     Raises:
         DataError: There is no such data, split or column, or an image or label cannot be used.
     """
     if data == "digits":
         return _digits(role, name, size or (32, 32))
-    rows, name = _rows(data, role, name)
+    rows, name = _rows(data, role, name, config, revision)
+    where = f"{data} ({name})"
     column, target = _columns(data, rows.features, image_column, label_column)
-    labels, label_names, named = _labels(data, name, rows, target)
+    labels, label_names, named = read_labels(rows, target, where)
     import datasets
 
     rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    width, height = size or _first_size(rows, column, f"{data} ({name})", skip_corrupt)
+    first = _first_image(rows, column, where, skip_corrupt)
+    if "bits" in first.info:
+        warnings.warn(
+            f"images of {where} have sixteen bits a channel, of which the first uses {first.info['bits']}: "
+            "each is scaled to eight by its own depth",
+            stacklevel=2,
+        )
+    split = Split(data, name, labels, label_names, rows=rows, column=column, named=named)
+    split.fingerprint = _fingerprint(split)
+    width, height = size or first.size
     if encoded or max(width, height) > SMALL or len(rows) * width * height * 3 > MEMORY:
-        return Split(data, name, labels, label_names, rows=rows, column=column, named=named)
-    pixels, kept = decoded(rows, column, (width, height), size is not None, f"{data} ({name})", skip_corrupt)
-    return Split(
-        data, name, labels[kept], label_names, pixels=pixels, named=named, skipped=len(rows) - len(kept)
-    )
+        return split
+    pixels, kept = decoded(rows, column, (width, height), size is not None, where, skip_corrupt)
+    skipped = len(rows) - len(kept)
+    return dataclasses.replace(split, labels=labels[kept], pixels=pixels, rows=None, skipped=skipped)
 
 
-def _first_size(rows: "datasets.Dataset", column: str, where: str, skip: bool) -> tuple[int, int]:
+def _fingerprint(split: Split) -> str:
+    """Digest of all labels and of a thousand images, evenly spaced: the same wherever the data lies."""
+    digest = hashlib.blake2b(split.labels.numpy().tobytes(), digest_size=16)
+    step = -(-len(split) // 1000)
+    assert split.rows is not None
+    for content in contents(split.rows.select(range(0, len(split), step)), split.column):
+        digest.update(len(content).to_bytes(8) + content)
+    return digest.hexdigest()
+
+
+def _first_image(rows: "datasets.Dataset", column: str, where: str, skip: bool) -> Image.Image:
     for row in range(len(rows)):
         try:
-            return decode(rows[row][column], f"row {row} of {where}").size
+            return decode(rows[row][column], f"row {row} of {where}")
         except DataError:
             if not skip:
                 raise
@@ -154,36 +184,89 @@ def _digits(role: str, name: str | None, size: tuple[int, int]) -> Split:
     large = torch.nn.functional.interpolate(grey, size=size[::-1], mode="bilinear", align_corners=False)
     pixels = (large * 255).round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous()
     labels = torch.from_numpy(bunch.target[part]).long()
-    return Split("digits", name, labels, [str(d) for d in range(10)], pixels=pixels)
+    fingerprint = hashlib.blake2b(bunch.images[part].tobytes(), digest_size=16).hexdigest()
+    names = [str(d) for d in range(10)]
+    return Split("digits", name, labels, names, pixels=pixels, fingerprint=fingerprint)
 
 
-def _rows(data: str, role: str, name: str | None) -> tuple["datasets.Dataset", str]:
-    import datasets
-
+def _rows(
+    data: str, role: str, name: str | None, config: str | None, revision: str | None
+) -> tuple["datasets.Dataset", str]:
     if not data:
         raise DataError("no data: give --data a folder, a Hugging Face dataset id, or digits")
-    if not Path(data).is_dir() and (data[0] in "./~\\" or data.count("/") > 1 or Path(data).exists()):
-        raise DataError(f"{data} is not a folder: give a folder, a Hugging Face dataset id, or digits")
-    try:
-        splits: Any = datasets.load_dataset(str(Path(data).resolve()) if Path(data).is_dir() else data)
-    except Exception as error:  # the library raises a dozen types, OSError to ValueError
-        if "corresponds to no data" in str(error):
-            raise DataError(f"a split of {data} is empty ({error}): fill or remove it") from None
-        raise DataError(
-            f"cannot read {data!r} as a data set: {type(error).__name__}: {error}. "
-            "Give a folder of parquet files or images, a Hugging Face dataset id, or digits"
-        ) from None
-    names = list(splits)
+    folder = Path(data)
+    if not folder.is_dir() and (data[0] in "./~\\" or data.count("/") > 1 or folder.exists()):
+        hint = " (an archive is to be unpacked)" if folder.is_file() else ""
+        raise DataError(f"{data} is not a folder{hint}: give a folder, a Hugging Face dataset id, or digits")
+    images = image_splits(folder) if folder.is_dir() and config is None else {}
+    splits: Any = images or _read(data, config, revision)
+    name = _chosen_split(data, role, name, splits)
+    if len(splits[name]) == 0:
+        raise DataError(f"split {name!r} of {data} is empty: name another with --{role}-split")
+    return (image_table(images[name]) if images else splits[name]), name
+
+
+def _chosen_split(data: str, role: str, name: str | None, splits: Iterable[str]) -> str:
     wanted = [name] if name else ["train"] if role == "train" else ["test", "validation"]
     found = [n for n in wanted if n in splits]
     if not found:
         raise DataError(
-            f"{data} has no split {' or '.join(wanted)}, only {', '.join(names)}: choose with --{role}-split"
+            f"{data} has no split {' or '.join(wanted)}, only {', '.join(splits)}: choose with --{role}-split"
         )
-    name = found[0]
-    if len(splits[name]) == 0:
-        raise DataError(f"split {name!r} of {data} is empty: name another with --{role}-split")
-    return splits[name], name
+    return found[0]
+
+
+def _read(data: str, config: str | None, revision: str | None) -> Any:
+    """All splits of a data set, by Hugging Face `datasets`."""
+    import datasets
+
+    folder, source, patterns = Path(data), data, None
+    try:
+        if folder.is_dir():
+            folder = readable_folder(folder.resolve(), cache_folder() / "links")
+            parts = split_folders(folder) if config is None else {}
+            patterns = {split: f"{part.name}/**" for split, part in parts.items()} or None
+            source = str(folder)
+        builder: Any = datasets.load_dataset_builder(source, config, data_files=patterns, revision=revision)
+        _check_files(data, builder.config.data_files or {})
+        builder.download_and_prepare()
+        return builder.as_dataset()
+    except DataError:
+        raise
+    except Exception as error:  # the library raises a dozen types, OSError to ValueError
+        if "corresponds to no data" in str(error):
+            raise DataError(f"a split of {data} is empty ({error}): fill or remove it") from error
+        raise DataError(f"cannot read {data!r} as a data set: {_why(error)}") from error
+
+
+def _check_files(data: str, files: Mapping[Any, Sequence[str]]) -> None:
+    owner: dict[str, str] = {}
+    for split, paths in files.items():
+        for path in map(str, paths):
+            if owner.setdefault(path, split) != split:
+                raise DataError(
+                    f"{path} of {data} would be in the splits {owner[path]} and {split}, by its name: rename "
+                    "it or its folder"
+                )
+
+
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+
+
+def _why(error: BaseException) -> str:
+    """What went wrong at the root of an error of `datasets`, and the fix."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    causes = "; ".join(dict.fromkeys(f"{type(e).__name__}: {' '.join(str(e).split())}" for e in chain))
+    for cause in chain:
+        if isinstance(cause, OSError) and cause.errno in _CLOSED:
+            where = cause.filename or "the folder"
+            return f"{causes}. Give yourself access to {where}, or name a cache with room by HF_HOME"
+    return (
+        f"{causes}. Give a folder of parquet files or of unpacked images, train/CLASS/… and test/CLASS/…, a "
+        "Hugging Face dataset id, or digits"
+    )
 
 
 def _columns(data: str, features: Any, image: str | None, label: str | None) -> tuple[str, str]:
@@ -228,32 +311,3 @@ def _label_column(data: str, features: Any) -> str:
             "(a folder of images needs one folder a class, and at least two)"
         )
     return candidates[0]
-
-
-def _labels(data: str, split: str, rows: "datasets.Dataset", column: str) -> tuple[Tensor, list[str], bool]:
-    import datasets
-
-    feature = rows.features[column]
-    missing = rows.data.column(column).null_count
-    if missing:
-        raise DataError(f"{missing} rows of {data} ({split}) have no {column}: remove or label them")
-    values = rows.with_format("numpy")[column][:]
-    if isinstance(feature, datasets.ClassLabel):
-        names = list(feature.names)
-    elif np.issubdtype(np.asarray(values).dtype, np.integer):
-        names = [str(i) for i in range(int(np.max(values)) + 1)]
-    elif np.asarray(values).dtype.kind in "UO":
-        names = sorted(set(map(str, values)))
-        values = [names.index(str(v)) for v in values]
-    else:
-        raise DataError(f"column {column!r} of {data} holds {feature}, not class labels")
-    labels = torch.as_tensor(np.asarray(values)).long()
-    bad = ((labels < 0) | (labels >= len(names))).nonzero()
-    if len(bad):
-        row = int(bad[0])
-        raise DataError(
-            f"label {int(labels[row])} in row {row} of {data} ({split}) is out of range 0 to {len(names) - 1}"
-            " (-1 usually marks a split without labels): choose another split or repair the column"
-        )
-    named = isinstance(feature, datasets.ClassLabel) or np.asarray(values).dtype.kind in "UO"
-    return labels, names, named

@@ -1,12 +1,23 @@
-"""One image from a data set's cell."""
+"""One image from a data set's cell: upright, opaque, eight bits a channel."""
 
+import contextlib
 import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torchvision.io import decode_image
 
 from ..errors import UserError
+
+#: Bytes that a pixel takes while an image is decoded and converted, at most.
+_PIXEL = 8
+#: Image files that Pillow reads and Hugging Face `datasets` does not list.
+NEWER_EXTENSIONS = {".avif", ".avifs"}
 
 
 class DataError(UserError):
@@ -16,20 +27,106 @@ class DataError(UserError):
 def decode(cell: dict[str, Any], where: str) -> Image.Image:
     """An RGB image from a data set's undecoded cell (``bytes`` or ``path``).
 
+    It is turned as its EXIF orientation says, what is transparent lies on white, and sixteen bits a channel
+    are scaled to eight by the least of 8, 10, 12, 14 and 16 bits that hold the image's values, which is then
+    its ``info["bits"]``.
+
     Raises:
-        DataError: The image is missing or corrupt.
+        DataError: The image is missing or corrupt, or too large for an eighth of this machine's memory.
     """
     try:
-        source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
-        with Image.open(source) as image:
-            if image.mode.startswith("I;16"):  # PIL would clip all but the darkest 255 of 65,536 greys
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            elif image.mode in ("I", "F"):
-                raise ValueError(f"its pixels are of mode {image.mode}, which has no fixed range")
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, TypeError, ValueError) as error:
+        data = Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
+        with _no_pixel_limit(), Image.open(io.BytesIO(data)) as image:
+            _check_memory(image)
+            orientation = _orientation(image)
+            deep = _sixteen_bits(image, data)
+            shown = image if deep is None else _eight_bits(deep)
+            bits = shown.info.get("bits")
+            if shown.has_transparency_data:
+                shown = shown.convert("RGBA")
+                shown = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
+            shown = shown.convert("RGB")
+            shown.info = {} if bits is None else {"bits": bits}
+            shown.getexif()[ExifTags.Base.Orientation] = orientation
+            return ImageOps.exif_transpose(shown)
+    except Exception as error:  # Pillow's plugins raise whatever their codecs raise
         path = (cell or {}).get("path")
         raise DataError(
             f"corrupt or unreadable image in {where}{f', path {path}' if path else ''}: {error}. "
-            "Repair, convert or remove it, or leave such images out with --on-corrupt skip"
-        ) from None
+            "Repair, convert or remove it, or leave such images out: --on-corrupt skip, of train and validate"
+        ) from error
+
+
+@contextlib.contextmanager
+def _no_pixel_limit() -> Iterator[None]:
+    """Pillow takes any scan of more than 179 megapixels for an attack; here the memory decides."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _check_memory(image: Image.Image) -> None:
+    needed, limit = image.width * image.height * _PIXEL, _physical_memory() // 8
+    if needed > limit:
+        raise ValueError(
+            f"{image.width}×{image.height} pixels take {needed / 2**30:.1f} GiB, over an eighth of memory"
+        )
+
+
+def _physical_memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
+        return 16 * 2**30
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF data is no damaged image
+        return 1
+
+
+def _sixteen_bits(image: Any, data: bytes) -> np.ndarray | None:
+    """Pixels of an image of sixteen bits a channel, H × W or H × W × C; None of others.
+
+    Pillow clips or cuts most of these to eight bits.
+    """
+    raw = str(image.tile[0].args) if image.tile else ""
+    if image.mode == "F":
+        raise ValueError("its pixels are of mode F, which has no fixed range")
+    if image.format == "PNG" and ";16" in raw:
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return decode_image(encoded).permute(1, 2, 0).numpy()
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"its pixels of mode {image.mode} do not fit sixteen bits")
+        return values
+    if ";16" in raw:  # Pillow keeps the upper eight bits
+        return np.asarray(image).astype(np.uint16) * 257
+    return None
+
+
+def _eight_bits(values: np.ndarray) -> Image.Image:
+    values = values.reshape(*values.shape[:2], -1).astype(np.uint32)
+    colours = 3 if values.shape[2] > 2 else 1
+    bits = _bits(values[..., :colours])
+    scaled = values * 255 // (2**bits - 1)
+    if values.shape[2] > colours:
+        alpha = values[..., colours:]
+        scaled[..., colours:] = alpha * 255 // (2 ** _bits(alpha) - 1)
+    image = Image.fromarray(scaled.astype(np.uint8).squeeze(2) if values.shape[2] == 1 else _rgb(scaled))
+    image.info["bits"] = bits
+    return image
+
+
+def _bits(values: np.ndarray) -> int:
+    return next(bits for bits in (8, 10, 12, 14, 16) if values.max() < 2**bits)
+
+
+def _rgb(scaled: np.ndarray) -> np.ndarray:
+    """Grey with transparency as RGBA, which Pillow makes from an array."""
+    return (scaled if scaled.shape[2] > 2 else scaled[..., [0, 0, 0, 1]]).astype(np.uint8)

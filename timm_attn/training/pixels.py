@@ -22,6 +22,9 @@ from .progress import track
 if TYPE_CHECKING:
     import datasets
 
+#: Counts the ways in which images were decoded: what an older one has kept is not read.
+DECODING = 2
+
 
 def decoded(
     rows: "datasets.Dataset", column: str, size: tuple[int, int], resize: bool, where: str, skip: bool
@@ -42,7 +45,7 @@ def decoded(
     Raises:
         DataError: An image is corrupt and ``skip`` is False, or has another size.
     """
-    path = _folder() / f"{_key(rows, column, size, resize, skip)}.safetensors"
+    path = cache_folder() / f"{_key(rows, column, size, resize, skip)}.safetensors"
     if path.is_file():
         try:
             return _read(path)
@@ -62,7 +65,8 @@ def decoded(
     return _read(path)
 
 
-def _folder() -> Path:
+def cache_folder() -> Path:
+    """Where this package keeps what it has made of data sets."""
     import datasets
 
     return Path(datasets.config.HF_DATASETS_CACHE) / "timm_attn"  # pyright: ignore
@@ -78,13 +82,19 @@ def _cells(rows: "datasets.Dataset", column: str) -> Iterator[dict[str, Any]]:
         yield from batch.column(column).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _key(rows: "datasets.Dataset", column: str, *options: Any) -> str:
-    digest = hashlib.blake2b(repr(options).encode(), digest_size=16)
+def contents(rows: "datasets.Dataset", column: str) -> Iterator[bytes]:
+    """The encoded images of all rows; nothing for one that is missing."""
     for cell in _cells(rows, column):
         content = (cell or {}).get("bytes")
         if content is None:
             path = Path((cell or {}).get("path") or "")
             content = path.read_bytes() if path.is_file() else b""
+        yield content
+
+
+def _key(rows: "datasets.Dataset", column: str, *options: Any) -> str:
+    digest = hashlib.blake2b(repr((DECODING, *options)).encode(), digest_size=16)
+    for content in contents(rows, column):
         digest.update(len(content).to_bytes(8))
         digest.update(content)
     return digest.hexdigest()

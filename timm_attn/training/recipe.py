@@ -18,6 +18,12 @@ class Recipe:
     data: str = ""
     """A folder of parquet files or images, a Hugging Face dataset id, or `digits` (in scikit-learn)."""
 
+    data_config: str | None = None
+    """Configuration of a data set that has several, as `datasets` calls it."""
+
+    data_revision: str | None = None
+    """Branch, tag or commit of a data set on the Hub."""
+
     epochs: int = 30
     """Passes over the training split."""
 

@@ -15,6 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from ..errors import UserError
 from .augment import generator
 from .data import Split, load_split
+from .labels import match_classes
 from .recipe import Recipe
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -38,6 +39,11 @@ class Splits:
     def counts(self) -> dict[str, int]:
         """Number of images by split."""
         return {split.name: len(split) for split in (self.train, self.eval, self.test) if split}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Digests of labels and images by split."""
+        return {split.name: split.fingerprint for split in (self.train, self.eval, self.test) if split}
 
 
 def make_accelerator(precision: str, **kwargs: Any) -> Accelerator:
@@ -104,6 +110,8 @@ def load_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
         "image_column": recipe.image_column,
         "label_column": recipe.label_column,
         "skip_corrupt": recipe.on_corrupt == "skip",
+        "config": recipe.data_config,
+        "revision": recipe.data_revision,
     }
     # The first process of each machine fills the cache of decoded images, the others read it.
     with accelerator.local_main_process_first():
@@ -133,18 +141,3 @@ def load_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
         train_split.select(order[:held_out].sort().values, f"{name}, held out"),
         eval_split,
     )
-
-
-def match_classes(split: Split, names: list[str]) -> None:
-    """Give a split the classes of another, or raise a UserError if it has its own."""
-    if not split.named and len(split.label_names) <= len(names):
-        split.label_names = names
-    elif split.label_names != names:
-        raise UserError(
-            f"{split.data} ({split.name}) has the classes {_some(split.label_names)}, not the expected "
-            f"{_some(names)}: choose data with the same classes"
-        )
-
-
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''} ({len(names)})"

@@ -10,9 +10,10 @@ from ..weights import WeightsError, without_tokens
 from .batches import Batches, Shard
 from .data import load_split
 from .evaluation import evaluate
+from .labels import match_classes
 from .network import source_name
 from .recipe import Recipe
-from .setup import make_accelerator, match_classes
+from .setup import make_accelerator
 
 
 def load_model(name: str) -> Any:
@@ -52,15 +53,25 @@ def validate(model: Any, recipe: Recipe, show: bool = False) -> dict[str, float]
     height, width = config["input_size"][1:]
     with accelerator.local_main_process_first():
         split = load_split(
-            recipe.data, "eval", recipe.eval_split, (width, height), recipe.image_column, recipe.label_column
+            recipe.data,
+            "eval",
+            recipe.eval_split,
+            (width, height),
+            recipe.image_column,
+            recipe.label_column,
+            skip_corrupt=recipe.on_corrupt == "skip",
+            config=recipe.data_config,
+            revision=recipe.data_revision,
         )
     names = model.pretrained_cfg.get("label_names")
-    if names is not None:
+    if not names and not split.named:
+        names = [str(i) for i in range(model.num_classes)]
+    if names:
         match_classes(split, list(names))
     elif model.num_classes != len(split.label_names):
         raise UserError(
-            f"the model has {model.num_classes} classes, {recipe.data} has {len(split.label_names)}: "
-            "choose data with the same classes"
+            f"the model has {model.num_classes} classes without names, {recipe.data} has "
+            f"{len(split.label_names)}: choose data with the same classes"
         )
     model = model.to(accelerator.device)
     shard = Shard(accelerator.device, accelerator.process_index, accelerator.num_processes)
