@@ -49,15 +49,15 @@ def train(
         model: Model name, e.g. resnet20_dia.
         recipe: Name of a recipe of the package, or a YAML file with any of the options below; options on the
             command line override it.
-        resume: Go on with this run folder. Takes no other argument.
+        resume: Go on with this run folder. Takes no other argument but --data, where the data lies now.
         out: Run folder to make; runs/<model>_<data>_s<seed> by default.
         seeds: Train once with each of these, in seed-<seed> of the run folder.
     """
     if recipe is not None:
         raise UserError("give --recipe once")  # main() has put the fields of the first into the options
     if resume is not None:
-        if model is not None or out is not None or seeds or options != Recipe():
-            raise UserError("--resume goes on with the recipe of the run: give it no other arguments")
+        if model is not None or out is not None or seeds or options != Recipe(data=options.data):
+            raise UserError("--resume goes on with the recipe of the run: it takes --data and nothing else")
         run = resume
     else:
         if model is None:
@@ -66,7 +66,8 @@ def train(
         run = out or Path("runs") / f"{model}_{data}{'' if seeds else f'_s{options.seed}'}"
     try:
         if model is None:
-            results = resume_seeds(run) if is_seeds(run) else resume_run(run)
+            moved = options.data or None
+            results = resume_seeds(run, moved) if is_seeds(run) else resume_run(run, data=moved)
         elif seeds:
             results = train_seeds(model, options, run, seeds)
         else:
@@ -111,10 +112,13 @@ def validate_command(
     /,
     data: str,
     split: str | None = None,
+    data_config: str | None = None,
+    data_revision: str | None = None,
     batch_size: int = 128,
     precision: Literal["no", "bf16", "fp16"] = "no",
     image_column: str | None = None,
     label_column: str | None = None,
+    on_corrupt: Literal["stop", "skip"] = "stop",
     workers: int = 2,
 ) -> None:
     """Print top-1, top-5, loss and images per second of a model.
@@ -123,14 +127,20 @@ def validate_command(
         model: A model name with pretrained weights, a run folder, a hub folder, or hf-hub:ORG/NAME.
         data: A folder of parquet files or images, a Hugging Face dataset id, or digits.
         split: Split to measure on; test by default, validation where there is no test.
+        data_config: Configuration of a data set that has several.
+        data_revision: Branch, tag or commit of a data set on the Hub.
         batch_size: Images per batch.
         precision: no (fp32), bf16 or fp16.
         image_column: Image column; found by its type by default.
         label_column: Label column; found by its type by default.
+        on_corrupt: Stop at a corrupt image, or skip and count it.
         workers: Processes that decode larger images.
     """
     recipe = Recipe(
         data=data,
+        data_config=data_config,
+        data_revision=data_revision,
+        on_corrupt=on_corrupt,
         eval_split=split,
         batch_size=batch_size,
         precision=precision,
@@ -150,6 +160,8 @@ def validate_command(
         f"{figures['eval_images_per_second']:.0f}",
     )
     console.print(table)
+    if figures.get("skipped"):
+        console.print(f"{figures['skipped']:,} corrupt images are left out")
 
 
 @app.command(name="fold")

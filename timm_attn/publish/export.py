@@ -18,7 +18,7 @@ from ..models import GRAFT, MECHANISMS, model_names, parse_name, stock_model
 from ..papers import PAPERS, TIMM
 from ..training import Recipe, load_model, validate
 from ..training.recipe_file import load_recipe
-from ..training.run import CURVES, METRICS, RECIPE, RESULTS, open_run, read_results, save_model
+from ..training.run import CURVES, METRICS, RECIPE, RESULTS, open_run, read_results, run_recipe, save_model
 from ..training.seeds import is_seeds, seed_runs, spread
 from ..weights import CONFIG, INDEX, Checkpoint, read_config, read_index, sha256, write_index
 from .datasets import license_of
@@ -165,7 +165,8 @@ def link(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
             if trained.architecture in model_names()
             else trained.architecture
         )
-        recipe = {name: value for name, value in trained.recipe.items() if name != "model_kwargs"}
+        # What a field without a value says, older recipes say by not having it.
+        recipe = {k: v for k, v in trained.recipe.items() if k != "model_kwargs" and v is not None}
         return backbone, recipe, checkpoint.dataset.get("id")
 
     controls = [c for c in checkpoints if c.is_control and not c.folded_from]
@@ -195,8 +196,7 @@ def _finished(run: Path) -> list[Path]:
 
 def _evaluation(run: Path, data: str | None) -> Recipe:
     """A run's recipe, to evaluate it in float32."""
-    trained = load_recipe(run / RECIPE)
-    return dataclasses.replace(trained, data=data or trained.data, precision="no")
+    return dataclasses.replace(run_recipe(run, data), precision="no")
 
 
 def _median(
@@ -252,7 +252,7 @@ def _write(
         )
     measured = validate(loaded, recipe)
     metrics = {
-        **{key: measured[key] for key in (*FIGURES, "images")},
+        **{key: measured[key] for key in (*FIGURES, "images", "skipped") if key in measured},
         "epoch": read_results(run)["epoch"],
         "seed": recipe.seed,
         "parameters": sum(p.numel() for p in loaded.parameters()),

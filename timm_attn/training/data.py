@@ -6,7 +6,9 @@ batch; larger ones stay encoded and are decoded in worker processes.
 
 import dataclasses
 import errno
+import glob
 import hashlib
+import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -199,11 +201,14 @@ def _rows(
         hint = " (an archive is to be unpacked)" if folder.is_file() else ""
         raise DataError(f"{data} is not a folder{hint}: give a folder, a Hugging Face dataset id, or digits")
     images = image_splits(folder) if folder.is_dir() and config is None else {}
-    splits: Any = images or _read(data, config, revision)
-    name = _chosen_split(data, role, name, splits)
-    if len(splits[name]) == 0:
+    if images:
+        name = _chosen_split(data, role, name, images)
+        rows = image_table(images[name])
+    else:
+        rows, name = _read(data, role, name, config, revision)
+    if len(rows) == 0:
         raise DataError(f"split {name!r} of {data} is empty: name another with --{role}-split")
-    return (image_table(images[name]) if images else splits[name]), name
+    return rows, name
 
 
 def _chosen_split(data: str, role: str, name: str | None, splits: Iterable[str]) -> str:
@@ -216,8 +221,10 @@ def _chosen_split(data: str, role: str, name: str | None, splits: Iterable[str])
     return found[0]
 
 
-def _read(data: str, config: str | None, revision: str | None) -> Any:
-    """All splits of a data set, by Hugging Face `datasets`."""
+def _read(
+    data: str, role: str, name: str | None, config: str | None, revision: str | None
+) -> tuple["datasets.Dataset", str]:
+    """One split, by Hugging Face `datasets`."""
     import datasets
 
     folder, source, patterns = Path(data), data, None
@@ -228,26 +235,53 @@ def _read(data: str, config: str | None, revision: str | None) -> Any:
             patterns = {split: f"{part.name}/**" for split, part in parts.items()} or None
             source = str(folder)
         builder: Any = datasets.load_dataset_builder(source, config, data_files=patterns, revision=revision)
-        _check_files(data, builder.config.data_files or {})
+        files = {
+            str(split): list(map(str, paths)) for split, paths in (builder.config.data_files or {}).items()
+        }
+        _check_files(data, files)
+        if folder.is_dir() and config is None:
+            # A split alone: `datasets` reads the class names of the first one into all.
+            name = _chosen_split(data, role, name, files)
+            _check_class_names(files[name])
+            patterns = {name: [glob.escape(path) for path in files[name]]}
+            builder = datasets.load_dataset_builder(source, data_files=patterns)
         builder.download_and_prepare()
-        return builder.as_dataset()
+        splits = builder.as_dataset()
     except DataError:
         raise
     except Exception as error:  # the library raises a dozen types, OSError to ValueError
         if "corresponds to no data" in str(error):
             raise DataError(f"a split of {data} is empty ({error}): fill or remove it") from error
         raise DataError(f"cannot read {data!r} as a data set: {_why(error)}") from error
+    name = _chosen_split(data, role, name, splits)
+    return splits[name], name
 
 
-def _check_files(data: str, files: Mapping[Any, Sequence[str]]) -> None:
+def _check_files(data: str, files: Mapping[str, Sequence[str]]) -> None:
     owner: dict[str, str] = {}
     for split, paths in files.items():
-        for path in map(str, paths):
+        for path in paths:
             if owner.setdefault(path, split) != split:
                 raise DataError(
                     f"{path} of {data} would be in the splits {owner[path]} and {split}, by its name: rename "
                     "it or its folder"
                 )
+
+
+def _check_class_names(files: Sequence[str]) -> None:
+    """Raise a DataError if the Parquet files of a split name other classes: `datasets` reads the first's."""
+    from pyarrow import parquet
+
+    first = None
+    for file in files:
+        if not file.endswith(".parquet"):
+            continue
+        metadata = (parquet.read_schema(file).metadata or {}).get(b"huggingface", b"{}")
+        features = json.loads(metadata).get("info", {}).get("features", {})
+        names = {c: f["names"] for c, f in features.items() if isinstance(f, dict) and "names" in f}
+        if first is not None and names != first[1]:
+            raise DataError(f"{first[0]} and {file} have other class names: write them with the same")
+        first = first or (file, names)
 
 
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)

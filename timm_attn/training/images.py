@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageOps
-from torchvision.io import decode_image
 
 from ..errors import UserError
 
@@ -38,10 +36,11 @@ def decode(cell: dict[str, Any], where: str) -> Image.Image:
         data = Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
         with _no_pixel_limit(), Image.open(io.BytesIO(data)) as image:
             _check_memory(image)
+            deep = _sixteen_bits(image)
+            image.load()  # turns a TIFF upright itself, and lets go of the other's raw mode
             orientation = _orientation(image)
-            deep = _sixteen_bits(image, data)
-            shown = image if deep is None else _eight_bits(deep)
-            bits = shown.info.get("bits")
+            shown: Image.Image = image if deep is None else deep
+            bits = shown.info.get("bits") if deep else None
             if shown.has_transparency_data:
                 shown = shown.convert("RGBA")
                 shown = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
@@ -89,44 +88,27 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _sixteen_bits(image: Any, data: bytes) -> np.ndarray | None:
-    """Pixels of an image of sixteen bits a channel, H × W or H × W × C; None of others.
-
-    Pillow clips or cuts most of these to eight bits.
-    """
+def _sixteen_bits(image: Any) -> Image.Image | None:
+    """An image of sixteen bits a channel scaled to eight, with ``info["bits"]``; None of others."""
     raw = str(image.tile[0].args) if image.tile else ""
     if image.mode == "F":
         raise ValueError("its pixels are of mode F, which has no fixed range")
-    if image.format == "PNG" and ";16" in raw:
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return decode_image(encoded).permute(1, 2, 0).numpy()
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"its pixels of mode {image.mode} do not fit sixteen bits")
-        return values
-    if ";16" in raw:  # Pillow keeps the upper eight bits
-        return np.asarray(image).astype(np.uint16) * 257
-    return None
+        return _scaled(values, 0)
+    return _scaled(np.asarray(image), 8) if ";16" in raw else None
 
 
-def _eight_bits(values: np.ndarray) -> Image.Image:
-    values = values.reshape(*values.shape[:2], -1).astype(np.uint32)
-    colours = 3 if values.shape[2] > 2 else 1
-    bits = _bits(values[..., :colours])
-    scaled = values * 255 // (2**bits - 1)
-    if values.shape[2] > colours:
-        alpha = values[..., colours:]
-        scaled[..., colours:] = alpha * 255 // (2 ** _bits(alpha) - 1)
-    image = Image.fromarray(scaled.astype(np.uint8).squeeze(2) if values.shape[2] == 1 else _rgb(scaled))
+def _scaled(values: np.ndarray, cut: int) -> Image.Image:
+    """Eight bits a channel from sixteen, H × W or H × W × C, less the lower ones that Pillow has cut off."""
+    colours = values if values.ndim == 2 else values[..., :3]
+    bits = next(bits for bits in (8, 10, 12, 14, 16) if colours.max() < 2 ** (bits - cut))
+    if bits == cut:
+        raise ValueError("its colours of sixteen bits use the lower eight only, which Pillow does not read")
+    image = Image.fromarray((colours.astype(np.uint32) * 255 // (2 ** (bits - cut) - 1)).astype(np.uint8))
+    if values.shape[2:] == (4,):
+        image.putalpha(Image.fromarray(values[..., 3]))
     image.info["bits"] = bits
     return image
-
-
-def _bits(values: np.ndarray) -> int:
-    return next(bits for bits in (8, 10, 12, 14, 16) if values.max() < 2**bits)
-
-
-def _rgb(scaled: np.ndarray) -> np.ndarray:
-    """Grey with transparency as RGBA, which Pillow makes from an array."""
-    return (scaled if scaled.shape[2] > 2 else scaled[..., [0, 0, 0, 1]]).astype(np.uint8)

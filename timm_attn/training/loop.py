@@ -9,7 +9,7 @@ from ..weights import sha256
 from . import checkpoint
 from .network import build, check_model, construction, rebuild
 from .recipe import Recipe
-from .recipe_file import load_recipe, save_recipe
+from .recipe_file import save_recipe
 from .run import (
     ENVIRONMENT,
     RECIPE,
@@ -19,8 +19,9 @@ from .run import (
     open_run,
     read_results,
     refuse_full_folder,
+    run_recipe,
 )
-from .setup import load_splits, recipe_accelerator
+from .setup import Splits, load_splits, recipe_accelerator
 from .trainer import OnStep, Trainer, take_up
 
 
@@ -57,7 +58,7 @@ def train(
     if tag:
         raise UserError(f"{model} names weights: train {architecture} with --init {model}")
     splits = load_splits(recipe, accelerator)
-    network, recipe = build(model, recipe, splits.train)
+    network, recipe = build(model, recipe, splits.train, accelerator.print)
     built = construction(network)  # before it is wrapped
     trainer = Trainer(accelerator, model, network, recipe, run, splits, on_step)
     # Only now, so that wrong input leaves nothing behind.
@@ -69,7 +70,7 @@ def train(
         if on_start is not None:
             on_start()
         save_recipe(recipe, run / RECIPE)
-        about |= {"recipe_sha256": sha256(run / RECIPE), **built}
+        about |= {"recipe_sha256": sha256(run / RECIPE), "fingerprints": splits.fingerprints, **built}
         checkpoint.write_json(run / ENVIRONMENT, about)
     accelerator.wait_for_everyone()
     if not is_run(run):
@@ -77,14 +78,19 @@ def train(
     return trainer.run_to_end()
 
 
-def resume(run: str | Path, on_step: OnStep | None = None) -> dict[str, Any]:
+def resume(run: str | Path, on_step: OnStep | None = None, data: str | None = None) -> dict[str, Any]:
     """Go on with a run that was stopped, from its newest intact checkpoint.
+
+    Args:
+        run: The run folder.
+        on_step: Called with the number of steps done, after each.
+        data: Where the data lies now, if it has moved.
 
     Returns:
         The run's results, as :func:`train`; those of a finished run without further work.
 
     Raises:
-        UserError: The folder is not a run, or its data is gone.
+        UserError: The folder is not a run, or the data is not that which it was started with.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
     """
     run = Path(run)
@@ -95,11 +101,12 @@ def resume(run: str | Path, on_step: OnStep | None = None) -> dict[str, Any]:
         raise UserError(
             f"{run / RECIPE} was changed since the run was started: undo that, or start a new run"
         )
-    recipe = load_recipe(run / RECIPE)
+    recipe = run_recipe(run, data)
     accelerator = recipe_accelerator(recipe, run)
     splits = load_splits(recipe, accelerator)
-    if splits.train.label_names != about["label_names"] or splits.counts != about["images"]:
-        raise UserError(f"{recipe.data} has changed since {run} was started: restore it, or start a new run")
+    _check_same_data(splits, about, recipe.data, run)
+    if data is not None and accelerator.is_main_process:
+        checkpoint.write_json(run / ENVIRONMENT, about | {"moved_to": recipe.data})
     if accelerator.num_processes != about["processes"]:
         accelerator.print(
             f"warning: {run} was started with {about['processes']} processes and goes on with "
@@ -107,10 +114,24 @@ def resume(run: str | Path, on_step: OnStep | None = None) -> dict[str, Any]:
         )
     state = take_up(run, accelerator)
     if state is None:
-        network, recipe = build(about["model"], recipe, splits.train)
+        network, recipe = build(about["model"], recipe, splits.train, accelerator.print)
     else:
         network = rebuild(about["model"], about, recipe)
     trainer = Trainer(accelerator, about["model"], network, recipe, run, splits, on_step)
     if state is not None:
         trainer.restore(state)
     return trainer.run_to_end()
+
+
+def _check_same_data(splits: Splits, about: dict[str, Any], data: str, run: Path) -> None:
+    """Raise a UserError if the splits are not those that a run was started with."""
+    now = (splits.train.label_names, splits.counts, splits.fingerprints)
+    # Runs of older versions have no fingerprints.
+    then = (about["label_names"], about["images"], about.get("fingerprints", splits.fingerprints))
+    kinds = ("class names", "numbers of images", "images or labels")
+    changed = [kind for kind, a, b in zip(kinds, now, then, strict=True) if a != b]
+    if changed:
+        raise UserError(
+            f"{data} has changed since {run} was started (its {' and '.join(changed)}): restore it, name its "
+            "new place with --data, or start a new run"
+        )

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..models import MECHANISMS, model_names, parse_name
 from ..weights import CONFIG, WeightsError, fetch_folder, read_config, read_folder
 from .augment import derive_seed
 from .data import Split
+from .labels import some
 from .recipe import Recipe
 from .run import is_run, open_run
 
@@ -44,13 +46,16 @@ def resolve_recipe(recipe: Recipe, split: Split, cfg: dict[str, Any] | None) -> 
     )
 
 
-def build(model: str, recipe: Recipe, split: Split) -> tuple[nn.Module, Recipe]:
+def build(
+    model: str, recipe: Recipe, split: Split, say: Callable[[str], None] = print
+) -> tuple[nn.Module, Recipe]:
     """The network of a recipe, with the configuration of its checkpoints, and the resolved recipe.
 
     Args:
         model: Name of the architecture.
         recipe: Where it says so, the network starts from other weights.
         split: The training split.
+        say: Called with what a user must know of the start, one line.
 
     Raises:
         UserError: timm does not know the model, or the model refuses its arguments or the weights.
@@ -63,7 +68,7 @@ def build(model: str, recipe: Recipe, split: Split) -> tuple[nn.Module, Recipe]:
             # create_model drops arguments that are None, so they say nothing here.
             network: Any = timm.create_model(model, num_classes=classes, in_chans=3, **arguments)
         else:
-            network = _initial(model, recipe.init, classes, arguments)
+            network = _initial(model, recipe.init, split.label_names, arguments, say)
         recipe = resolve_recipe(recipe, split, network.pretrained_cfg if recipe.init else None)
         size = _image_size(network, recipe, split)
         with torch.no_grad():
@@ -127,11 +132,21 @@ _OF_OTHER_WEIGHTS = {
 }
 
 
-def _initial(model: str, source: str, classes: int, arguments: dict[str, Any]) -> Any:
-    """A network that starts from other weights, with a new classifier where the classes differ in number."""
+def _initial(
+    model: str, source: str, names: list[str], arguments: dict[str, Any], say: Callable[[str], None]
+) -> Any:
+    """A network that starts from other weights, with their classifier as far as it knows the classes."""
+
+    def load(classes: int | None) -> Any:
+        if source.startswith("graft:"):
+            return graft(model, source_name(source.removeprefix("graft:")), num_classes=classes, **arguments)
+        own = {} if classes is None else {"num_classes": classes}
+        return timm.create_model(source_name(source), pretrained=True, **own, **arguments)
+
+    network = load(len(names))
+    _take_classes(network, names, lambda: load(None), source, say)
     if source.startswith("graft:"):
-        return graft(model, source_name(source.removeprefix("graft:")), num_classes=classes, **arguments)
-    network: Any = timm.create_model(source_name(source), pretrained=True, num_classes=classes, **arguments)
+        return network
     architecture = network.pretrained_cfg["architecture"]
     if architecture != model:
         fix = f"train {architecture}"
@@ -143,6 +158,33 @@ def _initial(model: str, source: str, classes: int, arguments: dict[str, Any]) -
                 fix += source if architecture == stock else "SOURCE (of ASR and SSIA, the folded form is one)"
         raise UserError(f"{source} is a {architecture}, not a {model}: {fix}")
     return network
+
+
+def _take_classes(
+    network: Any, names: list[str], whole: Callable[[], Any], source: str, say: Callable[[str], None]
+) -> None:
+    """Keep the rows of a classifier whose classes are wanted, by name, or make a new classifier.
+
+    Args:
+        network: With as many classes as ``names``.
+        whole: Makes it with the classes of its weights.
+    """
+    known = list(network.pretrained_cfg.get("label_names") or [])
+    if not known or known == names:
+        return
+    head = network.get_classifier()
+    if len({*known}) == len(known) and {*names} <= {*known} and isinstance(head, nn.Linear):
+        rows = torch.tensor([known.index(name) for name in names])
+        trained = whole().get_classifier()
+        with torch.no_grad():
+            for new, old in zip(head.parameters(), trained.parameters(), strict=True):
+                new.copy_(old[rows])
+        return
+    say(
+        f"{source} has the classes {some(known)}, not {some(names)}: its classifier goes, and a new one "
+        "is trained"
+    )
+    network.reset_classifier(len(names))
 
 
 def source_name(source: str) -> str:

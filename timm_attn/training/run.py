@@ -11,6 +11,7 @@ config.json          timm's configuration of the finished model
 model.safetensors    its weights: the last of the files, so a run that has it is finished
 """
 
+import dataclasses
 import json
 import os
 import platform
@@ -30,6 +31,8 @@ from torch import nn
 from ..errors import UserError
 from ..files import disk_errors, replace_file
 from ..weights import CONFIG, WEIGHTS
+from .recipe import Recipe
+from .recipe_file import load_recipe
 
 RECIPE, ENVIRONMENT, METRICS, CURVES = "recipe.yaml", "environment.json", "metrics.jsonl", "curves.png"
 STEPS, RESULTS = "steps.jsonl", "results.json"
@@ -67,6 +70,14 @@ def open_run(path: Path, finished: bool = False) -> dict[str, Any]:
         raise UserError(
             f"{path / ENVIRONMENT} cannot be read ({error}): restore it, or start a new run"
         ) from None
+
+
+def run_recipe(run: Path, data: str | None = None) -> Recipe:
+    """The recipe of a run, with its data where it was last seen, or where the caller says."""
+    recipe = load_recipe(run / RECIPE)
+    if data is not None and Path(data).is_dir():
+        data = str(Path(data).resolve())
+    return dataclasses.replace(recipe, data=data or open_run(run).get("moved_to", recipe.data))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -48,17 +48,22 @@ def train_seeds(model: str, recipe: Recipe, out: str | Path, seeds: Sequence[int
     return _summary(out, seeds)
 
 
-def resume_seeds(out: str | Path) -> dict[str, Any]:
-    """Go on with the runs of :func:`train_seeds`; finished ones are left as they are."""
+def resume_seeds(out: str | Path, data: str | None = None) -> dict[str, Any]:
+    """Go on with the runs of :func:`train_seeds`; finished ones are left as they are.
+
+    Args:
+        out: Their folder.
+        data: Where the data lies now, if it has moved.
+    """
     out = Path(out)
     about = json.loads((out / SEEDS).read_text(encoding="utf-8"))
     recipe = load_recipe(out / RECIPE)
     for seed in about["seeds"]:
         run = out / f"seed-{seed}"
         if is_run(run):
-            resume(run)
+            resume(run, data=data)
         else:
-            train(about["model"], dataclasses.replace(recipe, seed=seed), run)
+            train(about["model"], dataclasses.replace(recipe, seed=seed, data=data or recipe.data), run)
     return _summary(out, about["seeds"])
 
 

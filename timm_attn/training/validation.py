@@ -75,4 +75,6 @@ def validate(model: Any, recipe: Recipe, show: bool = False) -> dict[str, float]
         )
     model = model.to(accelerator.device)
     shard = Shard(accelerator.device, accelerator.process_index, accelerator.num_processes)
-    return evaluate(model, Batches(split, recipe, config, shard), accelerator, show)
+    figures = evaluate(model, Batches(split, recipe, config, shard), accelerator, show)
+    skipped = split.skipped + int(figures.get("skipped", 0))
+    return {**figures, "skipped": skipped} if skipped else figures
