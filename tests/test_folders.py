@@ -190,3 +190,17 @@ def test_errors_of_datasets_say_why(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="cache") as error:
         load_split(str(tmp_path / "p"), "train")
     assert isinstance(error.value.__cause__, OSError)
+
+
+def test_a_configuration_is_chosen(tmp_path):
+    data = tmp_path / "d"
+    for config, names in (("one", TRAIN), ("two", TEST)):
+        (data / config).mkdir(parents=True)
+        strings(data / config, "train", names)
+    card = "---\nconfigs:\n- config_name: one\n  data_dir: one\n- config_name: two\n  data_dir: two\n---\n"
+    (data / "README.md").write_text(card)
+    assert len(load_split(str(data), "train", config="two")) == len(TEST)
+    with pytest.raises(DataError, match="Config name is missing.*--data-config"):
+        load_split(str(data), "train")
+    with pytest.raises(DataError, match="three"):
+        load_split(str(data), "train", config="three")

@@ -297,6 +297,8 @@ def _why(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.errno in _CLOSED:
             where = cause.filename or "the folder"
             return f"{causes}. Give yourself access to {where}, or name a cache with room by HF_HOME"
+    if "Config name is missing" in causes:
+        return f"{causes}. Choose with --data-config"
     return (
         f"{causes}. Give a folder of parquet files or of unpacked images, train/CLASS/… and test/CLASS/…, a "
         "Hugging Face dataset id, or digits"
