@@ -1,6 +1,8 @@
 """The command ``timm-attn``."""
 
 import errno
+import io
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -349,6 +351,9 @@ def list_command(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; wrong input ends with one message and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not every encoding has a Δ
+            stream.reconfigure(errors="replace")
     try:
         app.cli(prog="timm-attn", args=_expand_recipe(arguments), sort_subcommands=False)
     except Stopped as reason:
@@ -357,8 +362,11 @@ def main(arguments: list[str] | None = None) -> None:
     except (UserError, WeightsError, FoldError) as error:
         _complain("error: ", str(error))
         sys.exit(2)
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) and arguments[:1] == ["train"]
         hint = ": make room on the disk, then go on with `timm-attn train --resume RUN`" if full else ""
         _complain("error: ", f"{error}{hint}")
         sys.exit(2)

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,18 @@ def crop_and_flip(images: Tensor, padding: int, flip: Tensor, offsets: Tensor) -
     return padded[batch, rows[:, :, None], columns[:, None, :]]
 
 
+def _check_policy(policy: str) -> None:
+    """timm asserts what a policy must be, which ``python -O`` leaves out."""
+    kind, *settings = policy.split("-")
+    kinds = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
+    if kind not in kinds:
+        raise ValueError(f"it must begin with one of {', '.join(kinds)}")
+    names = {"rand": "mstd|mmax|inc|m|n|p", "augmix": "mstd|m|w|d|a|b"}.get(kind, "mstd")
+    for setting in settings:
+        if not re.fullmatch(rf"({names})\d.*", setting) and not (kind == "rand" and setting[:1] == "t"):
+            raise ValueError(f"{setting!r} is no setting of {kind}")
+
+
 class AutoAugment:
     """timm's AutoAugment, RandAugment or AugMix on uint8 images, seeded for each image.
 
@@ -59,6 +72,7 @@ class AutoAugment:
     """
 
     def __init__(self, policy: str, mean: tuple[float, ...], size: int) -> None:
+        _check_policy(policy)
         colour = tuple(min(255, round(255 * m)) for m in mean)
         if policy.startswith("rand"):
             make = rand_augment_transform

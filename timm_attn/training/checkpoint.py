@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files import disk_errors, sha256
+from ..files import disk_errors, replace_file, sha256
 
 MANIFEST = "manifest.json"
 
@@ -160,8 +160,8 @@ def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file; zero-dimensional tensors become numbers."""
-    path.write_text(json.dumps(value, indent=1, default=lambda v: v.item()), encoding="utf-8")
+    """Replace a JSON file, whole; zero-dimensional tensors become numbers."""
+    replace_file(path, json.dumps(value, indent=1, default=lambda v: v.item()).encode())
 
 
 def _sync(path: Path) -> None:

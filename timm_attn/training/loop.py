@@ -21,10 +21,11 @@ from .run import (
     refuse_full_folder,
     run_recipe,
 )
-from .setup import Splits, load_splits, recipe_accelerator
+from .setup import Splits, check_compiler, load_splits, own_accelerate_state, recipe_accelerator
 from .trainer import OnStep, Trainer, take_up
 
 
+@own_accelerate_state()
 def train(
     model: str,
     recipe: Recipe,
@@ -57,6 +58,8 @@ def train(
     architecture, _, tag = model.partition(".")
     if tag:
         raise UserError(f"{model} names weights: train {architecture} with --init {model}")
+    if recipe.compile:
+        check_compiler(accelerator.device)
     splits = load_splits(recipe, accelerator)
     network, recipe = build(model, recipe, splits.train, accelerator.print)
     built = construction(network)  # before it is wrapped
@@ -78,6 +81,7 @@ def train(
     return trainer.run_to_end()
 
 
+@own_accelerate_state()
 def resume(run: str | Path, on_step: OnStep | None = None, data: str | None = None) -> dict[str, Any]:
     """Go on with a run that was stopped, from its newest intact checkpoint.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import UserError
+from ..files import replace_file
 from .recipe import Recipe
 
 
@@ -68,4 +69,4 @@ def load_recipe(path: str | Path) -> Recipe:
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write all fields of a recipe as YAML."""
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(recipe).items()}
-    Path(path).write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
+    replace_file(Path(path), yaml.safe_dump(fields, sort_keys=False).encode())

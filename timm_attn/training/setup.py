@@ -1,7 +1,9 @@
 """What stands before the first step: processes, memory and splits."""
 
+import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs
 
 from ..errors import UserError
@@ -19,6 +21,18 @@ from .labels import match_classes
 from .recipe import Recipe
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise a UserError if ``torch.compile`` cannot make a program for a device."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # no compiler, no Triton, no Python headers: each of its own type
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"torch.compile does not work on this machine ({type(error).__name__}: {reason}): install a C++ "
+            "compiler, or leave out --compile"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,21 @@ def make_accelerator(precision: str, **kwargs: Any) -> Accelerator:
         kwargs_handlers=[patience],
         **kwargs,
     )
+
+
+@contextlib.contextmanager
+def own_accelerate_state() -> Iterator[None]:
+    """Give a caller's Accelerate its state back: precision and accumulation are singletons of the process."""
+    singletons = [AcceleratorState._shared_state, GradientState._shared_state]
+    theirs = [dict(state) for state in singletons]
+    try:
+        yield
+    finally:
+        for state, before in zip(singletons, theirs, strict=True):
+            # An empty one stays ours: whoever asks next, the command line, would have to make it.
+            if before:
+                state.clear()
+                state.update(before)
 
 
 def keep_freed_memory() -> None:

@@ -13,7 +13,7 @@ from .evaluation import evaluate
 from .labels import match_classes
 from .network import source_name
 from .recipe import Recipe
-from .setup import make_accelerator
+from .setup import make_accelerator, own_accelerate_state
 
 
 def load_model(name: str) -> Any:
@@ -37,6 +37,7 @@ def load_model(name: str) -> Any:
         raise UserError(f"cannot load {name}: {type(error).__name__}: {reason}") from None
 
 
+@own_accelerate_state()
 def validate(model: Any, recipe: Recipe, show: bool = False) -> dict[str, float]:
     """Measure a model on the evaluation split of a recipe's data; see :func:`evaluate` for the figures.
 
