@@ -16,6 +16,15 @@ from .options import check_number, check_whole
 from .pooling import channel_mean
 
 
+def nearest_patch(pixels: int, patches: int, device: torch.device) -> Tensor:
+    """Index of the patch whose centre is nearest to each pixel's along one side; halfway, the later one.
+
+    floor((pixel + ½) patches / pixels) in whole numbers. ``F.interpolate`` rounds: mode "nearest" errs even
+    where the grid divides, at 164 pixels say, and ONNX has no "nearest-exact" in TorchScript's exporter.
+    """
+    return torch.arange(1, 2 * pixels, 2, device=device) * patches // (2 * pixels)
+
+
 class ConAM(nn.Module):
     """One weight a patch, the same for all channels.
 
@@ -84,6 +93,7 @@ class ConAM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Weight the patches of x (B × C × H × W)."""
-        scale = 1 + self.confidence(x)[:, None]
-        # Mode "nearest" finds the patch in float32 and errs even where the grid divides, at 164 pixels say.
-        return x * F.interpolate(scale, x.shape[2:], mode="nearest-exact")
+        scale = 1 + self.confidence(x)
+        rows = nearest_patch(x.shape[2], scale.shape[1], x.device)
+        columns = nearest_patch(x.shape[3], scale.shape[2], x.device)
+        return x * scale[:, rows[:, None], columns][:, None]

@@ -10,7 +10,7 @@ normalises both factors, with norm biases of 1, and so does the default here.
 from typing import Any
 
 import torch
-from timm.layers import register_notrace_function
+import torch.fx
 from torch import Tensor, nn
 
 from .options import check_choice, check_flag
@@ -19,10 +19,9 @@ from .options import check_choice, check_flag
 MODES = {"bn": (True, 1.0), "sigmoid": (True, 0.0), "gate": (False, 0.0), "raw": (False, 0.0)}
 
 
-@register_notrace_function
+@torch.fx.wrap
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """a · b, outside of float16's range if need be."""
-    # Without a leading underscore: torch.fx does not look at private names.
     if torch.jit.is_scripting():  # which cannot compile what follows
         return a * b
     # The product of two maps leaves float16's range long before either of them does.

@@ -33,4 +33,5 @@ def channel_mean(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript knows this question alone)
         if eager(x) and x.requires_grad and not x.is_contiguous():
             return _ChannelMean.apply(x, dtype or x.dtype)  # pyright: ignore[reportReturnType]
-    return x.mean((2, 3), dtype=dtype)
+    # Quantised maps of one pixel have no mean without keepdim.
+    return x.mean((2, 3), keepdim=True, dtype=dtype).flatten(1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..layers import FMM
 from ..layers.eager import eager
@@ -38,8 +39,8 @@ def attend(norm: Any, attention: Any, x: Tensor) -> Tensor:
     # What replaces a plain norm (synchronised, frozen, parametrised) has a forward of its own, and whoever
     # hooks one of the two wants it called.
     plain = type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
-    free = torch.compiler.is_compiling() or (eager(x) and not _hooked(norm) and not _hooked(attention))
     plain = plain and norm.momentum is not None
+    free = (torch.compiler.is_compiling() or eager(x)) and not _hooked(norm) and not _hooked(attention)
     if attention.training and plain and free and hasattr(attention, "after_norm"):
         return attention.after_norm(norm, x)
     return attention(norm(x))
@@ -53,7 +54,7 @@ def _hooked(module: nn.Module) -> bool:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return any(hooks) or "forward" in vars(module)
+    return any(hooks) or "forward" in vars(module) or bool(_has_any_global_hook())
 
 
 class SplitBasicBlock(BasicBlock):
