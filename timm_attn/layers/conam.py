@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .eager import eager
 from .options import check_number, check_whole
 from .pooling import channel_mean
 
@@ -20,7 +21,8 @@ def nearest_patch(pixels: int, patches: int, device: torch.device) -> Tensor:
     """Index of the patch whose centre is nearest to each pixel's along one side; halfway, the later one.
 
     floor((pixel + ½) patches / pixels) in whole numbers. ``F.interpolate`` rounds: mode "nearest" errs even
-    where the grid divides, at 164 pixels say, and ONNX has no "nearest-exact" in TorchScript's exporter.
+    where the grid divides, at 164 pixels say, "nearest-exact" halfway between two centres, and the
+    TorchScript exporter to ONNX does not take the latter.
     """
     return torch.arange(1, 2 * pixels, 2, device=device) * patches // (2 * pixels)
 
@@ -94,6 +96,10 @@ class ConAM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Weight the patches of x (B × C × H × W)."""
         scale = 1 + self.confidence(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript knows this question alone)
+            if eager(x) and x.shape[2] % scale.shape[1] == 0 and x.shape[3] % scale.shape[2] == 0:
+                # The same there, in one pass.
+                return x * F.interpolate(scale[:, None], x.shape[2:], mode="nearest-exact")
         rows = nearest_patch(x.shape[2], scale.shape[1], x.device)
         columns = nearest_patch(x.shape[3], scale.shape[2], x.device)
         return x * scale[:, rows[:, None], columns][:, None]
