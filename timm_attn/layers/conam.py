@@ -27,6 +27,22 @@ def nearest_patch(pixels: int, patches: int, device: torch.device) -> Tensor:
     return torch.arange(1, 2 * pixels, 2, device=device) * patches // (2 * pixels)
 
 
+def _membership(pixels: int, patches: int, x: Tensor) -> Tensor:
+    """Patches × pixels of one side: 1 ÷ size of the patch where the pixel is in it, by adaptive pooling."""
+    pixel, patch = torch.arange(pixels, device=x.device), torch.arange(patches, device=x.device)[:, None]
+    inside = (pixel >= patch * pixels // patches) & (pixel < ((patch + 1) * pixels + patches - 1) // patches)
+    weights = inside.to(x.dtype)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def patch_means(x: Tensor, grid: int) -> Tensor:
+    """Means of the patches of a grid over x (B × C × H × W): B × C × grid × grid."""
+    if torch.jit.is_tracing():  # ONNX has adaptive pooling only for maps whose size the exporter knows
+        rows, columns = _membership(x.shape[2], grid, x), _membership(x.shape[3], grid, x)
+        return rows @ x @ columns.T
+    return F.adaptive_avg_pool2d(x, (grid, grid))
+
+
 class ConAM(nn.Module):
     """One weight a patch, the same for all channels.
 
@@ -84,7 +100,7 @@ class ConAM(nn.Module):
             torch._assert(x.shape[3] % self.patch_size == 0, self.indivisible + "width: use grid")
             patches = F.avg_pool2d(x, self.patch_size)
         else:
-            patches = F.adaptive_avg_pool2d(x, (self.grid, self.grid))
+            patches = patch_means(x, self.grid)
         means = torch.cat([patches.flatten(2), channel_mean(x)[:, :, None]], 2).transpose(1, 2)
         means = self.fc2(self.fc1(means).relu()).relu()
         # The sum over C channels may leave float16's range, and scores in bfloat16 are coarse.
