@@ -15,7 +15,7 @@ from torch import nn
 
 import timm_attn
 from timm_attn.models import BACKBONES, MECHANISMS, CifarResNet, model_names, parse_name
-from timm_attn.models.blocks import last_norm
+from timm_attn.models.blocks import last_conv, last_norm
 from timm_attn.training.run import read_lines
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +65,12 @@ def _calibrate(model: ResNet, g: torch.Generator) -> None:
             if not hasattr(block, "fmm"):
                 norm.weight.mul_(len(stage) ** -0.5)
                 continue
-            norm.weight.div_(len(stage))
+            if isinstance(norm, nn.Identity):  # the last convolution, which starts at zero, has no norm
+                nn.init.normal_(
+                    last_conv(block).weight, std=last_conv(block).weight[0].numel() ** -0.5, generator=g
+                )
+            else:
+                norm.weight.div_(len(stage))
             for factor in (norm, block.fmm.norm if block.downsample is None else block.downsample[-1]):
                 if hasattr(factor, "bias"):
                     factor.bias.add_(1)  # a product of factors about 0 vanishes

@@ -221,14 +221,17 @@ def test_fmm_is_as_written(mode):
 @pytest.mark.parametrize(("mode", "start"), [("bn", 1.0), ("gate", 1.0), ("sigmoid", 1.5)])
 def test_a_fresh_fmm_block_multiplies_by_a_constant(block, mode, start):
     layer = block(8 * block.expansion, 8, mode=mode).eval()
-    nn.init.constant_(last_norm(layer).bias, 7)  # as after to_empty
+    for parameter in last_norm(layer).parameters():
+        nn.init.constant_(parameter, 7)  # as after to_empty
     layer.zero_init_last()
     x = torch.rand(2, 8 * block.expansion, 6, 6)
     expected = start * (layer.fmm.norm(x) if mode != "gate" else x)
     torch.testing.assert_close(layer(x), expected.relu())
     pinned = mode != "gate" and block(8, 8 // block.expansion, mode=mode, pin_bias=True)
     if pinned:
-        assert not last_norm(pinned).bias.requires_grad and not pinned.fmm.norm.bias.requires_grad
+        pinned_biases = [norm.bias for norm in pinned.factor_norms() if not isinstance(norm, nn.Identity)]
+        assert len(pinned_biases) == (1 if mode == "sigmoid" else 2)
+        assert not any(bias.requires_grad for bias in pinned_biases)
         assert (pinned.fmm.norm.bias == 1).all()
 
 

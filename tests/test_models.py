@@ -53,7 +53,7 @@ OPTION_COUNTS = [
     ("resnet50_conam", {"patch_size": (0, 0, 0, 0)}, 25_557_032),
     ("fmmnet50", {"mode": "gate"}, 25_557_032),
     ("fmmnet50", {"mode": "raw"}, 25_557_032),
-    ("fmmnet50", {"mode": "sigmoid"}, 25_579_560),
+    ("fmmnet50", {"mode": "sigmoid"}, 25_579_560 - 2 * 15_104),  # no norm on the branch
     ("fmmnet50", {"pin_bias": True}, 25_579_560),
     ("resnet50_ssia", {"target": "spatial"}, 25_557_032),
     # heads from 256, 512 and 1024 channels to 2048

@@ -23,21 +23,28 @@ def batchnorm(state: dict[str, Tensor], name: str, x: Tensor, train: bool = Fals
 
 
 def branch(
-    state: dict[str, Tensor], name: str, x: Tensor, block: str, stride: int, groups: int, train: bool = False
+    state: dict[str, Tensor],
+    name: str,
+    x: Tensor,
+    block: str,
+    stride: int,
+    groups: int,
+    train: bool = False,
+    last_norm: bool = True,
 ) -> Tensor:
-    """The residual branch of the block ``name`` up to and with its last batch norm: (B, C, H, W)."""
+    """The residual branch of the block ``name``, with or without its last batch norm: (B, C, H, W)."""
     if block == "basic":
         x = conv2d(x, state[f"{name}.conv1.weight"], stride=stride, padding=1)
         x = relu(batchnorm(state, f"{name}.bn1", x, train))
         x = conv2d(x, state[f"{name}.conv2.weight"], padding=1)
-        return batchnorm(state, f"{name}.bn2", x, train)
+        return batchnorm(state, f"{name}.bn2", x, train) if last_norm else x
     if block == "bottleneck":
         x = conv2d(x, state[f"{name}.conv1.weight"])
         x = relu(batchnorm(state, f"{name}.bn1", x, train))
         x = conv2d(x, state[f"{name}.conv2.weight"], stride=stride, padding=1, groups=groups)
         x = relu(batchnorm(state, f"{name}.bn2", x, train))
         x = conv2d(x, state[f"{name}.conv3.weight"])
-        return batchnorm(state, f"{name}.bn3", x, train)
+        return batchnorm(state, f"{name}.bn3", x, train) if last_norm else x
     raise ValueError(f"unknown block {block!r}")
 
 

@@ -9,7 +9,8 @@ from .blocks import batchnorm, relu, shortcut
 def fmm_merge(f: Tensor, s: Tensor, mode: str) -> Tensor:
     """The output of a block (arXiv 2106.15067) from its branch f and its shortcut s, all (B, C, H, W).
 
-    f is the branch after its last batch norm. s is normalised already for "bn" and "sigmoid", and the
+    f is the branch after its last batch norm, for "sigmoid" after its last convolution, which has none, as
+    the first author's code has it. s is normalised already for "bn" and "sigmoid", and the
     plain shortcut for "raw" and "gate"; :func:`fmm_shortcut` returns it.
     """
     if mode in ("bn", "raw"):

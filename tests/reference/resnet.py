@@ -81,7 +81,7 @@ def forward(
             if mechanism == "conam" and index == 0 and stage <= len(patches) and patches[stage - 1]:
                 rows, cols = patches[stage - 1]
                 read = conam(x, _below(state, f"{name}.conam."), rows, cols, temperature)
-            f = branch(state, name, read, block, stride, groups, train)
+            f = branch(state, name, read, block, stride, groups, train, last_norm=mode != "sigmoid")
             gate, gated = None, f
             if mechanism == "se":
                 gate = se_gate(state, f"{name}.se", f)

@@ -12,8 +12,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .eager import eager
 from .options import check_number, check_whole
 from .pooling import channel_mean
+
+
+def nearest_patch(pixels: int, patches: int, device: torch.device) -> Tensor:
+    """Index of the patch whose centre is nearest to each pixel's along one side; halfway, the later one.
+
+    floor((pixel + ½) patches / pixels) in whole numbers. ``F.interpolate`` rounds: mode "nearest" errs even
+    where the grid divides, at 164 pixels say, "nearest-exact" halfway between two centres, and the
+    TorchScript exporter to ONNX does not take the latter.
+    """
+    return torch.arange(1, 2 * pixels, 2, device=device) * patches // (2 * pixels)
+
+
+def _membership(pixels: int, patches: int, x: Tensor) -> Tensor:
+    """Patches × pixels of one side: 1 ÷ size of the patch where the pixel is in it, by adaptive pooling."""
+    pixel, patch = torch.arange(pixels, device=x.device), torch.arange(patches, device=x.device)[:, None]
+    inside = (pixel >= patch * pixels // patches) & (pixel < ((patch + 1) * pixels + patches - 1) // patches)
+    weights = inside.to(x.dtype)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def patch_means(x: Tensor, grid: int) -> Tensor:
+    """Means of the patches of a grid over x (B × C × H × W): B × C × grid × grid."""
+    if torch.jit.is_tracing():  # ONNX has adaptive pooling only for maps whose size the exporter knows
+        rows, columns = _membership(x.shape[2], grid, x), _membership(x.shape[3], grid, x)
+        return rows @ x @ columns.T
+    return F.adaptive_avg_pool2d(x, (grid, grid))
 
 
 class ConAM(nn.Module):
@@ -73,7 +100,7 @@ class ConAM(nn.Module):
             torch._assert(x.shape[3] % self.patch_size == 0, self.indivisible + "width: use grid")
             patches = F.avg_pool2d(x, self.patch_size)
         else:
-            patches = F.adaptive_avg_pool2d(x, (self.grid, self.grid))
+            patches = patch_means(x, self.grid)
         means = torch.cat([patches.flatten(2), channel_mean(x)[:, :, None]], 2).transpose(1, 2)
         means = self.fc2(self.fc1(means).relu()).relu()
         # The sum over C channels may leave float16's range, and scores in bfloat16 are coarse.
@@ -84,6 +111,11 @@ class ConAM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Weight the patches of x (B × C × H × W)."""
-        scale = 1 + self.confidence(x)[:, None]
-        # Mode "nearest" finds the patch in float32 and errs even where the grid divides, at 164 pixels say.
-        return x * F.interpolate(scale, x.shape[2:], mode="nearest-exact")
+        scale = 1 + self.confidence(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript knows this question alone)
+            if eager(x) and x.shape[2] % scale.shape[1] == 0 and x.shape[3] % scale.shape[2] == 0:
+                # The same there, in one pass.
+                return x * F.interpolate(scale[:, None], x.shape[2:], mode="nearest-exact")
+        rows = nearest_patch(x.shape[2], scale.shape[1], x.device)
+        columns = nearest_patch(x.shape[3], scale.shape[2], x.device)
+        return x * scale[:, rows[:, None], columns][:, None]

@@ -9,9 +9,18 @@ block. Its hidden state, squashed by a sigmoid instead of a tanh, is the channel
 
 from typing import Any
 
+import torch.fx
 from torch import Tensor, nn
 
 from .options import check_whole
+
+
+@torch.fx.wrap  # whose quantisation would else keep the state in eight bits, which is too coarse for it
+def update(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """The new (h, c), each B × C, from [i, f, u, o] before their squashing (B × 4 C) and the old c."""
+    i, f, u, o = gates.chunk(4, dim=1)
+    c = f.sigmoid() * c + i.sigmoid() * u.tanh()
+    return o.sigmoid() * c.sigmoid(), c
 
 
 class DIACell(nn.Module):
@@ -49,7 +58,5 @@ class DIACell(nn.Module):
     def forward(self, g: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """One step: channel means g and state (h, c), each B × C, to the new (h, c)."""
         gates = self.x_expand(self.x_reduce(g).relu()) + self.h_expand(self.h_reduce(h).relu())
-        i, f, u, o = gates.chunk(4, dim=1)
-        c = f.sigmoid() * c + i.sigmoid() * u.tanh()
-        h = o.sigmoid() * c.sigmoid()
-        return h, c
+        h, c = update(gates, c)
+        return h, c  # unpacked here, for tracers that take the last node of a stage for its output

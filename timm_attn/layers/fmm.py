@@ -3,26 +3,31 @@
 Paper: "Towards Understanding the Effectiveness of Attention Mechanism", Ye, He, Wang, Li
 https://arxiv.org/abs/2106.15067
 
-The paper's text says S(x) ⊙ F(x). Taken literally that explodes in deep networks; the first author's own code
-normalises both factors, with norm biases of 1, and so does the default here.
+The paper's text says S(x) ⊙ F(x). Taken literally that explodes in deep networks. The first author's own code
+has two other forms: both factors normalised, with norm biases of 1, which is the default here; and σ on the
+branch's last convolution, which then has no norm.
 """
 
 from typing import Any
 
 import torch
-from timm.layers import register_notrace_function
+import torch.fx
 from torch import Tensor, nn
 
-from .options import check_choice, check_flag
+from .options import check_affine, check_choice, check_flag
 
-#: mode: (the shortcut is normalised, initial bias of the branch's last norm)
-MODES = {"bn": (True, 1.0), "sigmoid": (True, 0.0), "gate": (False, 0.0), "raw": (False, 0.0)}
+#: mode: (the shortcut is normalised, initial bias of the branch's last norm, None if it has none)
+MODES: dict[str, tuple[bool, float | None]] = {
+    "bn": (True, 1.0),
+    "sigmoid": (True, None),
+    "gate": (False, 0.0),
+    "raw": (False, 0.0),
+}
 
 
-@register_notrace_function
+@torch.fx.wrap
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """a · b, outside of float16's range if need be."""
-    # Without a leading underscore: torch.fx does not look at private names.
     if torch.jit.is_scripting():  # which cannot compile what follows
         return a * b
     # The product of two maps leaves float16's range long before either of them does.
@@ -32,10 +37,10 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 class FMM(nn.Module):
-    """Product of a residual branch f, after its last norm, and a shortcut s::
+    """Product of a residual branch f, which ends in a norm unless the mode is sigmoid, and a shortcut s::
 
         bn       f ⊙ norm(s)               both factors start with mean 1
-        sigmoid  (σ(f) + 1) ⊙ norm(s)
+        sigmoid  (σ(f) + 1) ⊙ norm(s)      f is the last convolution's output as it is
         gate     (1 + f) ⊙ s               a sum and a product; no parameters of its own
         raw      f ⊙ s                     the paper's text; unstable
 
@@ -62,27 +67,27 @@ class FMM(nn.Module):
             self.norm = norm_layer(channels, device=device, dtype=dtype)
 
     def init_norms(self, branch: Any, shortcut: Any, pin_bias: bool = False) -> None:
-        """Set the biases of the two norms so that both factors start with mean 1 (σ(f) + 1 with mean 1.5).
+        """Set the biases of the two norms so that both factors start with mean 1.
 
         Args:
-            branch: Last norm of the residual branch.
+            branch: Last norm of the residual branch; in mode sigmoid there is none.
             shortcut: That of the shortcut, this module's or the shortcut's own.
-            pin_bias: Keep them there, out of training, as the author's code does.
+            pin_bias: Keep the biases there, out of training, as the author's code does.
 
         Raises:
             TypeError: ``pin_bias`` is neither True nor False.
-            ValueError: The mode does not normalise both factors, so it has no biases to pin.
+            ValueError: The mode does not normalise the shortcut, so it has no biases to pin; or a norm has no
+                weight and bias.
         """
-        normalised, branch_bias = MODES[self.mode]
+        normalised, start = MODES[self.mode]
         check_flag("FMM pin_bias", pin_bias)
         if pin_bias and not normalised:
             raise ValueError(f"pin_bias needs an FMM mode that normalises the shortcut, got {self.mode!r}")
-        nn.init.constant_(branch.bias, branch_bias)
-        if not normalised:
-            return
-        nn.init.ones_(shortcut.bias)
-        if pin_bias:
-            for norm in (branch, shortcut):
+        starts = ([] if start is None else [(branch, start)]) + ([(shortcut, 1.0)] if normalised else [])
+        for norm, value in starts:
+            check_affine("FMM", norm)
+            nn.init.constant_(norm.bias, value)
+            if pin_bias:
                 norm.bias.requires_grad_(False)
 
     def factor(self, f: Tensor) -> Tensor:

@@ -38,3 +38,12 @@ def check_flag(name: str, value: Any) -> None:
     """True or False; the text "no" would count as true."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_affine(name: str, norm: Any) -> None:
+    """A norm layer with a weight and a bias."""
+    if getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is None:
+        raise ValueError(
+            f"{name} needs norm layers with a weight and a bias, got {type(norm).__name__} without: leave "
+            "affine=True, or choose another norm_layer"
+        )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
@@ -38,6 +39,12 @@ class _AttachLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (scale,) = ctx.saved_tensors
         return grads[0], scale.to(ctx.dtype), None
+
+
+@torch.fx.wrap  # which would leave the function out of a graph, and the loss with it
+def attach_loss(logits: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+    """``logits``, whose backward pass gives the scalar ``loss`` the gradient ``scale``."""
+    return _AttachLoss.apply(logits, loss, scale)  # pyright: ignore[reportReturnType]
 
 
 def _standardise(z: Tensor) -> Tensor:
@@ -136,7 +143,7 @@ class SSIA(nn.Module):
     @torch.jit.unused
     def forward(self, logits: Tensor, features: list[Tensor]) -> Tensor:
         """``logits``, with λ · loss attached."""
-        return _AttachLoss.apply(logits, self.aux_weight * self.loss(features), self.aux_scale)  # pyright: ignore
+        return attach_loss(logits, self.aux_weight * self.loss(features), self.aux_scale)
 
     def fuse(self) -> nn.Module:
         """What is left at inference: nothing. The hook that timm's ``reparameterize_model`` calls."""

@@ -8,14 +8,21 @@ from typing import Any
 import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..layers import FMM
 from ..layers.eager import eager
+from ..layers.options import check_affine
 
 
 def last_norm(block: Any) -> Any:
-    """The norm layer that ends a block's residual branch."""
+    """The norm layer that ends a block's residual branch; an Identity in FMM's mode sigmoid."""
     return block.bn3 if isinstance(block, Bottleneck) else block.bn2
+
+
+def last_conv(block: Any) -> Any:
+    """The last convolution of a block's residual branch."""
+    return block.conv3 if isinstance(block, Bottleneck) else block.conv2
 
 
 def add_shortcut(x: Tensor, shortcut: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -38,8 +45,8 @@ def attend(norm: Any, attention: Any, x: Tensor) -> Tensor:
     # What replaces a plain norm (synchronised, frozen, parametrised) has a forward of its own, and whoever
     # hooks one of the two wants it called.
     plain = type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
-    free = torch.compiler.is_compiling() or (eager(x) and not _hooked(norm) and not _hooked(attention))
     plain = plain and norm.momentum is not None
+    free = (torch.compiler.is_compiling() or eager(x)) and not _hooked(norm) and not _hooked(attention)
     if attention.training and plain and free and hasattr(attention, "after_norm"):
         return attention.after_norm(norm, x)
     return attention(norm(x))
@@ -53,7 +60,7 @@ def _hooked(module: nn.Module) -> bool:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return any(hooks) or "forward" in vars(module)
+    return any(hooks) or "forward" in vars(module) or bool(_has_any_global_hook())
 
 
 class SplitBasicBlock(BasicBlock):
@@ -116,7 +123,15 @@ class FoldableMixin:
 
     Such a module has a method ``fold_into(norm)`` that returns what takes its place in the slot. If it has
     ``after_norm(norm, x)``, the same as ``self(norm(x))`` for a BatchNorm2d, that is what training calls.
+
+    Raises:
+        ValueError: The norm has no weight and bias to fold into.
     """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if hasattr(self.se, "fold_into"):
+            check_affine(type(self.se).__name__, last_norm(self))
 
     def reparameterize(self) -> None:
         """The hook that ``timm.utils.reparameterize_model`` calls."""
@@ -178,6 +193,8 @@ class FMMMixin:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(inplanes, planes, stride, downsample, norm_layer=norm_layer, **dd, **kwargs)
         self.fmm = FMM(planes * self.expansion, mode, norm_layer if downsample is None else None, **dd)
+        if mode == "sigmoid":
+            setattr(self, "bn3" if isinstance(self, Bottleneck) else "bn2", nn.Identity())
         self.pin_bias = pin_bias
         self.init_norms()
 
@@ -186,22 +203,24 @@ class FMMMixin:
         self.fmm.init_norms(*self.factor_norms(), self.pin_bias)
 
     def factor_norms(self) -> tuple[Any, Any]:
-        """The last norm of the branch and that of the shortcut (an Identity if the mode has none)."""
+        """The last norm of the branch and that of the shortcut; an Identity where the mode has none."""
         return last_norm(self), self.fmm.norm if self.downsample is None else self.downsample[-1]
 
     def train(self, mode: bool = True) -> Any:
         """timm.utils.unfreeze lets pinned biases go; they are pinned again here."""
         if self.pin_bias:
             for norm in self.factor_norms():
-                if not isinstance(norm, nn.Identity):  # as it is in the deployed form
+                if not isinstance(norm, nn.Identity):  # as it is in the deployed form, and in mode sigmoid
                     norm.bias.requires_grad_(False)
         return super().train(mode)
 
     def zero_init_last(self) -> None:
         """Start with a constant factor, the counterpart of a residual branch that starts at zero."""
         self.init_norms()
+        if self.fmm.mode == "sigmoid":
+            nn.init.zeros_(last_conv(self).weight)  # σ(0) + 1 = 1.5
         # With γ = 0 the factor is β of the last norm, 1. The raw product has β = 0 and would be dead.
-        if self.fmm.mode != "raw":
+        elif self.fmm.mode != "raw":
             nn.init.zeros_(last_norm(self).weight)
 
     def multiply(self, f: Tensor, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ class CifarResNet(ResNet):
         block: ``BasicBlock`` or ``Bottleneck`` of timm, or a subclass.
         layers: Number of blocks in each of the three stages.
         channels: Widths of the three stages, before the block's expansion; the first is the stem's too.
+        zero_init_last: Start with the last γ of every branch at 0, as timm does; else at 1.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class CifarResNet(ResNet):
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
             drop_block_rate=drop_block_rate,
+            zero_init_last=zero_init_last,
             block_args=block_args,
             device=device,
             dtype=dtype,

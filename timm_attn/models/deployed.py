@@ -3,6 +3,7 @@
 from itertools import pairwise
 from typing import Any
 
+import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -23,7 +24,12 @@ def _pairs(model: nn.Module) -> list[tuple[str, str]]:
             paths += [(f"{path}.conv{i}", f"{path}.bn{i}") for i in (1, 2, 3)]
         elif isinstance(module, nn.Sequential):
             paths += pairwise(f"{path}.{name}" for name, _ in module.named_children())
-    return [(a, b) for a, b in paths if type(modules.get(a)) is nn.Conv2d and type(modules.get(b)) in _NORMS]
+    return [(a, b) for a, b in paths if type(modules.get(a)) is nn.Conv2d and _fixed(modules.get(b))]
+
+
+def _fixed(norm: Any) -> bool:
+    """Whether it is a batch norm that in eval mode is the same for every batch."""
+    return type(norm) in _NORMS and norm.running_mean is not None
 
 
 def separate_norms(model: nn.Module) -> list[str]:
@@ -47,8 +53,8 @@ def fuse_conv_norms(model: nn.Module) -> int:
             norm.running_mean,
             norm.running_var,
             norm.eps,
-            norm.weight.detach(),
-            norm.bias.detach(),
+            torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.detach(),
+            torch.zeros_like(norm.running_var) if norm.bias is None else norm.bias.detach(),
         )
         conv.weight.data.copy_(weight)
         conv.bias = nn.Parameter(bias)

@@ -2,6 +2,9 @@
 
 # Modules that are found by index or by name have no static type.
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportIndexIssue=false
+
+from typing import Any
 
 import torch
 from timm.models import checkpoint
@@ -14,12 +17,51 @@ from .blocks import SplitBasicBlock, SplitBottleneck
 from .cifar import CifarResNet
 
 
-def _step(
-    block: SplitBasicBlock | SplitBottleneck, cell: DIACell, x: Tensor, h: Tensor, c: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    f = block.branch(x)
-    h, c = cell(channel_mean(f), h, c)
-    return block.merge(f, x, h), h, c
+class DIAStep:
+    """One step of a stage's cell, from the state that the block before has left.
+
+    Each block gets its own, so that one which is run again, as under gradient checkpointing, reads the same
+    state again. No module holds it: it lives for one forward pass.
+
+    Args:
+        cell: The stage's.
+        h: Hidden state, B × C.
+        c: Cell state, B × C.
+    """
+
+    def __init__(self, cell: DIACell, h: Tensor, c: Tensor) -> None:
+        self.cell, self.before = cell, (h, c)
+        self.after: tuple[Tensor, Tensor] | None = None
+
+    def gate(self, f: Tensor) -> Tensor:
+        """The gate (B × C) of a residual branch (B × C × H × W); leaves the new state in ``after``."""
+        self.after = self.cell(channel_mean(f), *self.before)
+        return self.after[0]
+
+
+class DIABlockMixin:
+    """A block that takes its step of the cell beside the feature map, and returns the map alone."""
+
+    @torch.jit.unused
+    def forward(self, x: Tensor, step: DIAStep | None = None) -> Tensor:
+        """B × C × H × W to the same, with ``step`` taken."""
+        if step is None:
+            raise TypeError("a block of a DIA network needs the state of the block before: call its stage")
+        f = self.branch(x)
+        return self.merge(f, x, step.gate(f))
+
+
+class DIABasicBlock(DIABlockMixin, SplitBasicBlock):
+    """timm's BasicBlock with DIA's gate before the sum."""
+
+
+class DIABottleneck(DIABlockMixin, SplitBottleneck):
+    """timm's Bottleneck with DIA's gate before the sum."""
+
+
+def _run(block: nn.Module, cell: DIACell, x: Tensor, h: Tensor, c: Tensor) -> Any:
+    step = DIAStep(cell, h, c)
+    return block(x, step), step.after
 
 
 class DIAStage(nn.Sequential):
@@ -41,12 +83,14 @@ class DIAStage(nn.Sequential):
         h = x.new_zeros((x.shape[0], cell.channels))
         c = h
         for block in self:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x, h, c = checkpoint(_step, block, cell, x, h, c)
-            else:
+            if torch.jit.is_scripting():  # which has no objects to hand on, and no hooks
                 f = block.branch(x)
                 h, c = cell(channel_mean(f), h, c)
                 x = block.merge(f, x, h)
+            elif self.grad_checkpointing:
+                x, (h, c) = checkpoint(_run, block, cell, x, h, c)
+            else:
+                x, (h, c) = _run(block, cell, x, h, c)
         return x
 
 

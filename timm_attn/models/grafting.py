@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..algebra import graft_conam, graft_dia, graft_gate
 from ..layers import ASR, ConAM
+from ..layers.options import check_affine
 
 State = dict[str, Tensor]
 #: (stock state dict with the variant's new parameters added, variant) → state dict of the variant
@@ -32,7 +33,12 @@ def _blocks(model: Any) -> dict[str, Any]:
 
 
 def _last_norm(path: str, block: Any) -> str:
-    return f"{path}.bn3" if isinstance(block, Bottleneck) else f"{path}.bn2"
+    norm = "bn3" if isinstance(block, Bottleneck) else "bn2"
+    try:
+        check_affine("a graft", block.get_submodule(norm))
+    except ValueError as error:
+        raise GraftError(f"{path}.{norm} cannot be scaled: {error}") from None
+    return f"{path}.{norm}"
 
 
 def nothing_to_scale(state: State, model: Any) -> State:

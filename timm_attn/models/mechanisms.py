@@ -21,7 +21,7 @@ from ..papers import PAPERS, Paper
 from . import blocks, grafting
 from .cifar import CifarResNet
 from .conam import ConAMCifarResNet, ConAMResNet
-from .dia import DIACifarResNet, DIAResNet
+from .dia import DIABasicBlock, DIABottleneck, DIACifarResNet, DIAResNet
 from .ssia import SSIACifarResNet, SSIAResNet
 
 
@@ -199,7 +199,7 @@ def _dia(
         # The paper's 4 on CIFAR and 20 on ImageNet. "Light" is defined nowhere; 16 and 64 are this package's.
         reduction = (16 if backbone.cifar else 64) if dia_light else (4 if backbone.cifar else 20)
     kwargs |= {"reduction": reduction, "block_args": block_args}
-    kwargs["block"] = blocks.SplitBottleneck if backbone.bottleneck else blocks.SplitBasicBlock
+    kwargs["block"] = DIABottleneck if backbone.bottleneck else DIABasicBlock
     return DIACifarResNet if backbone.cifar else DIAResNet, kwargs
 
 
