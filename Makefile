@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Workers of the test suite; one thread each.
 JOBS ?= 2
 
-.PHONY: demo test test-all test-timm lint dist bench clean
+.PHONY: demo test test-all test-kernels test-timm lint dist bench clean
 
 # The environment is made once and again whenever pyproject.toml changes.
 .venv.ok: pyproject.toml
@@ -26,6 +26,13 @@ test: lint
 # Every check of the contract on every registered model in full size: hours.
 test-all: test
 	$(BIN)/python -m pytest -n $(JOBS) -m all_models
+
+# What computes, with the kernels of other CPUs and with two threads: no test may depend on the last bit of one.
+KERNELS ?= ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
+	ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=2
+test-kernels: .venv.ok
+	set -e; for kernels in $(KERNELS); do echo "$$kernels"; \
+	env $$kernels $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "numbers and not all_models"; done
 
 # timm's own tests of models over small networks of this package: two minutes.
 test-timm: .venv.ok

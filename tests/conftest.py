@@ -17,15 +17,32 @@ os.environ.update(
 for _name in ("TIMM_ATTN_HUB", "HF_TOKEN", "HF_ENDPOINT"):
     os.environ.pop(_name, None)
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets
 import pytest
 import torch
+from helpers import BLANK
+from timm_attn.training import curves
 
 datasets.disable_progress_bars()
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+#: Files whose tests compute nothing that another CPU could compute otherwise; `make test-kernels` leaves them out.
+NO_NUMBERS = {
+    "test_cli",
+    "test_contributing",
+    "test_downloads",
+    "test_hub_server",
+    "test_models",
+    "test_pretrained",
+    "test_publish",
+    "test_rendered",
+    "test_security",
+}
+#: Files whose tests have no fixtures to share, and spread over the workers.
+SPREAD = {"test_contract", "test_fold"}
 
 
 def pytest_sessionfinish() -> None:
@@ -34,7 +51,22 @@ def pytest_sessionfinish() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items) -> None:
-    """Tests of a file share its fixtures and so a worker; those that have none spread."""
+    """Tests of a file share its fixtures and so a worker."""
     for item in items:
-        if item.path.stem not in ("test_contract", "test_fold"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        stem = item.path.stem
+        if stem not in SPREAD:
+            item.add_marker(pytest.mark.xdist_group(stem))
+        if stem not in NO_NUMBERS:
+            item.add_marker(pytest.mark.numbers)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def blank_pictures():
+    """Runs in this process leave a blank picture: drawing curves takes longer than a small run.
+
+    test_curves.py draws.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw", "draw_seeds"):
+            patch.setattr(curves, name, lambda lines, title, path: path.write_bytes(BLANK))
+        yield

@@ -1,20 +1,34 @@
-"""Several runs in one launch of two processes, for test_distributed.py: starting processes takes seconds.
+"""Launches of two processes for test_distributed.py, one after the other, forked from one that has imported all.
 
-torchrun --nproc-per-node 2 distributed_runs.py '[{"out": ..., "recipe": {...}, "kill": step or null}, ...]'
+python distributed_runs.py '[[{"out": ..., "recipe": {...}, "kill": step or null}, {"script": path}, ...], ...]'
+
+Each launch does what torchrun does: it sets the variables that torch.distributed reads, waits, and ends the other
+process when one fails. The exit statuses of the launches, 0 or 1, are the last line printed.
 """
 
 import json
 import os
+import runpy
 import signal
+import socket
 import sys
+import traceback
 from pathlib import Path
+
+import accelerate  # noqa: F401 (imported before the processes part)
+import datasets  # noqa: F401
+import sklearn.datasets  # noqa: F401
 
 from timm_attn.training import Recipe, resume, train
 from timm_attn.training.run import is_run
 
 
-def main() -> None:
-    for run in json.loads(sys.argv[1]):
+def work(runs: list[dict]) -> None:
+    """One process of a launch."""
+    for run in runs:
+        if "script" in run:
+            runpy.run_path(run["script"], run_name="__main__")
+            continue
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in run["recipe"].items()}
 
         def on_step(done: int, run=run) -> None:
@@ -29,5 +43,39 @@ def main() -> None:
             train(run["model"], Recipe(**fields), run["out"], on_step)
 
 
+def launch(runs: list[dict]) -> int:
+    """Two processes; 0 if both come to their end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = set()
+    for rank in (0, 1):
+        process = os.fork()
+        if process:
+            processes.add(process)
+            continue
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        status = 1
+        try:
+            work(runs)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    failed = 0
+    while processes:
+        process, status = os.wait()
+        processes.discard(process)
+        if status and not failed:
+            failed = 1
+            for other in processes:
+                os.kill(other, signal.SIGKILL)
+    return failed
+
+
 if __name__ == "__main__":
-    main()
+    print(json.dumps([launch(runs) for runs in json.loads(sys.argv[1])]))

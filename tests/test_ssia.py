@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import BACKBONES, ROOT, narrow, parse_name, python, randomise, small_names
+from helpers import BACKBONES, narrow, parse_name, randomise, small_names
 from reference.resnet import forward
 from reference.ssia import ssia_loss
 from timm.layers import get_graph_node_names
@@ -246,45 +246,3 @@ def test_averages_of_the_weights_can_be_taken_in_training():
     loss.backward()
     average.update(model)
     assert average.module.ssia.heads[0].weight.shape == model.ssia.heads[0].weight.shape
-
-
-SCRIPT = """
-import os, sys
-sys.path.insert(0, {tests!r})
-import torch, torch.distributed as dist, torch.nn.functional as F
-from functools import partial
-from helpers import narrow, randomise
-from timm.layers import GroupNorm
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-def make():
-    torch.manual_seed(0)
-    return randomise(narrow("resnet20_ssia", norm_layer=partial(GroupNorm, num_groups=2)).double()).train()
-model = make()
-parallel = torch.nn.parallel.DistributedDataParallel(model)
-g = torch.Generator().manual_seed(0)
-x, y = torch.randn(4, 3, 32, 32, generator=g).double(), torch.randint(0, 10, (4,), generator=g)
-part = slice(2 * rank, 2 * rank + 2)
-for _ in range(2):  # DDP finds out in the second step that a parameter got no gradient in the first
-    model.zero_grad()
-    F.cross_entropy(parallel(x[part]), y[part]).backward()
-if rank == 0:
-    whole = make()
-    whole.zero_grad()
-    logits = whole(x)
-    F.cross_entropy(logits, y).backward()
-    for (key, p), q in zip(model.named_parameters(), whole.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=lambda m: key + ": " + m)
-    print("equal over", len(list(model.parameters())), "parameters")
-dist.barrier()  # else the other process may end, and abort, in the midst of gloo's farewell
-dist.destroy_process_group()
-"""
-
-
-def test_two_processes_equal_one_with_both_batches(tmp_path):
-    script = tmp_path / "ddp.py"
-    script.write_text(SCRIPT.format(tests=str(ROOT / "tests")))
-    result = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
-    assert result.returncode == 0, result.stderr
-    assert "equal over" in result.stdout

@@ -2,15 +2,24 @@
 
 import json
 import shutil
+import subprocess
 
 import pytest
-from helpers import ROOT, python
+from helpers import found, script
 
+from timm_attn import cli
 from timm_attn.training.recipe_file import load_recipe
 from timm_attn.training.run import read_results
 from timm_attn.weights import read_index, sha256
 
-RECIPE = "data: digits\nimg_size: 16\ncrop_padding: 2\nbatch_size: 256\nlr: 0.1\nepochs: 1\n"
+RECIPE = """data: digits
+img_size: 8
+crop_padding: 1
+batch_size: 256
+lr: 0.1
+epochs: 1
+model_kwargs: {channels: [8, 8, 8], layers: [1, 1, 1]}
+"""
 KEPT = {
     "recipe.yaml",
     "environment.json",
@@ -22,16 +31,30 @@ KEPT = {
 }
 
 
-def train_zoo(folder, *options):
-    command = [ROOT / "scripts" / "train_zoo.py", "--data", "digits", "--recipe", folder / "recipe.yaml"]
-    command += ["--runs", folder / "runs", "--results", folder / "hub" / "results" / "zoo"]
-    return python(*command, "--models", "resnet20", "resnet20_asr", *options)
+start = subprocess.run
+
+
+def train_here(command: list[str], **options) -> subprocess.CompletedProcess:
+    """``python -m timm_attn train ...`` in this process; other programs as they are started."""
+    if command[1:4] != ["-m", "timm_attn", "train"]:
+        return start(command, **options)
+    try:
+        cli.main(command[3:])
+    except SystemExit as stop:
+        return subprocess.CompletedProcess(command, stop.code)
+    return subprocess.CompletedProcess(command, 0)
+
+
+def train_zoo(folder, *options, models=("resnet20", "resnet20_asr"), start=train_here):
+    arguments = ["--data", "digits", "--recipe", folder / "recipe.yaml", "--runs", folder / "runs"]
+    arguments += ["--results", folder / "hub" / "results" / "zoo", "--models", *models, *options]
+    return script("train_zoo.py", *arguments, start=start)
 
 
 def export_zoo(folder, data="digits", rounds=2):
-    command = [ROOT / "scripts" / "export_zoo.py", "--data", data, "--dataset", "digits", "--tag", "tiny"]
-    command += ["--runs", folder / "hub" / "results" / "zoo", "--hub", folder / "hub"]
-    return python(*command, "--rounds", str(rounds), "--batch-size", "4")
+    arguments = ["--data", data, "--dataset", "digits", "--tag", "tiny", "--rounds", rounds, "--batch-size", 4]
+    arguments += ["--runs", folder / "hub" / "results" / "zoo", "--hub", folder / "hub"]
+    return script("export_zoo.py", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +63,12 @@ def zoo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zoo")
     (folder / "recipe.yaml").write_text(RECIPE)
     for result in (train_zoo(folder, "--seeds", "0", "1"), export_zoo(folder)):
-        assert result.returncode == 0, result.stdout + result.stderr
+        assert result.returncode == 0, result.stdout
     return folder
 
 
 def contents(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {p.relative_to(folder): p.read_bytes() for p in found(folder.rglob("*")) if p.is_file()}
 
 
 def test_what_is_kept_of_a_run(zoo):
@@ -62,13 +85,13 @@ def test_what_is_kept_of_a_run(zoo):
 
 
 def test_what_is_exported(zoo):
-    found = {c.name: c for c in read_index(zoo / "hub")}
-    assert set(found) == {"resnet20.tiny", "resnet20_asr.tiny", "resnet20.asr_tiny_folded"}
-    assert all(c.over_seeds["seeds"] == [0, 1] and c.over_seeds["top1"]["n"] == 2 for c in found.values())
-    assert found["resnet20_asr.tiny"].controls == ["resnet20.tiny"]
-    assert "n = 2" in (found["resnet20_asr.tiny"].folder / "README.md").read_text()
+    exported = {c.name: c for c in read_index(zoo / "hub")}
+    assert set(exported) == {"resnet20.tiny", "resnet20_asr.tiny", "resnet20.asr_tiny_folded"}
+    assert all(c.over_seeds["seeds"] == [0, 1] and c.over_seeds["top1"]["n"] == 2 for c in exported.values())
+    assert exported["resnet20_asr.tiny"].controls == ["resnet20.tiny"]
+    assert "n = 2" in (exported["resnet20_asr.tiny"].folder / "README.md").read_text()
     times = json.loads((zoo / "hub" / "results" / "zoo.json").read_text())
-    assert times["checkpoints"].keys() == found.keys() and times["torch"]
+    assert times["checkpoints"].keys() == exported.keys() and times["torch"]
     assert times["checkpoints"]["resnet20.tiny"]["ratio_median"] == 1
     assert (zoo / "hub" / "results" / "zoo.png").read_bytes()[:4] == b"\x89PNG"
     assert not [p for p in (zoo / "hub").iterdir() if p.name.startswith(".")]
@@ -114,29 +137,36 @@ def test_a_third_seed_takes_the_place_of_the_older_weights(zoo, tmp_path):
     recipe = seed.with_name("seed-2") / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("seed: 1", "seed: 2"))
     assert export_zoo(folder).returncode == 0
-    found = {c.name: c for c in read_index(folder / "hub")}
-    assert found["resnet20.tiny"].over_seeds["seeds"] == [0, 1]
+    exported = {c.name: c for c in read_index(folder / "hub")}
+    assert exported["resnet20.tiny"].over_seeds["seeds"] == [0, 1]
     for name in ("resnet20_asr.tiny", "resnet20.asr_tiny_folded"):
-        assert found[name].over_seeds["seeds"] == [0, 1, 2]
-        assert (
-            found[name].folder == folder / "hub" / name
-            and found[name].verified("model.safetensors").is_file()
-        )
+        assert exported[name].over_seeds["seeds"] == [0, 1, 2]
+        assert exported[name].folder == folder / "hub" / name
+        assert exported[name].verified("model.safetensors").is_file()
 
 
-def test_what_is_finished_is_skipped_and_another_recipe_is_refused(zoo):
-    before = contents(zoo)
-    assert train_zoo(zoo, "--seeds", "0", "1").returncode == 0
-    assert contents(zoo) == before
-    (zoo / "recipe.yaml").write_text(RECIPE.replace("0.1", "0.2"))
-    result = train_zoo(zoo, "--seeds", "0")
-    (zoo / "recipe.yaml").write_text(RECIPE)
+def test_what_is_finished_is_skipped_and_another_recipe_is_refused(zoo, tmp_path):
+    folder = shutil.copytree(zoo, tmp_path / "zoo")
+    before = contents(folder)
+    assert train_zoo(folder, "--seeds", "0", "1").returncode == 0
+    assert contents(folder) == before
+    (folder / "recipe.yaml").write_text(RECIPE.replace("0.1", "0.2"))
+    result = train_zoo(folder, "--seeds", "0")
+    (folder / "recipe.yaml").write_text(RECIPE)
     assert result.returncode == 2 and "has lr 0.1, not 0.2: name other folders" in result.stdout
-    assert contents(zoo) == before
+    assert contents(folder) == before
 
 
 def test_a_run_that_diverges_does_not_stop_the_others(tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("0.1", "1.0e+30"))
     result = train_zoo(tmp_path, "--seeds", "0")
-    assert result.returncode == 1 and "not finished: " in result.stderr
+    assert result.returncode == 1 and "not finished: " in result.stdout
     assert all((tmp_path / "runs" / model / "seed-0").is_dir() for model in ("resnet20", "resnet20_asr"))
+
+
+def test_every_run_is_a_process_of_its_own(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    result = train_zoo(tmp_path, "--seeds", "0", models=["resnet20"], start=start)
+    assert result.returncode == 0, result.stdout
+    kept = tmp_path / "hub" / "results" / "zoo" / "resnet20" / "seed-0"
+    assert {p.name for p in kept.iterdir()} == KEPT
