@@ -23,6 +23,7 @@ import datasets
 import pytest
 import torch
 from helpers import BLANK
+
 from timm_attn.training import curves
 
 datasets.disable_progress_bars()

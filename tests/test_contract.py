@@ -52,7 +52,9 @@ def test_every_kind(case, check, tmp_path):
 
 
 def test_every_mechanism_meets_every_check():
-    checked = {(parse_name(name)[1], check) for name in KINDS for check in CHECKS if (name, check) not in LEFT_OUT}
+    checked = {
+        (parse_name(name)[1], check) for name in KINDS for check in CHECKS if (name, check) not in LEFT_OUT
+    }
     assert checked == {(mechanism, check) for mechanism in MECHANISMS for check in CHECKS}
 
 

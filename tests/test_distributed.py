@@ -86,7 +86,9 @@ def launched(tmp_path_factory):
     env = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
     result = python(program, json.dumps(launches), env=env)
     # Those with a kill break off.
-    assert result.returncode == 0 and json.loads(result.stdout.splitlines()[-1]) == [0, 1, 1, 0], result.stderr
+    assert result.returncode == 0 and json.loads(result.stdout.splitlines()[-1]) == [0, 1, 1, 0], (
+        result.stderr
+    )
     return folder, result.stdout
 
 
@@ -136,7 +138,9 @@ def test_two_processes_and_accumulation_compute_what_one_batch_computes(accumula
 
 def test_the_command_line_by_accelerate_launch(tmp_path):
     # --multi_gpu is what makes it start several processes; on a machine without GPUs they are CPU processes.
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    launch = (
+        "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    )
     train = "--dynamo_backend no -m timm_attn train resnet20_dia --data digits --img-size 8 --epochs 1"
     options = "--seeds 0 1 --track tensorboard --model-kwargs channels=[8,8,8] layers=[1,1,1]"
     command = [*launch.split(), *train.split(), "--out", str(tmp_path / "a"), *options.split()]

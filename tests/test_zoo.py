@@ -52,7 +52,18 @@ def train_zoo(folder, *options, models=("resnet20", "resnet20_asr"), start=train
 
 
 def export_zoo(folder, data="digits", rounds=2):
-    arguments = ["--data", data, "--dataset", "digits", "--tag", "tiny", "--rounds", rounds, "--batch-size", 4]
+    arguments = [
+        "--data",
+        data,
+        "--dataset",
+        "digits",
+        "--tag",
+        "tiny",
+        "--rounds",
+        rounds,
+        "--batch-size",
+        4,
+    ]
     arguments += ["--runs", folder / "hub" / "results" / "zoo", "--hub", folder / "hub"]
     return script("export_zoo.py", *arguments)
 

@@ -14,6 +14,7 @@ from .run import (
     ENVIRONMENT,
     RECIPE,
     WEIGHTS,
+    check_readable,
     environment,
     is_run,
     open_run,
@@ -63,6 +64,7 @@ def train(
     splits = load_splits(recipe, accelerator)
     network, recipe = build(model, recipe, splits.train, accelerator.print)
     built = construction(network)  # before it is wrapped
+    check_readable(network, splits.train.label_names)
     trainer = Trainer(accelerator, model, network, recipe, run, splits, on_step)
     # Only now, so that wrong input leaves nothing behind.
     if accelerator.is_main_process:

@@ -19,18 +19,21 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.models import save_for_hf
+from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from ..errors import UserError
 from ..files import disk_errors, replace_file
-from ..weights import CONFIG, WEIGHTS
+from ..weights import CONFIG, WEIGHTS, read_config
 from .recipe import Recipe
 from .recipe_file import load_recipe
 
@@ -131,15 +134,47 @@ def save_model(model: nn.Module, folder: Path, label_names: list[str]) -> None:
     # safetensors refuses channels-last tensors.
     model = deepcopy(model).to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     with disk_errors(folder / WEIGHTS):
-        save_for_hf(model, str(partial), {"label_names": label_names}, safe_serialization=True)
-    config = json.loads((partial / CONFIG).read_text(encoding="utf-8"))
-    config.get("model_args", {}).pop("num_classes", None)
-    (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_for_hf(model, str(partial), safe_serialization=True)
+    _write_config(model, partial / CONFIG, label_names)
     # safetensors lets nobody else read the file.
     shutil.copymode(partial / CONFIG, partial / WEIGHTS)
     for name in (CONFIG, WEIGHTS):
         os.replace(partial / name, folder / name)
     partial.rmdir()
+
+
+def _write_config(model: nn.Module, path: Path, label_names: list[str]) -> None:
+    save_config_for_hf(model, str(path), {"label_names": label_names})
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    replace_file(path, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def check_readable(model: nn.Module, label_names: list[str]) -> None:
+    """Refuse a network that could not be loaded again from what :func:`save_model` would write of it.
+
+    Raises:
+        UserError: Its configuration says what no reader takes, or leads to another network.
+    """
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+        try:
+            _write_config(model, Path(folder) / CONFIG, label_names)
+            read_config(Path(folder) / CONFIG)
+            again = timm.create_model(f"local-dir:{folder}")
+        except Exception as error:  # a constructor's, timm's and ours
+            reason = str(error).replace(f"{folder}{os.sep}", "").replace(folder, CONFIG)
+            raise UserError(
+                f"the trained network could not be loaded again: {reason}. Change that (a class's name, "
+                "--model-kwargs, the size of the images)"
+            ) from error
+    old, new = ({key: tuple(t.shape) for key, t in net.state_dict().items()} for net in (model, again))
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if changed:
+        raise UserError(
+            f"the trained network could not be loaded again: built from its config.json, {changed[0]} has "
+            f"the shape {new.get(changed[0])}, not {old.get(changed[0])} ({len(changed)} such in all). "
+            "Change --model-kwargs"
+        )
 
 
 def environment(

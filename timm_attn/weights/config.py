@@ -1,9 +1,19 @@
 """A folder laid out as a Hub repository, read with suspicion before timm sees it."""
 
+import threading
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from . import schema
 from .checkpoint import CONFIG, INDEX, WEIGHTS, check_inside
@@ -27,6 +37,64 @@ def read_config(path: Path) -> dict[str, Any]:
     if names and len(names) != config["num_classes"]:
         raise WeightsError(f"{path} names {len(names)} labels for {config['num_classes']} classes")
     return config
+
+
+#: timm's largest networks have some thousand.
+MOST_MODULES = 50_000
+#: Values that a network may hold besides four times those of its file: tables made at loading.
+_SPARE = 100_000_000
+
+
+class _TooLarge(Exception):
+    """A network that is larger than it may be."""
+
+
+def check_size(config: dict[str, Any], weights: Path) -> None:
+    """Raise a WeightsError if the network of a config.json would be far larger than the file of its weights.
+
+    It is built without memory, and given up as soon as that is seen.
+    """
+    architecture, arguments = config["architecture"], config.get("model_args") or {}
+    if not timm.is_model(architecture):
+        return  # whoever builds it says so
+    with safe_open(weights, framework="pt") as file:
+        held = sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    thread, values, modules = threading.get_ident(), 0, 0
+
+    def count(module: nn.Module, name: str, value: Any) -> None:
+        nonlocal values, modules
+        if threading.get_ident() != thread or value is None:
+            return
+        modules += isinstance(value, nn.Module)
+        values += value.numel() if torch.is_tensor(value) else 0
+        if values > 4 * held + _SPARE or modules > MOST_MODULES:
+            raise _TooLarge
+
+    hooks = [
+        register(count)
+        for register in (
+            register_module_parameter_registration_hook,
+            register_module_buffer_registration_hook,
+            register_module_module_registration_hook,
+        )
+    ]
+    arguments = {"num_classes": config["num_classes"], **arguments}
+    try:
+        try:
+            timm.create_model(architecture, device="meta", **arguments)
+        except TypeError:  # not every registered network takes a device
+            with torch.device("meta"):
+                timm.create_model(architecture, **arguments)
+    except _TooLarge:
+        raise WeightsError(
+            f"{weights} holds {held:,} values, far fewer than {architecture} with {str(arguments)[:200]} "
+            "has: these are not its weights"
+        ) from None
+    except Exception:  # what else is wrong with the arguments, whoever builds it says
+        return
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_weights(path: Path) -> None:
@@ -65,7 +133,9 @@ def read_folder(folder: Path) -> dict[str, Any]:
             for name in (CONFIG, WEIGHTS):
                 checkpoint.verified(name)
     check_weights(folder / WEIGHTS)
-    return read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG)
+    check_size(config, folder / WEIGHTS)
+    return config
 
 
 def fetch_folder(name: str) -> Path:
@@ -80,5 +150,5 @@ def fetch_folder(name: str) -> Path:
     # Both of the same commit, which is the name of the folder in the cache.
     weights = fetch(repo_id, WEIGHTS, config.parent.name)
     check_weights(weights)
-    read_config(config)
+    check_size(read_config(config), weights)
     return config.parent

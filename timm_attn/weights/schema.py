@@ -6,6 +6,7 @@ A check takes a value and where it stands, and raises a :class:`WeightsError` th
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,13 @@ DIGEST = text(r"[0-9a-f]{64}", "a sha256 of 64 hexadecimal digits")
 _SIDE = whole(1, 4096)
 _SIZE = list_of(_SIDE, 3, 3)
 _CHANNELS = list_of(number(-1000, 1000), 1, 64)
-_LABEL = text(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,500}", "a label")
+CLASSES = whole(0, 1_000_000)
+_LABEL = text(
+    r"[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]{0,10000}",
+    "a class name of at most 10,000 characters without control characters",
+)
+_LABELS = either(NONE, list_of(_LABEL, 0, 1_000_000))
+_DESCRIPTIONS = either(NONE, table(_LABEL, _LABEL, 1_000_000))
 
 #: timm's pretrained configuration. It must not send timm to another source of weights.
 PRETRAINED_CFG = record(
@@ -199,84 +206,97 @@ PRETRAINED_CFG = record(
         "crop_mode": one_of("center", "squash", "border"),
         "mean": _CHANNELS,
         "std": list_of(number(1e-6, 1000), 1, 64),
-        "num_classes": whole(0, 100_000),
+        "num_classes": CLASSES,
         "label_offset": either(NONE, whole(0, 1000)),
-        "label_names": either(NONE, list_of(_LABEL, 0, 100_000)),
-        "label_descriptions": either(NONE, table(_LABEL, _LABEL, 100_000)),
+        "label_names": _LABELS,
+        "label_descriptions": _DESCRIPTIONS,
         "pool_size": either(NONE, list_of(_SIDE, 2, 2)),
         "test_pool_size": either(NONE, list_of(_SIDE, 2, 2)),
-        "first_conv": either(NONE, TEXT),
-        "classifier": either(NONE, TEXT),
+        # Several, where a network has more than one stem or head.
+        **dict.fromkeys(("first_conv", "classifier"), either(NONE, TEXT, list_of(TEXT, 0, 100))),
         **dict.fromkeys(("license", "tag", "description"), either(NONE, TEXT)),
         **dict.fromkeys(("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"), never),
     },
     others=anything,
 )
 
-_WIDTHS = list_of(whole(1, 8192), 1, 4)
-_LAYER = either(NONE, text(r"[a-z0-9_]{1,40}", "a layer's name"))
-_RATE = either(NONE, number(0, 1))
-#: Keyword arguments of the architectures, as far as JSON can say them.
-MODEL_ARGS = record(
-    {
-        "in_chans": whole(1, 64),
-        "num_classes": whole(0, 100_000),
-        "global_pool": one_of("", "avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax"),
-        "output_stride": one_of(8, 16, 32),
-        "channels": _WIDTHS,
-        "layers": list_of(whole(1, 200), 1, 4),
-        "stem_width": whole(1, 1024),
-        "stem_type": one_of("", "deep", "deep_tiered"),
-        "cardinality": whole(1, 1024),
-        "base_width": whole(1, 4096),
-        "block_reduce_first": whole(1, 64),
-        "down_kernel_size": whole(1, 7),
-        **dict.fromkeys(("avg_down", "replace_stem_pool", "zero_init_last", "folded"), FLAG),
-        **dict.fromkeys(("drop_rate", "drop_path_rate", "drop_block_rate"), _RATE),
-        **dict.fromkeys(("act_layer", "norm_layer", "aa_layer"), _LAYER),
-        "block_args": either(NONE, record({"attn_layer": _LAYER})),
-        # DIA, ASR and ConAM
-        "reduction": either(NONE, whole(1, 8192)),
-        "dia_light": FLAG,
-        "delta": whole(1, 64),
-        "generator": one_of("se", "ie", "eca", "srm"),
-        "attention": _LAYER,
-        "grid": either(NONE, whole(1, 64), list_of(whole(1, 64), 1, 4)),
-        "patch_size": either(NONE, whole(1, 4096), list_of(whole(0, 4096), 1, 4)),
-        "temperature": either(number(1e-6, 1e6), one_of("sqrt")),
-        # FMM and SSIA
-        "mode": one_of("bn", "sigmoid", "gate", "raw"),
-        "pin_bias": FLAG,
-        "target": one_of("channel", "last", "spatial"),
-        "aux_weight": number(0, 1e6),
-    }
+#: What would send timm to other weights, or change what is made of them.
+FORBIDDEN = frozenset(
+    (
+        *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args"),
+        *("pretrained_strict", "pretrained_filter_fn", "kwargs_filter", "checkpoint_path", "cache_dir"),
+        *("scriptable", "exportable", "no_jit", "device", "dtype"),
+        *("features_only", "feature_cfg", "feature_cls", "model_cfg", "model_cls", "variant"),
+    )
 )
+_KEY = text(r"[A-Za-z_][A-Za-z0-9_]{0,63}", "an argument's name")
+# No dot, colon or slash: nothing that could be imported, fetched or opened.
+_WORD = text(r"[A-Za-z0-9_+, -]{0,64}", "a word of letters, digits, '_', '+', ',', '-' and spaces")
+
+
+def _argument(value: Any, where: str, depth: int = 4) -> None:
+    """What a constructor of timm may be given: a number, a word, nothing, or lists and objects of these."""
+    if value is None or isinstance(value, bool):
+        return
+    if isinstance(value, str):
+        _WORD(value, where)
+    elif isinstance(value, int):
+        whole(-100_000, 100_000)(value, where)
+    elif isinstance(value, float):
+        number(-1e6, 1e6)(value, where)
+    elif isinstance(value, list | dict) and depth:
+        if len(value) > 256:
+            raise _refuse(value, where, "of at most 256 elements")
+        for name, element in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(value, dict):
+                _KEY(name, f"a key of {where}")
+            inner = f"{where}.{name}" if isinstance(value, dict) else f"{where}[{name}]"
+            _argument(element, inner, depth - 1)
+    else:
+        raise _refuse(value, where, "a number, a word, null, or a list or an object of these, at most 4 deep")
+
+
+def model_args(value: Any, where: str) -> None:
+    """Keyword arguments of an architecture, any one's: bounded in structure and size, not by name.
+
+    How large a network they ask for is found out by :func:`~timm_attn.weights.config.check_size`.
+    """
+    table(_KEY, anything, 100)(value, where)
+    for name, element in value.items():
+        if name in FORBIDDEN:
+            raise WeightsError(f"{where}.{name} must be left out: it would change which weights are loaded")
+        (_SIZED.get(name) or _argument)(element, f"{where}.{name}")
+
+
+_SIZED = {"num_classes": CLASSES, "in_chans": whole(1, 64)}
 
 #: config.json as timm writes it.
 CONFIG = record(
     {
         "architecture": NAME,
-        "num_classes": whole(0, 100_000),
+        "num_classes": CLASSES,
         "num_features": whole(1, 1_000_000),
         "global_pool": either(NONE, TEXT),
-        "label_names": either(NONE, list_of(_LABEL, 0, 100_000)),
-        "label_descriptions": either(NONE, table(_LABEL, _LABEL, 100_000)),
-        "model_args": MODEL_ARGS,
+        "label_names": _LABELS,
+        "label_descriptions": _DESCRIPTIONS,
+        "model_args": model_args,
         "pretrained_cfg": PRETRAINED_CFG,
     },
     required=("architecture", "num_classes", "pretrained_cfg"),
     others=anything,
 )
+_LARGEST_FLOAT = sys.float_info.max
+_REAL = number(-_LARGEST_FLOAT, _LARGEST_FLOAT)
 _FIGURE = record(
     {
-        "mean": number(-1e9, 1e9),
-        "std": either(NONE, number(0, 1e9)),
+        "mean": _REAL,
+        "std": either(NONE, number(0, _LARGEST_FLOAT)),
         "n": whole(1, 10_000),
-        "values": list_of(number(-1e9, 1e9), 1, 10_000),
+        "values": list_of(_REAL, 1, 10_000),
     },
     required=("mean", "std", "n"),
 )
-_COUNT = whole(0, 10**12)
+_COUNT, SEED = whole(0, 10**12), whole(0, 2**63 - 1)
 
 #: One checkpoint of an index.
 ENTRY = record(
@@ -286,19 +306,20 @@ ENTRY = record(
         "repo_id": either(NONE, REPO),
         "revision": either(NONE, REVISION),
         "pretrained_cfg": PRETRAINED_CFG,
-        "model_args": MODEL_ARGS,
+        "model_args": model_args,
         "files": table(FILE, record({"sha256": DIGEST, "size": _COUNT}, required=("sha256", "size")), 100),
         "metrics": record(
             {
                 **dict.fromkeys(("top1", "top5"), number(0, 100)),
-                "loss": number(-1e9, 1e9),
-                **dict.fromkeys(("images", "epoch", "seed", "parameters"), _COUNT),
+                "loss": _REAL,
+                **dict.fromkeys(("images", "epoch", "parameters"), _COUNT),
+                "seed": SEED,
                 "logit_difference": number(0, 1e9),
             },
             others=anything,
         ),
         "over_seeds": record(
-            {"seeds": list_of(_COUNT, 1, 10_000), **dict.fromkeys(("top1", "top5", "loss"), _FIGURE)}
+            {"seeds": list_of(SEED, 1, 10_000), **dict.fromkeys(("top1", "top5", "loss"), _FIGURE)}
         ),
         "recipe": anything,
         "dataset": record(
