@@ -1,16 +1,20 @@
 """Trained form to deployed form: fold what folds, and prove it on the spot."""
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
 from timm.utils import reparameterize_model, unwrap_model  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from .models import MECHANISMS, model_names, parse_name
-from .models.deployed import fuse_conv_norms, separate_norms
+from .models.deployed import conv_norm_pairs, fuse_conv_norms, separate_norms
+
+#: What a model is called with: one tensor, a tuple of positional arguments or a dictionary of named ones.
+Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 
 #: Greatest max|Δlogit| ÷ max|logit| that a fold may cause, by dtype. The half-precision bounds are a few
 #: roundings of the network's own arithmetic: folding moves the rounding of γ · v from run time to fold time.
@@ -31,10 +35,13 @@ class NothingToFold(ValueError):
 class FoldReport:
     """What folding did. Pairs are before and after.
 
+    Of several outputs, the largest differences are reported.
+
     Attributes:
         max_absolute: max|Δlogit|.
         max_relative: max|Δlogit| ÷ max|logit|.
-        top1_agreement: Share of the images to which both give the same class, in %.
+        top1_agreement: Share of the images to which both give the same class, in %; NaN if the output is
+            anything but logits, B × classes.
         images: Number of images compared.
         parameters: Number of parameters.
         multiply_adds: Of convolutions and matrix products, for one image.
@@ -52,39 +59,44 @@ class FoldReport:
     separate_norms: tuple[str, ...]
 
 
-def fold(model: nn.Module, inputs: Tensor | None = None) -> nn.Module:
-    """Make the deployed form of a model of this package, and compare the two.
+def fold(model: nn.Module, inputs: Inputs | None = None) -> nn.Module:
+    """Make the deployed form of a model of this package, or of one that holds such, and compare the two.
 
     Gates that do not depend on the image go into the norm layer before them (ASR), and what acts in
     training only goes (SSIA): the stock network is left. Where the mechanism depends on the image (DIA,
     ConAM, FMM, SE) it stays, and batch norms are fused into the convolutions before them; that form is
     built by ``timm.create_model(..., folded=True)``.
 
-    Works on a copy, in eval mode. Compares the two on fixed random images and on ``inputs``.
+    Works on a copy, in eval mode. Compares all outputs of the two, whatever holds them (lists of feature
+    maps, dictionaries, dataclasses), on fixed random images and on ``inputs``.
 
     Args:
-        model: Left as it is.
-        inputs: Images B × C × H × W in the model's dtype, compared besides two fixed random images of the
-            size in ``model.pretrained_cfg``.
+        model: Left as it is. Networks of this package may sit anywhere in it.
+        inputs: Images B × C × H × W in the model's dtype, or a tuple or dictionary of the arguments that the
+            model takes. Compared besides two fixed random images of the size in ``pretrained_cfg``; needed
+            where the model does not take these.
 
     Returns:
         The folded model in eval mode.
 
     Raises:
-        NothingToFold: The model is a plain network, or folded already.
-        ValueError: ``inputs`` are no images, or of another dtype than the model.
-        FoldError: max|Δlogit| ÷ max|logit| is above :data:`BOUNDS`, or logits are not finite.
+        NothingToFold: Every network in it is a plain one, or folded already.
+        ValueError: ``inputs`` are no images, or of another dtype than the model, or are needed; or the output
+            holds no tensor.
+        FoldError: max|Δlogit| ÷ max|logit| is above :data:`BOUNDS`, or an output is not finite.
     """
     original, folded = _fold(model)
     if inputs is not None:
-        _check_images(model, inputs)
-    for images in (example_input(original), inputs):
-        if images is None:
+        _check_inputs(model, inputs)
+        inputs = tree_map_only(Tensor, Tensor.cpu, inputs)
+    dtype = _dtype(original)
+    for given in (_example_that_runs(original, inputs is None), inputs):
+        if given is None:
             continue
-        error = relative_difference(original, folded, images.cpu())
-        excess = above_bound(error, images.dtype)
+        error = relative_difference(original, folded, given)
+        excess = above_bound(error, dtype)
         if excess:
-            hint = "" if images.dtype == torch.float64 else " (fold model.double() if it is rounding)"
+            hint = "" if dtype == torch.float64 else " (fold model.double() if it is rounding)"
             raise FoldError(f"folding changed the output: {excess}{hint}")
     return folded.to(next(model.parameters()).device)
 
@@ -105,29 +117,45 @@ def _fold(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     model = unwrap_model(model)
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("a model on the meta device has no weights to fold")
-    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
     gates = _foldable(model)
     original: Any = deepcopy(model).cpu().eval()
-    if gates:
-        folded: Any = reparameterize_model(original)
-        left = _foldable(folded)
-        if left:
-            raise FoldError(f"{left} of {gates} gates stand where no block folds them")
-        if name in model_names() and hasattr(original, "_model_args"):  # saved, it is the stock network
-            backbone, key = parse_name(name)
-            stock, folded._model_args = MECHANISMS[key].stock_network(backbone, original._model_args)
-            cfg = {**original.pretrained_cfg, "architecture": stock, "tag": None}
-            folded.pretrained_cfg = folded.default_cfg = cfg
-        return original, folded
-    folded = deepcopy(original)
-    if name in model_names() and MECHANISMS[parse_name(name)[1]].fuses and fuse_conv_norms(folded):
-        if hasattr(folded, "_model_args"):
-            folded._model_args = {**folded._model_args, "folded": True}
-        return original, folded
-    raise NothingToFold(
-        f"nothing to fold in {name}: it has no gate that is independent of the image, nothing that acts in "
-        "training only, and no attention whose network has norms left to fuse"
-    )
+    folded: Any = reparameterize_model(nn.Sequential(original))[0]  # which looks at children only
+    left = _foldable(folded)
+    if left:
+        raise FoldError(f"{left} of {gates} gates stand where no block folds them")
+    changed = gates
+    for path, network in _networks(folded).items():
+        backbone, key = parse_name(network.pretrained_cfg["architecture"])
+        mechanism, was = MECHANISMS[key], original.get_submodule(path)
+        if mechanism.folds and _foldable(was):  # saved, it is the stock network
+            stock, arguments = mechanism.stock_network(backbone, getattr(was, "_model_args", {}))
+            cfg = {**was.pretrained_cfg, "architecture": stock, "tag": None}
+            network.pretrained_cfg = network.default_cfg = cfg
+        elif mechanism.fuses and conv_norm_pairs(was):
+            changed += fuse_conv_norms(network)  # of networks in one another, the outer has fused them
+            arguments = {**getattr(was, "_model_args", {}), "folded": True}
+        else:
+            continue
+        if hasattr(was, "_model_args"):
+            network._model_args = arguments
+    if not changed:
+        cfg = getattr(model, "pretrained_cfg", None) or {}
+        raise NothingToFold(
+            f"nothing to fold in {cfg.get('architecture') or type(model).__name__}: it has no gate that is "
+            "independent of the image, nothing that acts in training only, and no attention whose network "
+            "has norms left to fuse"
+        )
+    return original, folded
+
+
+def _networks(model: nn.Module) -> dict[str, Any]:
+    """The networks of this package in a model, by path; of those in one another, each."""
+    networks = {}
+    for path, module in model.named_modules():
+        cfg = getattr(module, "pretrained_cfg", None)
+        if isinstance(cfg, dict) and cfg.get("architecture") in model_names():
+            networks[path] = module
+    return networks
 
 
 def _foldable(model: nn.Module) -> int:
@@ -136,35 +164,38 @@ def _foldable(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def verify_fold(model: nn.Module, folded: nn.Module, inputs: Tensor) -> FoldReport:
+def verify_fold(model: nn.Module, folded: nn.Module, inputs: Inputs) -> FoldReport:
     """Compare a model and its folded form in eval mode.
 
     Args:
         model: The model before folding.
         folded: After.
-        inputs: Images B × C × H × W in the models' dtype and on their device.
+        inputs: Images B × C × H × W in the models' dtype and on their device, or a tuple or dictionary of
+            the arguments that the models take, whose tensors all have B rows.
 
     Raises:
-        ValueError: ``inputs`` are no images, or of another dtype than the models.
-        FoldError: The logits of ``model`` are not finite.
+        ValueError: ``inputs`` are no images, or of another dtype than the models; or the output holds no
+            tensor.
+        FoldError: An output of ``model`` is not finite, or ``folded`` has outputs of other shapes.
     """
     model, folded = unwrap_model(model), unwrap_model(folded)
     for m in (model, folded):
-        _check_images(m, inputs)
+        _check_inputs(m, inputs)
     modes = {module: module.training for m in (model, folded) for module in m.modules()}
     try:
-        a, b = _finite(_logits(model, inputs)), _logits(folded, inputs)
-        costs = [_costs(m, inputs[:1]) for m in (model, folded)]
+        pairs = _compared(model, folded, inputs)
+        costs = [_costs(m, tree_map_only(Tensor, lambda t: t[:1], inputs)) for m in (model, folded)]
     finally:
         for module, mode in modes.items():
             module.training = mode
     parameters, multiply_adds, size = zip(*costs, strict=True)
-    difference = (a - b).abs().max().item()
+    (a, b), *others = pairs
+    same = (a.argmax(1) == b.argmax(1)).double().mean().item() if a.ndim == 2 and not others else torch.nan
     return FoldReport(
-        max_absolute=difference,
-        max_relative=difference / a.abs().max().item() if difference else 0.0,
-        top1_agreement=100 * (a.argmax(1) == b.argmax(1)).double().mean().item(),
-        images=len(inputs),
+        max_absolute=max((a - b).abs().max().item() for a, b in pairs),
+        max_relative=max(_relative(a, b) for a, b in pairs),
+        top1_agreement=100 * same,
+        images=len(next(leaf for leaf in tree_leaves(inputs) if torch.is_tensor(leaf))),
         parameters=parameters,
         multiply_adds=multiply_adds,
         bytes=size,
@@ -172,34 +203,70 @@ def verify_fold(model: nn.Module, folded: nn.Module, inputs: Tensor) -> FoldRepo
     )
 
 
-def _check_images(model: nn.Module, images: Any) -> None:
-    dtype = next(model.parameters()).dtype
-    if not torch.is_tensor(images) or images.dtype != dtype or images.ndim != 4 or not len(images):
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+def _check_inputs(model: nn.Module, inputs: Any) -> None:
+    if isinstance(inputs, tuple | dict) and any(map(torch.is_tensor, tree_leaves(inputs))):
+        return
+    dtype = _dtype(model)
+    if not torch.is_tensor(inputs) or inputs.dtype != dtype or inputs.ndim != 4 or not len(inputs):
         shape = (
-            f"{tuple(images.shape)} of {images.dtype}" if torch.is_tensor(images) else type(images).__name__
+            f"{tuple(inputs.shape)} of {inputs.dtype}" if torch.is_tensor(inputs) else type(inputs).__name__
         )
-        raise ValueError(f"inputs must be one image or more, B × C × H × W of {dtype}, got {shape}")
+        raise ValueError(
+            f"inputs must be one image or more, B × C × H × W of {dtype}, or a tuple or dictionary of the "
+            f"model's arguments, got {shape}"
+        )
 
 
-def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
-    logits = model.eval()(inputs)
-    if not torch.is_tensor(logits):
-        raise ValueError(f"the output must be one tensor, got {type(logits).__name__}: give the model itself")
-    return logits.cpu().double()
+def _call(model: nn.Module, inputs: Inputs) -> Any:
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
-def _finite(logits: Tensor) -> Tensor:
-    if not logits.isfinite().all():
+def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """All tensors of a model's output in float64 on the CPU."""
+
+    def tensors(output: Any) -> list[Tensor]:
+        leaves = tree_leaves(output)
+        if len(leaves) == 1 and leaves[0] is output:
+            if torch.is_tensor(output):
+                return [output.cpu().double()]
+            return tensors(vars(output)) if is_dataclass(output) else []
+        return [tensor for leaf in leaves for tensor in tensors(leaf)]
+
+    output = _call(model.eval(), inputs)
+    found = [tensor for tensor in tensors(output) if tensor.numel()]
+    if not found:
+        raise ValueError(f"the output, {type(output).__name__}, holds no tensor that could be compared")
+    return found
+
+
+def _compared(model: nn.Module, other: nn.Module, inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
+    """The outputs of two models, in pairs."""
+    ours, theirs = _outputs(model, inputs), _outputs(other, inputs)
+    if not all(tensor.isfinite().all() for tensor in ours):
         raise FoldError(
             "the model's own output is not finite: its weights or the images hold NaN or infinity"
         )
-    return logits
+    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        raise FoldError(f"the outputs have the shapes {shapes[1]} instead of {shapes[0]}")
+    return list(zip(ours, theirs, strict=True))
 
 
-def _costs(model: nn.Module, image: Tensor) -> tuple[int, int, int]:
+def _relative(a: Tensor, b: Tensor) -> float:
+    difference = (a - b).abs().max().item()
+    return difference / a.abs().max().item() if difference else 0.0
+
+
+def _costs(model: nn.Module, image: Inputs) -> tuple[int, int, int]:
     """Parameters, multiply-adds for one image, bytes."""
     with FlopCounterMode(display=False) as counter:
-        model(image)
+        _call(model, image)
     tensors: Any = model.state_dict().values()
     return (
         sum(p.numel() for p in model.parameters()),
@@ -209,22 +276,48 @@ def _costs(model: nn.Module, image: Tensor) -> tuple[int, int, int]:
 
 
 def example_input(model: nn.Module, batch_size: int = 2) -> Tensor:
-    """Fixed standard normal images for a timm model, on its device and in its dtype."""
+    """Fixed standard normal images for a timm model, on its device and in its dtype.
+
+    A model that has no ``pretrained_cfg`` gets those for the first network in it that has one.
+    """
     parameter = next(model.parameters())
-    channels, height, width = getattr(model, "pretrained_cfg", {}).get("input_size") or (3, 224, 224)
-    channels = getattr(model, "in_chans", channels)
+    network = next((m for m in model.modules() if getattr(m, "pretrained_cfg", None)), model)
+    channels, height, width = getattr(network, "pretrained_cfg", {}).get("input_size") or (3, 224, 224)
+    channels = getattr(network, "in_chans", channels)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, channels, height, width, generator=generator)
     return images.to(parameter.device, parameter.dtype)
 
 
 @torch.no_grad()
-def relative_difference(model: nn.Module, other: nn.Module, inputs: Tensor) -> float:
-    """max|Δlogit| ÷ max|logit| of two models, which are put in eval mode, on the same images.
+def _example_that_runs(model: nn.Module, needed: bool) -> Tensor | None:
+    """Example images, or None if the model does not take them and they are not needed.
 
     Raises:
-        FoldError: The first model's logits are not finite.
+        ValueError: They are needed.
     """
-    a, b = _finite(_logits(model, inputs)), _logits(other, inputs)
-    difference = (a - b).abs().max().item()
-    return difference / a.abs().max().item() if difference else 0.0
+    images = example_input(model)
+    try:
+        model(images)
+    except Exception as error:  # whatever a model raises on images that it was not made for
+        if needed:
+            raise ValueError(
+                f"{type(model).__name__} does not take images {tuple(images.shape)} "
+                f"({type(error).__name__}: {error}): give what it takes as inputs=, a tensor, a tuple or a "
+                "dictionary of arguments"
+            ) from error
+        return None
+    return images
+
+
+@torch.no_grad()
+def relative_difference(model: nn.Module, other: nn.Module, inputs: Inputs) -> float:
+    """max|Δlogit| ÷ max|logit| of two models, which are put in eval mode, on the same images.
+
+    Of several outputs, the largest of these.
+
+    Raises:
+        ValueError: The output holds no tensor.
+        FoldError: An output of the first model is not finite, or the other's has another shape.
+    """
+    return max(_relative(a, b) for a, b in _compared(model, other, inputs))

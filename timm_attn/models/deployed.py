@@ -14,16 +14,20 @@ from ..algebra import fuse_conv_norm
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
-def _pairs(model: nn.Module) -> list[tuple[str, str]]:
+def conv_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
     """Paths of each convolution and of the batch norm that follows it with nothing between."""
     modules: dict[str, Any] = dict(model.named_modules())
-    stem = f"conv1.{len(modules['conv1']) - 1}" if isinstance(modules["conv1"], nn.Sequential) else "conv1"
-    paths = [(stem, "bn1")]
+    paths: list[tuple[str, str]] = []
     for path, module in modules.items():
-        if isinstance(module, BasicBlock | Bottleneck):
-            paths += [(f"{path}.conv{i}", f"{path}.bn{i}") for i in (1, 2, 3)]
-        elif isinstance(module, nn.Sequential):
-            paths += pairwise(f"{path}.{name}" for name, _ in module.named_children())
+        prefix = path and f"{path}."
+        if isinstance(module, nn.Sequential):
+            paths += pairwise(f"{prefix}{name}" for name, _ in module.named_children())
+        elif isinstance(module, BasicBlock | Bottleneck):
+            paths += [(f"{prefix}conv{i}", f"{prefix}bn{i}") for i in (1, 2, 3)]
+        else:  # a network's stem, also where timm has taken its stages out to collect their feature maps
+            stem = modules.get(f"{prefix}conv1")
+            last = f".{len(stem) - 1}" if isinstance(stem, nn.Sequential) else ""
+            paths.append((f"{prefix}conv1{last}", f"{prefix}bn1"))
     return [(a, b) for a, b in paths if type(modules.get(a)) is nn.Conv2d and _fixed(modules.get(b))]
 
 
@@ -34,7 +38,7 @@ def _fixed(norm: Any) -> bool:
 
 def separate_norms(model: nn.Module) -> list[str]:
     """Paths of the batch norms of a network that no convolution takes in: FMM's on identity shortcuts."""
-    fused = {norm for _, norm in _pairs(model)}
+    fused = {norm for _, norm in conv_norm_pairs(model)}
     return [path for path, m in model.named_modules() if isinstance(m, _NORMS) and path not in fused]
 
 
@@ -43,7 +47,7 @@ def fuse_conv_norms(model: nn.Module) -> int:
 
     The norms become identities and the convolutions get a bias. Returns the number of norms fused.
     """
-    pairs = _pairs(model)
+    pairs = conv_norm_pairs(model)
     for conv_path, norm_path in pairs:
         conv: Any = model.get_submodule(conv_path)
         norm: Any = model.get_submodule(norm_path)
