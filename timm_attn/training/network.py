@@ -19,6 +19,7 @@ from ..models import MECHANISMS, model_names, parse_name
 from ..weights import CONFIG, WeightsError, fetch_folder, read_config, read_folder
 from .augment import derive_seed
 from .data import Split
+from .kernels import check_kernels
 from .labels import some
 from .recipe import Recipe
 from .run import is_run, open_run
@@ -111,6 +112,7 @@ def rebuild(model: str, built: dict[str, Any], recipe: Recipe) -> nn.Module:
 
 
 def _laid_out(network: Any, recipe: Recipe) -> nn.Module:
+    check_kernels(network, network.pretrained_cfg["input_size"][1:], recipe)
     return network.to(memory_format=torch.channels_last) if recipe.channels_last else network
 
 
