@@ -9,6 +9,26 @@ GUIDE = (ROOT / "CONTRIBUTING.md").read_text()
 HEAD = "import torch\nfrom torch import Tensor, nn\n\n\n"
 
 
+#: Its option goes through train, fold, validate, export and load.
+USE = """
+import timm, timm_attn, torch
+from timm_attn.cli import main
+assert timm_attn.__file__.startswith("{0}")
+data = ["--data", "digits"]
+small = ["--model-kwargs", "start=0.5", "channels=[8,8,8]", "layers=[1,1,1]", "--img-size", "8", "--epochs", "1"]
+main(["train", "resnet20_scale", *data, *small, "--out", "run"])
+model = timm.create_model("local-dir:run", pretrained=True)
+assert model._model_args["start"] == 0.5 and hasattr(model.layer1[0].se, "scale")
+folded = timm_attn.fold(model)
+timm.create_model("resnet20", channels=[8, 8, 8], layers=[1, 1, 1]).load_state_dict(folded.state_dict())
+main(["fold", "run"])
+main(["validate", "run", *data])
+main(["export", "run", "--tag", "guide", "--hub", "hub", "--dataset", "digits"])
+again = timm.create_model("local-dir:hub/resnet20_scale.guide", pretrained=True)
+assert torch.equal(again.layer1[0].se.scale, model.layer1[0].se.scale)
+"""
+
+
 def test_the_mechanism_of_the_guide_passes_the_contract(tmp_path):
     layer, row = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     for name in ("timm_attn", "tests", "scripts"):
@@ -22,13 +42,14 @@ def test_the_mechanism_of_the_guide_passes_the_contract(tmp_path):
     result = python("scripts/count_parameters.py", cwd=tmp_path, env=env)
     assert result.returncode == 0, result.stderr
     files = [f"tests/test_{name}.py" for name in ("contract", "models", "networks", "fold")]
-    kinds = "resnet20_scale and not (compile or export) or resnet50_scale and not (onnx or compile or export or script)"
-    selected = f"(registration or count) and scale or ({kinds}) and not registered and not twenty or every_mechanism_is_on"
+    kinds = "resnet20_scale and not (compile or export or onnx or script) or resnet50_scale and (gradients or features)"
+    folds = "what_folds_leaves and scale or every_mechanism_is_on"
+    selected = f"resnext50_32x4d_scale or ({kinds}) and not registered and not random or {folds}"
     result = python("-m", "pytest", *files, "-k", selected, "-rps", cwd=tmp_path, env=env)
     assert result.returncode == 0, result.stdout[-5000:]
     for test in (
-        "contract.py::test_every_registered_model[resnext50_32x4d_scale-count]",
-        "contract.py::test_every_kind[resnet20_scale-onnx]",
+        "contract.py::test_every_registered_model[resnext50_32x4d_scale]",
+        "contract.py::test_every_kind[resnet20_scale-fx]",
         "contract.py::test_every_kind[resnet50_scale-gradients]",
         "models.py::test_every_mechanism_is_on_every_backbone",
         "fold.py::test_what_folds_leaves_the_stock_network[resnet20_scale]",
@@ -37,13 +58,6 @@ def test_the_mechanism_of_the_guide_passes_the_contract(tmp_path):
         assert f"PASSED tests/test_{test}" in result.stdout, result.stdout
     skipped = [line for line in result.stdout.splitlines() if line.startswith("SKIPPED")]
     assert skipped and all("no reference of 'scale'" in line for line in skipped), skipped
-    folded = """
-import timm, timm_attn, torch
-assert timm_attn.__file__.startswith("{0}")
-model = timm.create_model("resnet20_scale", start=0.5)
-assert (model.layer1[0].se.scale == 0.5).all()
-folded = timm_attn.fold(model)
-timm.create_model("resnet20").load_state_dict(folded.state_dict(), strict=True)
-"""
-    result = python("-c", folded.format(tmp_path), cwd=tmp_path, env=env)
+    result = python("-c", USE.format(tmp_path), cwd=tmp_path, env=env)
     assert result.returncode == 0, result.stderr
+    assert "resnet20_scale.guide" in result.stdout and "resnet20.scale_guide_folded" in result.stdout

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from timm.models.resnet import BasicBlock, Bottleneck
-from torch import nn
+from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from ..algebra import fuse_conv_norm
@@ -47,29 +47,55 @@ def fuse_conv_norms(model: nn.Module) -> int:
 
     The norms become identities and the convolutions get a bias. Returns the number of norms fused.
     """
-    pairs = conv_norm_pairs(model)
-    for conv_path, norm_path in pairs:
+    pairs = _pairs_and_eps(model)
+    state = fuse_state(dict(model.state_dict()), pairs)
+    for conv_path, norm_path, _ in pairs:
         conv: Any = model.get_submodule(conv_path)
-        norm: Any = model.get_submodule(norm_path)
-        weight, bias = fuse_conv_norm(
-            conv.weight.detach(),
-            None if conv.bias is None else conv.bias.detach(),
-            norm.running_mean,
-            norm.running_var,
-            norm.eps,
-            torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.detach(),
-            torch.zeros_like(norm.running_var) if norm.bias is None else norm.bias.detach(),
-        )
-        conv.weight.data.copy_(weight)
-        conv.bias = nn.Parameter(bias)
+        conv.weight.data.copy_(state[f"{conv_path}.weight"])
+        conv.bias = nn.Parameter(state[f"{conv_path}.bias"])
         parent, _, name = norm_path.rpartition(".")
         setattr(model.get_submodule(parent), name, nn.Identity())
     return len(pairs)
 
 
+def fuse_state(state: dict[str, Tensor], pairs: list[tuple[str, str, float]]) -> dict[str, Tensor]:
+    """The state dict of a network whose norms are fused, from that of the one whose are not.
+
+    Args:
+        state: Left as it is.
+        pairs: Paths of each convolution and the batch norm after it, and the norm's ε.
+    """
+    state = dict(state)
+    for conv, norm, eps in pairs:
+        mean, var = state.pop(f"{norm}.running_mean"), state.pop(f"{norm}.running_var")
+        weight = state.pop(f"{norm}.weight", None)
+        bias = state.pop(f"{norm}.bias", None)
+        state.pop(f"{norm}.num_batches_tracked", None)
+        state[f"{conv}.weight"], state[f"{conv}.bias"] = fuse_conv_norm(
+            state[f"{conv}.weight"],
+            state.get(f"{conv}.bias"),
+            mean,
+            var,
+            eps,
+            torch.ones_like(var) if weight is None else weight,
+            torch.zeros_like(var) if bias is None else bias,
+        )
+    return state
+
+
+def has_norms(state: dict[str, Tensor], pairs: list[tuple[str, str, float]]) -> bool:
+    """Whether a state dict holds a network whose norms are not fused."""
+    return bool(pairs) and all(f"{norm}.running_mean" in state for _, norm, _ in pairs)
+
+
+def _pairs_and_eps(model: nn.Module) -> list[tuple[str, str, float]]:
+    return [(conv, norm, model.get_submodule(norm).eps) for conv, norm in conv_norm_pairs(model)]  # pyright: ignore
+
+
 def folded(model_cls: type[nn.Module], **kwargs: Any) -> nn.Module:
-    """Build a network in its deployed form."""
-    model = model_cls(**kwargs)
+    """Build a network in its deployed form; ``fused_pairs`` says what was fused."""
+    model: Any = model_cls(**kwargs)
+    model.fused_pairs = _pairs_and_eps(model)
     if not fuse_conv_norms(model):
         raise ValueError("folded=True needs batch norms after convolutions, and this network has none")
     return model

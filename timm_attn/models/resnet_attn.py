@@ -25,7 +25,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from .. import weights
-from .deployed import folded
+from .deployed import folded, fuse_state, has_norms
 from .grafting import graft_description, graft_state, key_difference
 from .mechanisms import BACKBONES, MECHANISMS
 
@@ -94,6 +94,8 @@ def stock_model(model: Any, folded: nn.Module) -> Any:
 def checkpoint_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Pass on a checkpoint whose keys are the model's, the classifier's aside; graft stock weights.
 
+    Trained weights of a model that is built with ``folded=True`` are folded.
+
     timm loads in part, in silence, when the head is adapted or ``features_only`` is asked for; this does not.
 
     Raises:
@@ -108,6 +110,9 @@ def checkpoint_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
         # Here and not in the tag's configuration, which timm also gives a model with random weights.
         cfg["description"] = graft_description(str(cfg.get("hf_hub_id")))
         return state_dict
+    if misfit and has_norms(state_dict, getattr(model, "fused_pairs", [])):
+        state_dict = fuse_state(state_dict, model.fused_pairs)  # pyright: ignore[reportArgumentType]
+        misfit = key_difference(state_dict, model.state_dict())
     # Of another number of channels or classes, timm adapts these two.
     adapted = tuple(f"{cfg.get(key)}." for key in ("first_conv", "classifier"))
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items() if not key.startswith(adapted)}
@@ -127,6 +132,10 @@ def _grafts(variant: str, kwargs: dict[str, Any]) -> bool:
     return str(tag).startswith(GRAFT)
 
 
+def _architecture(checkpoint: str | None) -> str:
+    return (checkpoint or "").partition(".")[0]
+
+
 def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
     if "block" in kwargs:
         raise TypeError(f"block={kwargs['block']!r} cannot be set: {variant} has blocks of its own")
@@ -139,7 +148,9 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
     if deployed:
         if not mechanism.fuses:
             stock = mechanism.stock(backbone_name, {})[0]
-            raise ValueError(f"{variant} has no folded form of its own: folded, it is {stock}")
+            theirs = [c.name for c in weights.checkpoints() if _architecture(c.folded_from) == variant]
+            named = f", whose weights are {' and '.join(theirs)}" if pretrained and theirs else ""
+            raise ValueError(f"{variant} has no folded form of its own: folded, it is {stock}{named}")
         build = partial(folded, build)
     if backbone.cifar:
         kwargs["feature_cfg"] = {"out_indices": (0, 1, 2, 3)}

@@ -1,0 +1,115 @@
+"""What one command writes the next one reads: train, fold, validate, export, load; of timm's networks, too."""
+
+import json
+
+import pytest
+import timm
+import torch
+from test_labels import INT, STRING, parquet
+
+from timm_attn.cli import main
+from timm_attn.errors import UserError
+from timm_attn.training import Recipe, train
+from timm_attn.weights import WeightsError, read_config, read_folder
+
+#: Architectures, arguments that make them tiny, and the one whose name no list of ours has.
+NETWORKS = {
+    "vit_tiny_patch16_224": ("img_size=32", "depth=1", "embed_dim=12", "num_heads=3"),
+    "swin_tiny_patch4_window7_224": ("img_size=32", "window_size=4", "depths=[1,1]", "num_heads=[1,2]", "embed_dim=8"),
+    "convnext_atto": ("conv_mlp=true", "depths=[1,1,1,1]", "dims=[8,8,8,8]"),
+    "mobilenetv3_small_050": ("bn_eps=0.002", "bn_momentum=0.05"),
+    "resnet20_asr": ("layers=[1,1,1]", "delta=2", "drop_path_rate=0.1", "act_layer=hard_swish"),
+    "resnet20_dia": ("layers=[1,1,1]", "drop_block_rate=0.1", "reduction=3"),
+}  # fmt: skip
+
+
+def data(folder, names=("ant", "bee", "cat"), feature=STRING):
+    """Two splits of a class each; the names are what the labels hold."""
+    colours = ["ant", "bee", "cat", "dog"]
+    for split in ("train", "test"):
+        parquet(folder, split, colours[: len(names)] * 2, list(names) * 2, feature)
+    return ["--data", str(folder)]
+
+
+def recipe(*kwargs):
+    size = ["--img-size", "32"] if any("img_size" in k or "conv_mlp" in k for k in kwargs) else []
+    small = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--lr", "0.01"]
+    return [*small, *size, "--model-kwargs", *kwargs]
+
+
+@pytest.mark.parametrize("architecture", NETWORKS)
+def test_any_argument_of_any_network_is_read_again(architecture, tmp_path, capsys):
+    run, given = tmp_path / "run", data(tmp_path / "d")
+    main(["train", architecture, *given, "--out", str(run), *recipe(*NETWORKS[architecture])])
+    main(["validate", str(run), *given])
+    main(["export", str(run), "--tag", "t", "--hub", str(tmp_path / "hub"), "--dataset", "a/b", "--dataset-license", "mit"])  # fmt: skip
+    if architecture.startswith("resnet20"):
+        main(["fold", str(run)])
+        assert read_config(run / "folded" / "config.json")
+    exported = tmp_path / "hub" / f"{architecture}.t"
+    main(["validate", str(exported), *given])
+    first = NETWORKS[architecture][0].partition("=")[0]
+    assert first in read_folder(exported)["model_args"]
+    a, b = (timm.create_model(f"local-dir:{f}", pretrained=True).eval() for f in (run, exported))
+    x = torch.randn(2, *a.pretrained_cfg["input_size"])
+    assert torch.equal(a(x), b(x))
+    assert "error" not in capsys.readouterr().err
+
+
+NAMES = {
+    "empty": ["", "b", "c"],
+    "long": ["a" * 3000, "b", "c"],
+    "tab": ["a\tb", "a b", "c"],
+    "line break": ["a\nb", "a\r\nb", "c"],
+    "markup": ["[bold]", "<b>&amp;", "| a |"],
+    "other scripts": ["ἄνθραξ", "蟻", "🐜"],
+}
+
+
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+def test_any_class_name_is_read_again(names, tmp_path, capsys):
+    run, given = tmp_path / "run", data(tmp_path / "d", names)
+    main(["train", "resnet20_asr", *given, "--out", str(run), *recipe("layers=[1,1,1]", "channels=[8,8,8]")])
+    main(["validate", str(run), *given])
+    main(["fold", str(run)])
+    main(["export", str(run), "--tag", "t", "--hub", str(tmp_path / "hub"), "--dataset", "a/b", "--dataset-license", "mit"])  # fmt: skip
+    for folder in (run, run / "folded", tmp_path / "hub" / "resnet20_asr.t"):
+        assert read_folder(folder)["label_names"] == sorted(names)
+
+
+@pytest.mark.parametrize("labels", [[7, 2000, 1000003], [1, 2, 3], [0, 1, 10**15]], ids=str)
+def test_any_numbers_are_read_again(labels, tmp_path):
+    run, given = tmp_path / "run", data(tmp_path / "d", labels, INT)
+    main(["train", "resnet20_dia", *given, "--out", str(run), *recipe("layers=[1,1,1]", "channels=[8,8,8]")])
+    config = read_folder(run)
+    assert config["num_classes"] == 3 and config["label_names"] == [str(label) for label in labels]
+    main(["validate", str(run), *given])
+    main(["fold", str(run)])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "names", "reason"),
+    [
+        (("layers=[1,1,1]",), ["a\0b", "c"], "class name"),
+        (("layers=[1,1,1]",), ["a" * 10_001, "c"], "class name"),
+        (("layers=[1,1,1]", "aux_weight=1.0e+300"), ["a", "b"], "aux_weight is 1e"),
+    ],
+    ids=["control character", "too long", "a number"],
+)
+def test_what_could_not_be_read_is_refused_before_the_first_step(kwargs, names, reason, tmp_path):
+    data(tmp_path / "d", names)
+    made = Recipe(data=str(tmp_path / "d"), epochs=1, batch_size=4, model_kwargs=kwargs)
+    with pytest.raises(UserError, match=f"the trained network could not be loaded again: .*{reason}"):
+        train("resnet20_ssia", made, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_small_file_does_not_make_a_large_network(tmp_path):
+    run = tmp_path / "run"
+    main(["train", "resnet20", *data(tmp_path / "d"), "--out", str(run), *recipe("layers=[1,1,1]")])
+    config = json.loads((run / "config.json").read_text())
+    for arguments in ({"channels": [5000] * 3, "layers": [1, 1, 1]}, {"layers": [40000, 1, 1]}):
+        config["model_args"] = arguments
+        (run / "config.json").write_text(json.dumps(config))
+        with pytest.raises(WeightsError, match="these are not its weights"):
+            read_folder(run)
