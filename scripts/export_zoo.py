@@ -21,6 +21,7 @@ from typing import Any
 import timm
 import torch
 from bench import ratios, rounds, surroundings
+from readme_tables import tables
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -194,7 +195,7 @@ def main() -> None:
     finally:
         shutil.rmtree(exported, ignore_errors=True)
     shipped = hub.resolve() == ROOT / "hub"
-    render(hub, ROOT / "README.md" if shipped else None)
+    render(hub, ROOT / "README.md" if shipped else None, tables=tables() if shipped else None)
     if shipped:
         write_logits(read_index(hub), ROOT / "tests" / "shipped_logits.json")
 

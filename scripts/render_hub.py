@@ -1,4 +1,4 @@
-"""Write cards, ``.eval_results``, results.csv and the README's table anew from hub/index.json.
+"""Write cards, ``.eval_results``, results.csv and the README's tables anew from hub/.
 
 python scripts/render_hub.py            # write
 python scripts/render_hub.py --check    # exit 1 if one of them differs
@@ -7,6 +7,8 @@ python scripts/render_hub.py --check    # exit 1 if one of them differs
 import argparse
 import sys
 from pathlib import Path
+
+from readme_tables import tables
 
 from timm_attn.publish.render import render
 
@@ -21,7 +23,7 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    changed = render(arguments.hub, arguments.readme, write=not arguments.check)
+    changed = render(arguments.hub, arguments.readme, write=not arguments.check, tables=tables())
     print("\n".join(map(str, changed)) or "nothing differs from the index")
     sys.exit(bool(changed) and arguments.check)
 

@@ -1,8 +1,7 @@
-"""The weights that ship, their cards, and what the README says of them."""
+"""The weights that ship, and what the README says of them."""
 
 import itertools
 import json
-import re
 import statistics
 
 import pytest
@@ -21,22 +20,13 @@ SHIPPED = {c.name: c for c in read_index(ROOT / "hub")}
 LOGITS = json.loads((ROOT / "tests" / "shipped_logits.json").read_text())
 
 
-#: What must ship, and what the README's sentences call it.
-NETWORKS = {
-    "resnet20": "plain",
-    "resnet20_se": "SE",
-    "resnet20_dia": "DIA",
-    "resnet20_conam": "ConAM",
-    "resnet20_asr": "ASR",
-    "resnet20_ssia": "SSIA",
-    "fmmnet20": "FMMNet",
-}
+NETWORKS = {"resnet20", *(f"resnet20_{name}" for name in ("se", "dia", "conam", "asr", "ssia")), "fmmnet20"}
 
 
 def test_what_ships():
     """Every network with one recipe, and all but the plain one with their folded form."""
     trained = [c for c in SHIPPED.values() if not c.folded_from]
-    assert {c.architecture for c in trained} == NETWORKS.keys()
+    assert {c.architecture for c in trained} == NETWORKS
     assert all(c.recipe == trained[0].recipe and c.tag == trained[0].tag for c in trained)
     folded = {c.folded_from for c in SHIPPED.values()} - {None}
     assert folded == {c.name for c in trained if c.architecture != "resnet20"}
@@ -67,58 +57,18 @@ def test_all_finished_runs_are_exported():
     assert json.loads((results / "zoo.json").read_text())["checkpoints"].keys() == SHIPPED.keys()
 
 
-@pytest.fixture
-def findings():
-    """The sentences under the README's table, which are written by hand, on one line."""
-    _, _, text = (ROOT / "README.md").read_text().partition("![top-1 against parameters")
-    return " ".join(text.partition("## Set up")[0].split())
-
-
-def test_the_readme_says_the_measured_accuracies(findings):
+def test_the_verdicts_of_the_readme_hold():
+    """Which networks are behind by more than noise is a sentence; the figures beside it are rendered."""
     over = {c.architecture: c.over_seeds["top1"] for c in SHIPPED.values() if not c.folded_from}
-    figures = {name: f"{top1['mean']:.2f} ± {top1['std']:.2f}" for name, top1 in over.items()}
-    assert set(re.findall(r"\d+\.\d+ ± \d+\.\d+", findings)) == set(figures.values())
-    assert {top1["n"] for top1 in over.values()} == {3}
 
     def behind(a, b):
         """How many standard errors the mean of a is below that of b, the measure of the cards."""
         return (over[b]["mean"] - over[a]["mean"]) / standard_error(over[a], over[b])
 
-    fmm_behind = behind("fmmnet20", "resnet20")
-    ssia_behind = behind("resnet20_ssia", "resnet20")
-    rest = NETWORKS.keys() - {"fmmnet20", "resnet20_ssia"}
+    rest = NETWORKS - {"fmmnet20", "resnet20_ssia"}
     apart = max(abs(behind(a, b)) for a, b in itertools.combinations(rest, 2))
-    assert fmm_behind > 2 > apart
+    assert behind("fmmnet20", "resnet20") > 2.5 > behind("resnet20_ssia", "resnet20") > 1.5 > apart
     assert max(over["fmmnet20"]["values"]) < min(min(over[name]["values"]) for name in rest)
-    for sentence in (
-        f"{figures['fmmnet20']} against {figures['resnet20']} (n = 3 each), {fmm_behind:.1f} standard errors",
-        f"SSIA, {figures['resnet20_ssia']} (n = 3), is {ssia_behind:.1f} standard errors behind plain",
-        *(f"{NETWORKS[name]} {figures[name]}" for name in rest - {"resnet20"}),
-        f"Plain {figures['resnet20']}",
-        f"(n = 3 each) differ by at most {apart:.1f} standard errors",
-    ):
-        assert sentence in findings, sentence
-
-
-def test_the_readme_says_the_measured_times(findings):
-    zoo = json.loads((ROOT / "hub" / "results" / "zoo.json").read_text())
-    times = {name: entry["ratio_median"] for name, entry in zoo["checkpoints"].items()}
-    fused = zoo["resnet20, norms fused"]["ratio_median"]
-    asr, ssia = (zoo["checkpoints"][f"resnet20.{name}_cpu_c10_folded"] for name in ("asr", "ssia"))
-    low, high = min(asr["ratio_min"], ssia["ratio_min"]), max(asr["ratio_max"], ssia["ratio_max"])
-    five = [times[c.name] for c in SHIPPED.values() if not (c.folded_from or c.is_control)]
-    kept = [times[c.name] for c in SHIPPED.values() if c.folded_from and c.architecture != "resnet20"]
-    every = [*zoo["checkpoints"].values(), zoo["resnet20, norms fused"]]
-    least, greatest = min(e["ratio_min"] for e in every), max(e["ratio_max"] for e in every)
-    for sentence in (
-        f"single rounds are at {least:.2f} to {greatest:.2f}",
-        f"({asr['ratio_median']:.2f} and {ssia['ratio_median']:.2f} of it; rounds: {low:.2f} to {high:.2f})",
-        f"As trained, the five take {min(five):.2f} to {max(five):.2f} times the plain network's time",
-        f"SE {times['resnet20_se.cpu_c10']:.2f}",
-        f"take {min(kept):.2f} to {max(kept):.2f}; the plain network with its own fused takes {fused:.2f}",
-        f"of which theirs is {min(kept) / fused:.2f} to {max(kept) / fused:.2f}",
-    ):
-        assert sentence in findings, sentence
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -156,4 +106,7 @@ def test_shipped_folded_weights_are_the_fold_of_the_trained(name):
     folded = timm.create_model(name, pretrained=True).eval()
     x = torch.randn(4, *trained.pretrained_cfg["input_size"])
     assert relative_difference(trained, folded, x) <= 1e-5
-    assert relative_difference(timm_attn.fold(trained), folded, x) == 0
+    again, shipped = timm_attn.fold(trained).state_dict(), folded.state_dict()
+    assert again.keys() == shipped.keys()
+    for key, value in again.items():  # folded on another CPU, whose sums have another order
+        torch.testing.assert_close(shipped[key], value, rtol=0, atol=1e-6 * value.abs().max().item(), msg=key)

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from helpers import python
+from PIL import Image
 
 from timm_attn.errors import UserError
 from timm_attn.training import Recipe, train, validate
@@ -22,6 +23,32 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("terminal") / "run"
     train("resnet20_asr", Recipe(**TINY), folder)
     return folder
+
+
+USE = """
+import timm, timm_attn
+from timm_attn.cli import main
+data = ["--data", "pictures"]
+small = ["--model-kwargs", "layers=[1,1,1]", "--epochs", "1", "--batch-size", "4", "--workers", "1"]
+main(["train", "resnet20_asr", *data, *small, "--precision", "bf16", "--mixup", "0.8", "--ema-decay", "0.9", "--out", "run"])
+main(["validate", "run", *data])
+main(["fold", "run"])
+main(["export", "run", "--tag", "pictures", "--hub", "hub", "--dataset-license", "cc0-1.0"])
+"""
+
+
+def test_no_command_warns_of_what_is_right(tmp_path):
+    """Neither does a hub folder which the first export makes, nor does any library."""
+    for folder in ("train/up", "train/down", "val/up", "val/down"):
+        (tmp_path / "pictures" / folder).mkdir(parents=True)
+        gradient = Image.linear_gradient("L").resize((16, 16)).rotate(180 * folder.endswith("up"))
+        for number in range(4):
+            gradient.convert("RGB").save(tmp_path / "pictures" / folder / f"{number}.png")
+    env = {"TIMM_ATTN_HUB": str(tmp_path / "hub"), "HF_HOME": str(tmp_path / "cache")}
+    for code in (USE, "import timm, timm_attn; timm.create_model('resnet20_asr', pretrained=True)"):
+        done = python("-c", code, cwd=tmp_path, env=env)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        assert "warn" not in done.stdout.lower(), done.stdout
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])

@@ -25,7 +25,7 @@ from .training import train as train_run
 from .training.recipe_file import recipe_arguments
 from .training.run import is_run, save_model
 from .training.seeds import is_seeds
-from .weights import INDEX, Checkpoint, WeightsError, checkpoints
+from .weights import INDEX, Checkpoint, WeightsError, check_chosen, checkpoints
 
 app = SubcommandApp()
 console = Console(soft_wrap=True, highlight=False)
@@ -307,6 +307,7 @@ def list_command(
     choices = ["plain", *filter(None, MECHANISMS)]
     if mechanism not in (None, *choices):
         raise UserError(f"--mechanism is {mechanism!r}: choose one of {', '.join(choices)}")
+    check_chosen()
     trained_on = sorted({str(c.dataset.get("id")) for c in checkpoints()})
     if data not in (None, *trained_on):
         raise UserError(f"there are no weights trained on {data!r}: choose one of {', '.join(trained_on)}")

@@ -119,7 +119,8 @@ def _fold(model: nn.Module) -> tuple[nn.Module, nn.Module]:
         raise ValueError("a model on the meta device has no weights to fold")
     gates = _foldable(model)
     original: Any = deepcopy(model).cpu().eval()
-    folded: Any = reparameterize_model(nn.Sequential(original))[0]  # which looks at children only
+    # reparameterize_model looks at children only.
+    folded: Any = next(reparameterize_model(nn.Sequential(original)).children())
     left = _foldable(folded)
     if left:
         raise FoldError(f"{left} of {gates} gates stand where no block folds them")

@@ -35,8 +35,8 @@ class DIAStep:
 
     def gate(self, f: Tensor) -> Tensor:
         """The gate (B × C) of a residual branch (B × C × H × W); leaves the new state in ``after``."""
-        self.after = self.cell(channel_mean(f), *self.before)
-        return self.after[0]
+        self.after = h, _ = self.cell(channel_mean(f), *self.before)
+        return h
 
 
 class DIABlockMixin:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..errors import UserError
@@ -12,10 +12,6 @@ from .card import card, eval_results, figure
 
 README = "README.md"
 RESULTS = "results.csv"
-BEGIN, END = (
-    "<!-- results: rendered from hub/index.json by scripts/render_hub.py -->",
-    "<!-- end of results -->",
-)
 
 
 def rendered(
@@ -26,19 +22,22 @@ def rendered(
     return {README: card(checkpoint, others, owner), **eval_results(checkpoint)}
 
 
-def render(hub: Path, readme: Path | None = None, write: bool = True) -> list[Path]:
+def render(
+    hub: Path, readme: Path | None = None, write: bool = True, tables: Mapping[str, str] | None = None
+) -> list[Path]:
     """Write what is rendered from the index of a hub folder, where it differs.
 
     Args:
         hub: The hub folder.
         readme: A file whose table of results is rendered, too.
         write: Write; otherwise only look.
+        tables: Other tables of that file, by name.
 
     Returns:
         The files that differed.
 
     Raises:
-        UserError: The README has no place for the table, or a configuration differs from the index.
+        UserError: The README has no place for a table, or a configuration differs from the index.
         WeightsError: The index cannot be read.
     """
     checkpoints = read_index(hub)
@@ -55,10 +54,13 @@ def render(hub: Path, readme: Path | None = None, write: bool = True) -> list[Pa
     wanted[hub / RESULTS] = results_csv(checkpoints)
     if readme:
         text = readme.read_text(encoding="utf-8")
-        if text.count(BEGIN) != 1 or text.count(END) != 1:
-            raise UserError(f"{readme} has no place for the results: put {BEGIN} and {END} around it")
-        before, rest = text.split(BEGIN)
-        wanted[readme] = f"{before}{BEGIN}\n{results_table(checkpoints)}\n{END}{rest.split(END)[1]}"
+        for name, table in {"results": results_table(checkpoints), **(tables or {})}.items():
+            begin, end = f"<!-- {name}: rendered by scripts/render_hub.py -->", f"<!-- end of {name} -->"
+            if text.count(begin) != 1 or text.count(end) != 1:
+                raise UserError(f"{readme} has no place for the {name}: put {begin} and {end} around it")
+            before, rest = text.split(begin)
+            text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+        wanted[readme] = text
     for checkpoint in checkpoints:
         check_config(checkpoint)
     changed = [path for path, text in wanted.items() if not path.is_file() or path.read_text("utf-8") != text]

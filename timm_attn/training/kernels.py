@@ -29,8 +29,8 @@ def check_kernels(network: nn.Module, size: tuple[int, ...], recipe: Recipe) -> 
     Raises:
         UserError: It has such a convolution, and the machine such kernels.
     """
-    suspects = {
-        module: path
+    suspects: dict[nn.Module, tuple[str, int]] = {
+        module: (path, module.in_channels)
         for path, module in network.named_modules()
         if isinstance(module, nn.Conv2d)
         and module.kernel_size == (1, 1)
@@ -43,7 +43,7 @@ def check_kernels(network: nn.Module, size: tuple[int, ...], recipe: Recipe) -> 
     pixels: dict[str, int] = {}
 
     def measure(module: nn.Module, _: Any, output: Any) -> None:
-        pixels[suspects[module]] = output.shape[2] * output.shape[3]
+        pixels[suspects[module][0]] = output.shape[2] * output.shape[3]
 
     hooks = [module.register_forward_hook(measure) for module in suspects]
     training = network.training
@@ -54,10 +54,10 @@ def check_kernels(network: nn.Module, size: tuple[int, ...], recipe: Recipe) -> 
         network.train(training)
         for hook in hooks:
             hook.remove()
-    for module, path in suspects.items():
+    for path, channels in suspects.values():
         if pixels.get(path, 0) > _PIXELS:
             raise UserError(
-                f"{path}, a strided 1×1 convolution of {module.in_channels} channels to a map of "
+                f"{path}, a strided 1×1 convolution of {channels} channels to a map of "
                 f"{pixels[path]} pixels, would crash PyTorch in channels-last memory on this processor: give "
                 f"--no-channels-last, or at least {_ENOUGH} channels"
             )

@@ -6,7 +6,7 @@ from .config import fetch_folder, read_config, read_folder
 from .fetch import without_tokens
 from .index import read_index, write_index
 from .schema import WeightsError
-from .store import add_folder, checkpoints, pretrained_cfgs, resolve, shipped_folder
+from .store import add_folder, check_chosen, checkpoints, pretrained_cfgs, resolve, shipped_folder
 
 __all__ = [
     "CONFIG",
@@ -15,6 +15,7 @@ __all__ = [
     "Checkpoint",
     "WeightsError",
     "add_folder",
+    "check_chosen",
     "checkpoints",
     "fetch_folder",
     "pretrained_cfgs",

@@ -61,6 +61,13 @@ def _chosen() -> tuple[Path | None, str | None]:
     return (Path(chosen).resolve() if chosen else None), None
 
 
+def check_chosen() -> None:
+    """Raise a :class:`WeightsError` if TIMM_ATTN_HUB names a folder that is no hub folder."""
+    folder, _ = _chosen()
+    if folder:
+        read_index(folder)
+
+
 def _folders() -> list[Path]:
     folder, _ = _chosen()
     return [*_added, *([folder] if folder else []), shipped_folder()]
@@ -73,6 +80,8 @@ def candidates() -> dict[str, list[Checkpoint]]:
     for folder in _folders():
         if folder == shipped_folder() and not (folder / INDEX).is_file():
             continue  # a checkout from which nothing was exported yet
+        if folder not in _added and not folder.exists():
+            continue  # the folder that the first export will make; who asks for weights of it is told
         # A broken hub folder must not make the whole package unusable.
         try:
             listed = read_index(folder)
@@ -136,9 +145,8 @@ def resolve(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         tag = given.get("tag")
         if tag not in known or not known[tag].source.items() <= given.items():
             return {}
-    folder, organisation = _chosen()
-    if folder:
-        read_index(folder)  # nothing else is taken in the stead of a broken one
+    check_chosen()  # nothing else is taken in the stead of a broken one
+    _, organisation = _chosen()
     tag = tag or next(iter(known), None)
     if tag and tag not in known and organisation:
         return _of_organisation(f"{organisation}/{architecture}.{tag}", architecture, kwargs)

@@ -1,0 +1,163 @@
+"""The README's tables of what was measured, from the files of results that are committed."""
+
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from timm_attn.publish.card import figure, standard_error
+from timm_attn.training.run import read_metrics
+from timm_attn.weights import read_index
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "hub" / "results"
+
+
+def tables() -> dict[str, str]:
+    """Every other rendered table of the README, by name."""
+    return {
+        "comparison": comparison(),
+        "parameters": parameters(),
+        "inference": inference(compiled="0"),
+        "compiled": inference(compiled="1"),
+        "training speed": training_speed(),
+        "training steps": training_steps(),
+        "import time": import_time(),
+    }
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def _read(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def _ratio(measured: dict, low: str = "ratio_min", middle: str = "ratio_median", high: str = "ratio_max"):
+    """A median with the least and the greatest of the rounds."""
+    return f"{float(measured[middle]):.2f} ({float(measured[low]):.2f} to {float(measured[high]):.2f})"
+
+
+def comparison() -> str:
+    """Each shipped network against the plain one: accuracy, and time trained and folded."""
+    zoo = _read("zoo.json")
+    shipped = {c.name: c for c in read_index(ROOT / "hub")}
+    trained = [c for c in shipped.values() if not c.folded_from]
+    plain = next(c for c in trained if c.mechanism == "resnet").over_seeds["top1"]
+    rows = []
+    for c in sorted(trained, key=lambda c: -c.over_seeds["top1"]["mean"]):
+        top1, times = c.over_seeds["top1"], zoo["checkpoints"]
+        behind = (plain["mean"] - top1["mean"]) / standard_error(plain, top1)
+        folded = shipped[c.folded] if c.folded else None
+        seed = c.over_seeds["seeds"][0]
+        again = RESULTS / "zoo" / c.architecture / f"xeon-seed-{seed}"
+        first = read_metrics(again.with_name(f"seed-{seed}"))[-1]["top1"]
+        rows.append(
+            [
+                f"`{c.architecture}`",
+                figure(top1),
+                f"{behind:+.1f}" if c.mechanism != "resnet" else "",
+                f"{read_metrics(again)[-1]['top1'] - first:+.2f}" if again.is_dir() else "",
+                _ratio(times[c.name]),
+                _ratio(times[folded.name] if folded else zoo["resnet20, norms fused"]),
+                f"{folded.metrics['logit_difference']:.0e}" if folded else "",
+            ]
+        )
+    header = ["model", "mean ± std (n)", "behind plain", f"seed {seed} again", "time", "time, folded"]
+    return _table([*header, "max\\|Δlogit\\| ÷ max\\|logit\\|"], rows)
+
+
+def parameters() -> str:
+    """Parameters of the registered models with 1000 (CIFAR: 10) classes."""
+    with (ROOT / "tests" / "parameter_counts.csv").open(newline="") as stream:
+        counts = {row["model"]: f"{int(row['parameters']):,}" for row in csv.DictReader(stream)}
+    names = ["", "_se", "_dia", "_asr", "_asr_se", "_conam", "fmm", "_ssia"]
+    rows = []
+    for name in names:
+        models = [f"fmmnet{d}" if name == "fmm" else f"resnet{d}{name}" for d in (20, 56, 50, 101)]
+        label = "`fmmnet<depth>`" if name == "fmm" else f"`resnet<depth>{name}`"
+        rows.append([label, *(counts.get(model, "timm's") for model in models)])
+    return _table(["model", "depth 20", "56", "50", "101"], rows)
+
+
+def inference(compiled: str) -> str:
+    """Time at inference over that of resnet50 under the same conditions."""
+    with (RESULTS / "bench_infer.csv").open(newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["compiled"] == compiled]
+    keys = ("infer_batch_size", "precision", "memory_format")
+    settings = (("fp32", "contiguous"), ("fp32", "channels_last"), ("bf16", "channels_last"))
+    conditions = [(size, *setting) for size in ("1", "32") for setting in settings]
+    names = {
+        "seresnet50": "`seresnet50` (timm)",
+        "ecaresnet50d": "`ecaresnet50d` (timm)",
+        "pytorchcv diaresnet50b": "`diaresnet50b` (pytorchcv, r = 4)",
+        "resnet50_dia reduction=4": "`resnet50_dia`, r = 4",
+        "resnet50_dia": "`resnet50_dia` (r = 20)",
+        "resnet50_conam": "`resnet50_conam`",
+        "fmmnet50": "`fmmnet50`",
+        "resnet50 fused": "`resnet50`, fused",
+        "seresnet50 fused": "`seresnet50`, fused",
+        "resnet50_dia folded": "`resnet50_dia`, folded",
+        "resnet50_conam folded": "`resnet50_conam`, folded",
+        "fmmnet50 folded": "`fmmnet50`, folded",
+    }
+    medians = {
+        (row["model"], tuple(row[key] for key in keys)): f"{float(row['ratio_median']):.2f}"
+        for row in rows
+        if row["baseline"] == "resnet50"
+    }
+    header = [
+        f"batch {size}, {precision}{', channels last' if layout == 'channels_last' else ''}"
+        for size, precision, layout in conditions
+    ]
+    what = "compiled" if compiled == "1" else "eager"
+    return _table(
+        [f"224 px, {what}, median", *header],
+        ([label, *(medians[name, condition] for condition in conditions)] for name, label in names.items()),
+    )
+
+
+def training_speed() -> str:
+    """Images a second of the trainer and of timm's own."""
+    measured = _read("bench_train.json")["end_to_end"]
+    keys = ("min", "median", "max")
+    ours = "timm_attn bf16"
+    labels = {ours: "`timm-attn train`, bf16", "timm bf16 channels_last": "timm bf16, channels last"}
+    rows = [
+        [
+            labels.get(name, name),
+            f"{speed['median']:.0f}",
+            "" if name == ours else _ratio(measured["times_as_fast_as"][name], *keys),
+        ]
+        for name, speed in measured["images_per_second"].items()
+    ]
+    n = measured["images_per_second"][ours]["n"]
+    return _table(["ResNet-20, CIFAR-10", "images/s", f"ours is faster by (n = {n})"], rows)
+
+
+def training_steps() -> str:
+    """Time of a training step over the plain network's."""
+    measured = _read("bench_train.json")["step_over_plain"]
+    labels = {"se": "SE", "dia": "DIA", "asr": "ASR", "conam": "ConAM", "fmm": "FMM", "ssia": "SSIA"}
+    names = {
+        "se": ("resnet20_se", "seresnet50"),
+        "fmm": ("fmmnet20", "fmmnet50"),
+        **{key: (f"resnet20_{key}", f"resnet50_{key}") for key in ("dia", "asr", "conam", "ssia")},
+    }
+    rows = [
+        [label, *(_ratio(next(steps[n] for n in names[key] if n in steps)) for steps in measured.values())]
+        for key, label in labels.items()
+    ]
+    return _table(["step over plain", *measured], rows)
+
+
+def import_time() -> str:
+    """What importing the package costs."""
+    measured = _read("import_time.json")
+    low, high = measured["ratio_range"]
+    return (
+        f"`import timm, timm_attn` takes {measured['median_ratio']:.2f} times what `import timm` takes "
+        f"({low:.2f} to {high:.2f}, n = {measured['n']}; `make bench`)."
+    )
