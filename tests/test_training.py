@@ -1,6 +1,7 @@
 """Runs on the digits: what they leave behind, resuming, several processes, and bad input."""
 
 import json
+import math
 import os
 import platform
 import signal
@@ -13,12 +14,13 @@ import timm
 import torch
 import yaml
 from forked import run_code
-from helpers import Stopped, flip_last_bit, same, stop_at, timeless
+from helpers import Stopped, flip_last_bit, found, same, stop_at, timeless
 from safetensors.torch import load_file
 
 from timm_attn.errors import UserError
 from timm_attn.training import Recipe, load_model, resume, train, validate
 from timm_attn.training import checkpoint as checkpoints
+from timm_attn.training import trainer as trainers
 from timm_attn.training.evaluation import evaluate
 from timm_attn.training.recipe_file import load_recipe, recipe_arguments, save_recipe
 from timm_attn.training.run import METRICS, read_metrics, read_results
@@ -317,11 +319,45 @@ def test_data_with_other_classes_is_refused(run, tmp_path):
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_a_diverged_run_keeps_finite_checkpoints(every, tmp_path):
-    recipe = Recipe(**{**FAST, "lr": 1e9}, epochs=3, warmup_epochs=0, checkpoint_every=every)
-    with pytest.raises(UserError, match="lower --lr"):
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (
+            "loss",
+            "the loss became inf at step 4, with a gradient norm of nan and a learning rate of 0.1: lower",
+        ),
+        (
+            "gradient",
+            r"the loss became 2\.\d+ at step 4, with a gradient norm of inf and a learning rate of 0.1",
+        ),
+        ("running_var", "the weights or running statistics became infinite by step [45]: lower --lr"),
+    ],
+)
+def test_a_diverged_run_keeps_finite_checkpoints(what, message, every, tmp_path, monkeypatch):
+    """It says when and how; a rate that diverges by itself does so at another step on another CPU."""
+
+    def update(self, batches, original=trainers.Trainer._update):
+        if self.step + 1 != 4:
+            return original(self, batches)
+        criterion = self.criterion
+        if what == "loss":
+            self.criterion = lambda *a: criterion(*a) * math.inf
+        elif what == "gradient":
+            self.trained[0].register_hook(lambda gradient: gradient + math.inf)
+        else:
+            self.network.bn1.running_var.fill_(math.inf)
+        return original(self, batches)
+
+    monkeypatch.setattr(trainers.Trainer, "_update", update)
+    recipe = Recipe(
+        **FAST, epochs=2, warmup_epochs=0, sched="step", decay_epochs=(2,), checkpoint_every=every
+    )
+    with pytest.raises(UserError, match=message) as error:
         train("resnet20", recipe, tmp_path / "a")
-    for checkpoint in (tmp_path / "a").glob("step-*"):
+    kept = sorted((tmp_path / "a").glob("step-*"))
+    assert [p.name for p in kept] == {1: ["step-2", "step-3"], 3: ["step-3"]}[every]
+    assert str(error.value).endswith(f"The last good checkpoint is {kept[-1]}")
+    for checkpoint in kept:
         state = load_file(checkpoint / "model.safetensors").values()
         assert all(t.isfinite().all() for t in state if t.is_floating_point())
 
@@ -330,7 +366,7 @@ def test_new_checkpoints_survive_damaged_later_ones(tmp_path):
     recipe = Recipe(**FAST, epochs=2, checkpoint_every=2)
     with pytest.raises(Stopped):
         train("resnet20_dia", recipe, tmp_path / "a", on_step=stop_at(9))
-    for folder in (tmp_path / "a").glob("step-*"):
+    for folder in found((tmp_path / "a").glob("step-*")):
         (folder / "manifest.json").unlink()
     with pytest.raises(Stopped):
         resume(tmp_path / "a", on_step=stop_at(5))
