@@ -21,7 +21,7 @@ lint: .venv.ok
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --max-worker-restart 0
 
 # Every check of the contract on every registered model in full size: hours.
 test-all: test
@@ -32,7 +32,7 @@ KERNELS ?= ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_I
 	ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=2
 test-kernels: .venv.ok
 	set -e; for kernels in $(KERNELS); do echo "$$kernels"; \
-	env $$kernels $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "numbers and not all_models"; done
+	env $$kernels $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --max-worker-restart 0 -m "numbers and not all_models"; done
 
 # timm's own tests of models over small networks of this package: two minutes.
 test-timm: .venv.ok

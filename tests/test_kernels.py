@@ -15,40 +15,56 @@ def train(folder, out, *options, channels="[4,4,8]", size=64):
     main([*command, "--model-kwargs", f"channels={channels}", "layers=[1,1,1]", *options])
 
 
-def test_narrow_strided_convolutions_are_refused_where_they_crash(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(kernels, "_has_such_kernels", lambda: True)
+@pytest.mark.parametrize(
+    ("instructions", "size", "pixels", "enough"), [("AVX512", 64, 1024, 16), ("AVX2", 32, 256, 8)]
+)
+def test_narrow_strided_convolutions_are_refused_where_they_crash(
+    instructions, size, pixels, enough, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(kernels, "_instructions", lambda: instructions)
     with pytest.raises(SystemExit) as stop:
-        train(tmp_path / "d", tmp_path / "run")
+        train(tmp_path / "d", tmp_path / "run", size=size)
     message = " ".join(capsys.readouterr().err.split())
     assert stop.value.code == 2 and not (tmp_path / "run").exists()
-    assert "layer2.0.downsample.0, a strided 1×1 convolution of 4 channels to a map of 1024 pixels" in message
-    assert "--no-channels-last" in message
+    layer = f"layer2.0.downsample.0, a strided 1×1 convolution of 4 channels to a map of {pixels} pixels"
+    assert layer in message and f"--no-channels-last, or at least {enough} channels" in message
 
 
 @pytest.mark.parametrize(
-    ("options", "kwargs"),
+    ("instructions", "options", "kwargs"),
     [
-        (["--no-channels-last"], {}),
-        (["--precision", "bf16"], {}),
-        ([], {"channels": "[16,16,16]"}),
-        ([], {"size": 32}),
+        ("AVX512", ["--no-channels-last"], {}),
+        ("AVX512", ["--precision", "bf16"], {}),
+        ("AVX512", [], {"channels": "[16,16,16]"}),
+        ("AVX512", [], {"channels": "[8,8,8]", "size": 32}),
+        ("AVX2", [], {"channels": "[16,16,16]"}),
     ],
     ids=str,
 )
-def test_the_fixes_and_smaller_maps_train(options, kwargs, tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "_has_such_kernels", lambda: True)
+def test_the_fixes_and_smaller_maps_train(instructions, options, kwargs, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "_instructions", lambda: instructions)
     train(tmp_path / "d", tmp_path / "run", *options, **kwargs)
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
-    ("limit", "supported", "crashes"),
-    [("", True, True), ("AVX2", True, False), ("SSE41", True, False), ("", False, False), ("AVX512_CORE", True, True)],
-)  # fmt: skip
-def test_only_kernels_for_avx512_on_a_cpu_do(limit, supported, crashes, monkeypatch):
+    ("limit", "widest", "expected"),
+    [
+        ("", "AVX512", "AVX512"),
+        ("AVX512_CORE", "AVX512", "AVX512"),
+        ("AVX2", "AVX512", "AVX2"),
+        ("avx2_vnni", "AVX512", "AVX2"),
+        ("SSE41", "AVX512", ""),
+        ("", "AVX2", "AVX2"),
+        ("AVX512_CORE", "AVX2", "AVX2"),
+        ("", "", ""),
+    ],
+)
+def test_the_kernels_are_those_of_the_cpu_or_fewer(limit, widest, expected, monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    monkeypatch.setattr(kernels.torch.cpu, "_is_avx512_supported", lambda: supported)
+    monkeypatch.setattr(kernels.torch.cpu, "_is_avx512_supported", lambda: widest == "AVX512")
+    monkeypatch.setattr(kernels.torch.cpu, "_is_avx2_supported", lambda: bool(widest))
     monkeypatch.setattr(kernels.torch.accelerator, "is_available", lambda: False)
-    assert kernels._has_such_kernels() is crashes
+    assert kernels._instructions() == expected
     monkeypatch.setattr(kernels.torch.accelerator, "is_available", lambda: True)
-    assert not kernels._has_such_kernels()
+    assert not kernels._instructions()

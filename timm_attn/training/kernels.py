@@ -9,18 +9,18 @@ from torch import nn
 from ..errors import UserError
 from .recipe import Recipe
 
-#: With as many input channels the kernel is right.
-_ENOUGH = 16
-#: Pixels of an output map up to which nothing is written out of bounds.
-_PIXELS = 480
+#: By instruction set, the input channels from which the kernel is right, and the pixels of an output map up
+#: to which it is.
+_RIGHT = {"AVX512": (16, 480), "AVX2": (8, 0), "": (0, 0)}
 
 
 def check_kernels(network: nn.Module, size: tuple[int, ...], recipe: Recipe) -> None:
     """Refuse a network whose training would write out of bounds.
 
-    The gradient of the weights of a strided 1×1 convolution of fewer than 16 input channels does so in
-    oneDNN's kernels for AVX-512, in float32, where the output map is channels-last and has more than about
-    500 pixels. The process ends then. Found with PyTorch 2.14 and guard pages.
+    The gradient of the weights of a strided 1×1 convolution does so in oneDNN, in float32 and channels-last
+    memory: with fewer than 16 input channels and an output map of more than about 500 pixels in kernels for
+    AVX-512, with fewer than 8 channels in those for AVX2. The process ends then, or goes on with damaged
+    memory. Found with PyTorch 2.14 and guard pages around every tensor.
 
     Args:
         network: With its weights on the CPU.
@@ -29,6 +29,7 @@ def check_kernels(network: nn.Module, size: tuple[int, ...], recipe: Recipe) -> 
     Raises:
         UserError: It has such a convolution, and the machine such kernels.
     """
+    enough, small = _RIGHT[_instructions()]
     suspects: dict[nn.Module, tuple[str, int]] = {
         module: (path, module.in_channels)
         for path, module in network.named_modules()
@@ -36,9 +37,9 @@ def check_kernels(network: nn.Module, size: tuple[int, ...], recipe: Recipe) -> 
         and module.kernel_size == (1, 1)
         and module.stride != (1, 1)
         and module.groups == 1
-        and module.in_channels < _ENOUGH
+        and module.in_channels < enough
     }
-    if not (suspects and recipe.channels_last and recipe.precision == "no" and _has_such_kernels()):
+    if not (suspects and recipe.channels_last and recipe.precision == "no"):
         return
     pixels: dict[str, int] = {}
 
@@ -55,16 +56,18 @@ def check_kernels(network: nn.Module, size: tuple[int, ...], recipe: Recipe) -> 
         for hook in hooks:
             hook.remove()
     for path, channels in suspects.values():
-        if pixels.get(path, 0) > _PIXELS:
+        if pixels.get(path, 0) > small:
             raise UserError(
                 f"{path}, a strided 1×1 convolution of {channels} channels to a map of "
                 f"{pixels[path]} pixels, would crash PyTorch in channels-last memory on this processor: give "
-                f"--no-channels-last, or at least {_ENOUGH} channels"
+                f"--no-channels-last, or at least {enough} channels"
             )
 
 
-def _has_such_kernels() -> bool:
-    """Whether training is on a CPU whose kernels are those for AVX-512."""
+def _instructions() -> str:
+    """Those that oneDNN's kernels use here, as far as they matter; '' too where training is on no CPU."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    limited = limit.startswith(("SSE41", "AVX2")) or limit == "AVX"
-    return not torch.accelerator.is_available() and torch.cpu._is_avx512_supported() and not limited
+    if torch.accelerator.is_available() or limit == "SSE41" or not torch.cpu._is_avx2_supported():
+        return ""
+    wide = torch.cpu._is_avx512_supported() and not limit.startswith("AVX2")
+    return "AVX512" if wide else "AVX2"
