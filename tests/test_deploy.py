@@ -19,9 +19,7 @@ from timm_attn.training import Recipe, train
 from timm_attn.weights import read_index
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet20_asr", "resnet50_asr", "resnet18_asr_se", "resnet20_ssia", "resnet18_ssia"]
-)
+@pytest.mark.parametrize("name", ["resnet50_asr", "resnet18_asr_se", "resnet20_ssia"])
 def test_a_folded_network_has_the_stock_networks_operations(name, tmp_path):
     model = randomise(narrow(name)).eval()
     folded = stock_model(model, timm_attn.fold(model, torch.randn(2, 3, 64, 64)))
@@ -34,8 +32,9 @@ def test_a_folded_network_has_the_stock_networks_operations(name, tmp_path):
         assert deploy.write_onnx(network, path) <= deploy.BOUND
         counts.append(Counter(node.op_type for node in onnx.load(path).graph.node))
     assert counts[0] == counts[1]
-    deploy.write_onnx(narrow(name.replace("ssia", "dia")), tmp_path / "c.onnx")
-    assert Counter(node.op_type for node in onnx.load(tmp_path / "c.onnx").graph.node) != counts[1]
+    if "ssia" in name:  # that the count can differ
+        deploy.write_onnx(narrow(name.replace("ssia", "dia")), tmp_path / "c.onnx")
+        assert Counter(node.op_type for node in onnx.load(tmp_path / "c.onnx").graph.node) != counts[1]
 
 
 @pytest.mark.parametrize(("write", "name"), [(deploy.write_onnx, "m.onnx"), (deploy.write_program, "m.pt2")])
