@@ -17,6 +17,7 @@ from timm_attn.training.setup import load_splits
 
 TINY = ["--epochs", "1", "--batch-size", "8", "--workers", "0", "--model-kwargs", "layers=[1,1,1]"]
 COLOURS = {"ant": (250, 20, 20), "bee": (20, 250, 20), "cat": (20, 20, 250), "dog": (200, 200, 20)}
+COLOURS |= dict.fromkeys(("f\u00e9e", "fe\u0301e"), (20, 200, 200))
 STRING, INT = datasets.Value("string"), datasets.Value("int64")
 
 
@@ -78,6 +79,18 @@ def test_a_test_split_of_some_classes_is_matched_by_name(write, tmp_path):
         for colour, label in zip(colours, split.labels.tolist(), strict=True):
             by_colour.setdefault(colour, set()).add(split.label_names[label])
     assert len(by_colour) == 3 and all(len(names) == 1 for names in by_colour.values())
+
+
+@pytest.mark.parametrize("write", [strings, class_labels, image_folder])
+def test_a_letter_with_an_accent_is_the_same_in_one_sign_and_in_two(write, tmp_path):
+    """As a folder of a Mac's and the table of a Linux machine have it."""
+    one, two = "f\u00e9e", "fe\u0301e"
+    write(tmp_path / "d", "train", [one, "ant", *([two] if write is strings else [])])
+    write(tmp_path / "d", "test", [two])
+    read = splits(tmp_path / "d")
+    assert read.train.label_names == ["ant", one]
+    assert read.train.labels.sort().values.tolist() == [0, 1, *([1] if write is strings else [])]
+    assert read.eval.labels.tolist() == [1]
 
 
 @pytest.mark.parametrize("write", [strings, class_labels, image_folder])

@@ -1,6 +1,7 @@
 """Class labels: read as names, and matched by name."""
 
 from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def read_labels(rows: "datasets.Dataset", column: str, where: str) -> tuple[Tens
     if isinstance(feature, datasets.ClassLabel):
         labels = torch.tensor(values.to_numpy(), dtype=torch.int64)
         _check_range(labels, len(feature.names), where)
-        return labels, list(feature.names), True
+        return labels, list(map(composed, feature.names)), True
     kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
     numbers, text = pa.types.is_integer(kind), pa.types.is_string(kind) or pa.types.is_large_string(kind)
     if not (numbers or text or pa.types.is_boolean(kind)):
@@ -57,11 +58,16 @@ def read_labels(rows: "datasets.Dataset", column: str, where: str) -> tuple[Tens
             f"column {column!r} of {where} has {len(found):,} different values, too many for classes: name "
             "another with --label-column"
         )
-    order = sorted(range(len(found)), key=found.__getitem__)
-    rank = torch.empty(len(found), dtype=torch.int64)
-    rank[order] = torch.arange(len(found))
+    found = [composed(value) if text else value for value in found]
+    place = {value: i for i, value in enumerate(sorted(set(found)))}
+    rank = torch.tensor([place[value] for value in found], dtype=torch.int64)
     labels = rank[torch.tensor(encoded.indices.to_numpy(), dtype=torch.int64)]
-    return labels, [str(found[i]) for i in order], not numbers
+    return labels, list(map(str, place)), not numbers
+
+
+def composed(name: str) -> str:
+    """A name with its accents in their letters: file systems and programs write é in one sign or in two."""
+    return normalize("NFC", name)
 
 
 def _check_range(labels: Tensor, classes: int, where: str) -> None:
@@ -85,7 +91,8 @@ def match_classes(split: "Split", names: list[str]) -> None:
     """
     if split.label_names == names:
         return
-    places = {name: i for i, name in enumerate(names)}
+    known = list(map(composed, names))
+    places = {name: i for i, name in enumerate(known)}
     if not split.named and not all(name.isdecimal() for name in names):
         places = {str(i): i for i in range(len(names))}
     used = split.labels.unique().tolist()
@@ -95,7 +102,7 @@ def match_classes(split: "Split", names: list[str]) -> None:
             f"{split.data} ({split.name}) has images of {some(unknown)}, not among the classes "
             f"{some(names)}: choose data with the same classes"
         )
-    twice = [split.label_names[i] for i in used if names.count(split.label_names[i]) > 1]
+    twice = [split.label_names[i] for i in used if known.count(split.label_names[i]) > 1]
     if twice:
         raise UserError(f"several classes are called {some(twice)}: give them names of their own")
     table = torch.zeros(len(split.label_names), dtype=torch.int64)

@@ -20,7 +20,7 @@ from ..weights import CONFIG, WeightsError, fetch_folder, read_config, read_fold
 from .augment import derive_seed
 from .data import Split
 from .kernels import check_kernels
-from .labels import some
+from .labels import composed, some
 from .recipe import Recipe
 from .run import is_run, open_run
 
@@ -171,7 +171,7 @@ def _take_classes(
         network: With as many classes as ``names``.
         whole: Makes it with the classes of its weights.
     """
-    known = list(network.pretrained_cfg.get("label_names") or [])
+    known = list(map(composed, network.pretrained_cfg.get("label_names") or []))
     if not known or known == names:
         return
     head = network.get_classifier()
