@@ -10,6 +10,7 @@ import torch
 from helpers import SMALL, narrow, randomise
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import timm_attn
 from timm_attn.fold import BOUNDS, example_input, relative_difference, verify_fold
@@ -87,7 +88,8 @@ def test_feature_maps_fold(architecture):
     Pair,
     lambda maps, logits: Output(logits, maps),
     lambda maps, logits: {"out": [Output(logits, maps)], "none": None, "n": 3},
-], ids=["tensor", "nested", "namedtuple", "dataclass", "dataclass in dict"])  # fmt: skip
+    lambda maps, logits: (torch.fft.fft(logits), logits > 0, logits.argmax(1)),
+], ids=["tensor", "nested", "namedtuple", "dataclass", "dataclass in dict", "complex"])  # fmt: skip
 @pytest.mark.parametrize("architecture", ["resnet20_asr", "resnet20_dia"])
 def test_a_network_in_another_model_folds(architecture, wrap):
     model = Wrapped(network(architecture), wrap)
@@ -120,6 +122,15 @@ def test_what_hands_attributes_on_folds(architecture):
     folded = timm_attn.fold(model)
     assert left(folded) < left(model)
     assert relative_difference(model, folded, IMAGES) <= BOUNDS[torch.float32]
+
+
+def test_a_pruned_network_names_the_fix():
+    model = network("resnet20_asr")
+    prune.l1_unstructured(model.layer1[0].conv2, "weight", 0.3)
+    with pytest.raises(ValueError, match=r"CifarResNet cannot be copied.*prune\.remove"):
+        timm_attn.fold(model)
+    prune.remove(model.layer1[0].conv2, "weight")
+    assert left(timm_attn.fold(model)) < left(model)
 
 
 def test_several_networks_fold_at_once():

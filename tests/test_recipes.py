@@ -368,7 +368,7 @@ def test_compiled_training_is_training(tmp_path, monkeypatch):
     assert weights(tmp_path / "a").keys() == weights(tmp_path / "b").keys()
 
 
-def test_skipped_images_are_counted_in_a_run(tmp_path):
+def test_skipped_images_are_counted_in_a_run(tmp_path, capsys):
     images = [encode(picture(i, (80, 80))) for i in range(12)]
     images[5] = {"bytes": images[5]["bytes"][:70], "path": None}
     data = write(tmp_path / "d", images=images)
@@ -376,6 +376,7 @@ def test_skipped_images_are_counted_in_a_run(tmp_path):
     fields = {"data": data, "batch_size": 4, "epochs": 2, "img_size": 72, "workers": 0, "model_kwargs": WIDER}
     result = train("resnet20", Recipe(**fields, on_corrupt="skip"), tmp_path / "a")
     assert [line["skipped_images"] for line in read_metrics(tmp_path / "a")] == [1, 1]
+    assert capsys.readouterr().out.count("corrupt images left out: 1") == 2
     assert result["images"] == 3
     with pytest.raises(UserError, match="row 5 of .*--on-corrupt skip"):
         train("resnet20", Recipe(**fields), tmp_path / "b")

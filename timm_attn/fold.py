@@ -81,8 +81,8 @@ def fold(model: nn.Module, inputs: Inputs | None = None) -> nn.Module:
 
     Raises:
         NothingToFold: Every network in it is a plain one, or folded already.
-        ValueError: ``inputs`` are no images, or of another dtype than the model, or are needed; or the output
-            holds no tensor.
+        ValueError: ``inputs`` are no images, or of another dtype than the model, or are needed; the output
+            holds no tensor; or the model cannot be copied, as it is pruned by hooks.
         FoldError: max|Δlogit| ÷ max|logit| is above :data:`BOUNDS`, or an output is not finite.
     """
     original, folded = _fold(model)
@@ -118,7 +118,15 @@ def _fold(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("a model on the meta device has no weights to fold")
     gates = _foldable(model)
-    original: Any = deepcopy(model).cpu().eval()
+    try:
+        original: Any = deepcopy(model).cpu().eval()
+    except (
+        RuntimeError
+    ) as error:  # torch.nn.utils.prune and the old weight_norm put results beside parameters
+        raise ValueError(
+            f"{type(model).__name__} cannot be copied, as it computes weights anew at each call: make them "
+            f"permanent, e.g. by torch.nn.utils.prune.remove(module, 'weight') ({error})"
+        ) from error
     # reparameterize_model looks at children only.
     folded: Any = next(reparameterize_model(nn.Sequential(original)).children())
     left = _foldable(folded)
@@ -235,12 +243,12 @@ def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
         leaves = tree_leaves(output)
         if len(leaves) == 1 and leaves[0] is output:
             if torch.is_tensor(output):
-                return [output.cpu().double()]
+                return [torch.view_as_real(output) if output.is_complex() else output]
             return tensors(vars(output)) if is_dataclass(output) else []
         return [tensor for leaf in leaves for tensor in tensors(leaf)]
 
     output = _call(model.eval(), inputs)
-    found = [tensor for tensor in tensors(output) if tensor.numel()]
+    found = [tensor.cpu().double() for tensor in tensors(output) if tensor.numel()]
     if not found:
         raise ValueError(f"the output, {type(output).__name__}, holds no tensor that could be compared")
     return found
