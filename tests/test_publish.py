@@ -15,6 +15,7 @@ from hub_server import HubServer
 from timm_attn import cli
 from timm_attn.errors import UserError
 from timm_attn.publish import publish
+from timm_attn.publish.render import render
 from timm_attn.weights import WeightsError, read_index
 
 NAME = "resnet20_asr.cpu_c10"
@@ -103,17 +104,23 @@ def test_publishing_again_sends_nothing_and_a_change_is_the_next_version(hub, se
 
 def test_interrupted_at_any_request_and_run_again_it_ends_in_the_same_state(hub, server, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits before it tries again
+    for other in hub.iterdir():  # of many publications, what is no part of them takes most of the time
+        if other.is_dir() and other.name not in (NAME, FOLDED):
+            shutil.rmtree(other)
+    index = json.loads((hub / "index.json").read_text())
+    index["checkpoints"] = {name: index["checkpoints"][name] for name in (NAME, FOLDED)}
+    (hub / "index.json").write_text(json.dumps(index))
+    render(hub)
+    untouched = shutil.copytree(hub, hub.with_name("untouched"))
     publish(hub / NAME, "my-org")
     expected = server.files(f"my-org/{NAME}")
-    wanted = len(server.requests)
-    shutil.copy(ROOT / "hub" / "index.json", hub)
-    shutil.copy(ROOT / "hub" / NAME / "README.md", hub / NAME)
+    methods = [method for method, _ in server.requests]
     stopped = 0
-    for n in range(1, wanted + 1):
-        for applied in (False, True):
+    for n, method in enumerate(methods, 1):
+        for applied in (False, True)[: 1 + (method in ("POST", "PUT"))]:  # reading has no effect
             organisation = f"org{n}{'a' if applied else 'b'}"
             server.tokens[TOKEN]["orgs"][organisation] = "write"
-            folder = shutil.copytree(hub, hub.with_name(f"{organisation}")) / NAME
+            folder = shutil.copytree(untouched, hub.with_name(organisation)) / NAME
             server.requests.clear()
             # What the client repeats of itself must fail for good: the process is gone.
             server.stop_after(n, applied)
@@ -131,7 +138,7 @@ def test_interrupted_at_any_request_and_run_again_it_ends_in_the_same_state(hub,
             assert server.files(f"{organisation}/{NAME}", "v1") == files and done.tag == "v1"
             assert entry(folder.parent).revision == done.revision
             shutil.rmtree(folder.parent)
-    assert stopped >= wanted  # with and without effect, but for the last answers
+    assert stopped >= len(methods)
 
 
 def test_a_dry_run_asks_for_nothing(hub, server, capsys):

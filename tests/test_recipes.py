@@ -582,7 +582,11 @@ def test_what_cannot_be_made_leaves_nothing(fields, message, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_numbers_of_yaml_one_point_one_are_numbers():
-    recipe = Recipe(data="x", model_kwargs=("temperature=1e-2", "target=last"), opt_args=("eps=1e-6",))
-    assert recipe.parsed_model_kwargs() == {"temperature": 0.01, "target": "last"}
-    assert recipe.parsed_opt_args() == {"eps": 1e-6}
+@pytest.mark.parametrize(("written", "value"), [
+    ("1e-2", 0.01), ("[0.9,1e-2]", [0.9, 0.01]), ("(1, 2)", (1, 2)), ("None", None), ("null", None),
+    ("True", True), ("true", True), ("last", "last"), ("'3'", "3"), ("{a: 1}", {"a": 1}), ("-1", -1),
+])  # fmt: skip
+def test_arguments_are_python_or_yaml(written, value):
+    item = (f"key={written}",)
+    assert Recipe(data="x", model_kwargs=item, opt_args=item).parsed_model_kwargs() == {"key": value}
+    assert Recipe(data="x", opt_args=item).parsed_opt_args() == {"key": value}

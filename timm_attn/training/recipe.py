@@ -1,6 +1,6 @@
 """The recipe of a run: a dataclass whose field docstrings are the help of ``timm-attn train``."""
 
-import contextlib
+import ast
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -274,7 +274,7 @@ _NOT_NEGATIVE = (
 
 
 def _parse(field: str, items: tuple[str, ...], taken: dict[str, str]) -> dict[str, Any]:
-    """``key=value`` items as a dictionary; values are read as YAML, so that numbers and lists work."""
+    """``key=value`` items as a dictionary; values are Python literals, as timm takes them, or YAML."""
     parsed = {}
     for item in items:
         key, equals, value = item.partition("=")
@@ -283,10 +283,12 @@ def _parse(field: str, items: tuple[str, ...], taken: dict[str, str]) -> dict[st
         if key in taken:
             raise UserError(f"{field} cannot set {key}: it follows from {taken[key]}")
         try:
-            parsed[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"{field} {key}={value!r} is not a YAML value: {error}") from None
-        if isinstance(parsed[key], str):  # YAML 1.1 takes 1e-2, which has no point, for a string
-            with contextlib.suppress(ValueError):
-                parsed[key] = float(parsed[key])
+            parsed[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            try:
+                parsed[key] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise UserError(
+                    f"{field} {key}={value!r} is neither a Python literal nor YAML: {error}"
+                ) from None
     return parsed
