@@ -3,7 +3,8 @@
 import re
 import shutil
 
-from helpers import ROOT, python
+from forked import run_code
+from helpers import ROOT
 
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text()
 HEAD = "import torch\nfrom torch import Tensor, nn\n\n\n"
@@ -38,14 +39,17 @@ def test_the_mechanism_of_the_guide_passes_the_contract(tmp_path):
     table = tmp_path / "timm_attn" / "models" / "mechanisms.py"
     text = table.read_text().replace("MECHANISMS = {\n", "MECHANISMS = {\n" + row)
     table.write_text(text.replace("from ..papers", "from ..layers.scale import Scale\nfrom ..papers"))
-    env = {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    result = python("scripts/count_parameters.py", cwd=tmp_path, env=env)
+
+    def fresh(code):
+        return run_code(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{code}", cwd=tmp_path)
+
+    result = fresh("import runpy\nrunpy.run_path('scripts/count_parameters.py')")
     assert result.returncode == 0, result.stderr
     files = [f"tests/test_{name}.py" for name in ("contract", "models", "networks", "fold")]
     kinds = "resnet20_scale and not (compile or export or onnx or script) or resnet50_scale and (gradients or features)"
     folds = "what_folds_leaves and scale or every_mechanism_is_on"
     selected = f"resnext50_32x4d_scale or ({kinds}) and not registered and not random or {folds}"
-    result = python("-m", "pytest", *files, "-k", selected, "-rps", cwd=tmp_path, env=env)
+    result = fresh(f"import pytest\nsys.exit(pytest.main({[*files, '-k', selected, '-rps']}))")
     assert result.returncode == 0, result.stdout[-5000:]
     for test in (
         "contract.py::test_every_registered_model[resnext50_32x4d_scale]",
@@ -58,6 +62,6 @@ def test_the_mechanism_of_the_guide_passes_the_contract(tmp_path):
         assert f"PASSED tests/test_{test}" in result.stdout, result.stdout
     skipped = [line for line in result.stdout.splitlines() if line.startswith("SKIPPED")]
     assert skipped and all("no reference of 'scale'" in line for line in skipped), skipped
-    result = python("-c", USE.format(tmp_path), cwd=tmp_path, env=env)
+    result = fresh(USE.format(tmp_path))
     assert result.returncode == 0, result.stderr
     assert "resnet20_scale.guide" in result.stdout and "resnet20.scale_guide_folded" in result.stdout

@@ -51,11 +51,9 @@ def test_no_command_warns_of_what_is_right(tmp_path):
         assert "warn" not in done.stdout.lower(), done.stdout
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-def test_any_encoding_is_written_to(encoding, run, tmp_path):
-    done = python(
-        "-m", "timm_attn", "fold", str(run), "--out", str(tmp_path / "f"), env={"PYTHONIOENCODING": encoding}
-    )
+def test_any_encoding_is_written_to(run, tmp_path):
+    command = ("-m", "timm_attn", "fold", str(run), "--out", str(tmp_path / "f"))
+    done = python(*command, env={"PYTHONIOENCODING": "cp1252"})
     assert done.returncode == 0 and "logit" in done.stdout and not done.stderr
     assert (tmp_path / "f" / "model.safetensors").is_file()
 
