@@ -4,6 +4,7 @@ Importing this package registers its models, so that ``timm.create_model("resnet
 """
 
 from . import models
+from .attach import attach, create_model
 from .fold import FoldError, FoldReport, NothingToFold, fold, verify_fold
 from .graft import graft
 from .models import model_names, register_folder
@@ -18,6 +19,8 @@ __all__ = [
     "NothingToFold",
     "WeightsError",
     "__version__",
+    "attach",
+    "create_model",
     "fold",
     "graft",
     "model_names",

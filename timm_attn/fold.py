@@ -5,13 +5,16 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
-from timm.utils import reparameterize_model, unwrap_model  # pyright: ignore[reportPrivateImportUsage]
+from timm.utils import unwrap_model  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from .branches import example_input
+from .ends import GatedInput, GatedNorm, GateEnd, without_mixin
 from .models import MECHANISMS, model_names, parse_name
 from .models.deployed import conv_norm_pairs, fuse_conv_norms, separate_norms
+from .models.ssia import SSIANetwork
 
 #: What a model is called with: one tensor, a tuple of positional arguments or a dictionary of named ones.
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
@@ -127,11 +130,7 @@ def _fold(model: nn.Module) -> tuple[nn.Module, nn.Module]:
             f"{type(model).__name__} cannot be copied, as it computes weights anew at each call: make them "
             f"permanent, e.g. by torch.nn.utils.prune.remove(module, 'weight') ({error})"
         ) from error
-    # reparameterize_model looks at children only.
-    folded: Any = next(reparameterize_model(nn.Sequential(original)).children())
-    left = _foldable(folded)
-    if left:
-        raise FoldError(f"{left} of {gates} gates stand where no block folds them")
+    folded: Any = fuse_gates(deepcopy(original))
     changed = gates
     for path, network in _networks(folded).items():
         backbone, key = parse_name(network.pretrained_cfg["architecture"])
@@ -167,9 +166,35 @@ def _networks(model: nn.Module) -> dict[str, Any]:
     return networks
 
 
+_FOLDS = (GateEnd, GatedInput, GatedNorm, SSIANetwork)
+
+
 def _foldable(model: nn.Module) -> int:
     """Number of modules that are gone after folding."""
-    return sum(hasattr(module, "fold_into") or hasattr(module, "fuse") for module in model.modules())
+    return sum(isinstance(module, _FOLDS) for module in model.modules())
+
+
+def fuse_gates(model: nn.Module) -> nn.Module:
+    """Multiply every gate that does not depend on the image into the parameters before it, in place.
+
+    What acts in training only goes. Returns the model, which may be another module.
+
+    Raises:
+        FoldError: Nothing takes in one of the gates.
+    """
+    for path, module in list(model.named_modules()):
+        if isinstance(module, SSIANetwork):
+            del module.ssia  # pyright: ignore[reportAttributeAccessIssue]
+            without_mixin(module)
+        elif isinstance(module, GateEnd | GatedInput | GatedNorm):
+            try:
+                left = module.fuse()
+            except ValueError as error:
+                raise FoldError(f"{path}: {error}") from None
+            if path:
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, left)
+    return model
 
 
 @torch.no_grad()
@@ -282,20 +307,6 @@ def _costs(model: nn.Module, image: Inputs) -> tuple[int, int, int]:
         counter.get_total_flops() // 2,
         sum(t.numel() * t.element_size() for t in tensors),
     )
-
-
-def example_input(model: nn.Module, batch_size: int = 2) -> Tensor:
-    """Fixed standard normal images for a timm model, on its device and in its dtype.
-
-    A model that has no ``pretrained_cfg`` gets those for the first network in it that has one.
-    """
-    parameter = next(model.parameters())
-    network = next((m for m in model.modules() if getattr(m, "pretrained_cfg", None)), model)
-    channels, height, width = getattr(network, "pretrained_cfg", {}).get("input_size") or (3, 224, 224)
-    channels = getattr(network, "in_chans", channels)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch_size, channels, height, width, generator=generator)
-    return images.to(parameter.device, parameter.dtype)
 
 
 @torch.no_grad()

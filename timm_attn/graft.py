@@ -7,9 +7,11 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from .fold import FoldError, above_bound, example_input, relative_difference
+from .branches import example_input
+from .fold import FoldError, above_bound, relative_difference
 from .models import MECHANISMS, model_names, parse_name
-from .models.grafting import GraftError, graft_description, graft_state
+from .models.backbones import stock_network
+from .models.grafting import GraftError, classifier_keys, graft_description, load_stock, start_constant
 from .models.mechanisms import Mechanism
 
 #: Fields of a configuration that say how images are prepared, what the classes are and who allows what.
@@ -76,28 +78,30 @@ def graft(
         raise GraftError(f"{architecture} is no model of this package: name one of timm_attn.model_names()")
     backbone, key = parse_name(architecture)
     mechanism = MECHANISMS[key]
-    if isinstance(mechanism.graft, str):
+    if mechanism.graft:
         raise GraftError(f"{architecture} cannot be grafted: {mechanism.graft}")
     for name in _SOURCE:
         if name in kwargs:
             raise TypeError(f"graft takes no {name}={kwargs[name]!r}: it is the source's")
-    stock = _stock(source, backbone, mechanism, kwargs)
+    if kwargs.get("folded"):
+        raise GraftError(f"{architecture} has its norms fused: graft without folded=True, then fold")
+    stock = _stock(source, architecture, backbone, mechanism, kwargs)
     state = stock.state_dict()
-    classes, stem = _ends(state, backbone)
+    classes, stem = _ends(state, architecture, backbone)
     variant: Any = timm.create_model(architecture, num_classes=classes, in_chans=stem.shape[1], **kwargs)
     # On the CPU: Apple's GPUs have no float64, and others round fp32 convolutions to TF32.
     variant.to(stem.dtype)
-    state = {key: tensor.cpu() for key, tensor in state.items()}
+    name, arguments = mechanism.stock_network(backbone, kwargs)
+    plain = stock_network(name, num_classes=classes, in_chans=stem.shape[1], device="meta", **arguments)
     try:
-        variant.load_state_dict(graft_state(state, variant, mechanism.graft))
-    except (GraftError, RuntimeError) as error:
-        raise GraftError(f"{architecture} cannot take these weights: {error}") from None
-    images = example_input(variant)
-    try:
-        error = relative_difference(deepcopy(stock).cpu(), deepcopy(variant), images)
+        load_stock(variant, {key: tensor.cpu() for key, tensor in state.items()}, plain.state_dict())
+        start_constant(variant)
+        error = relative_difference(deepcopy(stock).cpu(), deepcopy(variant), example_input(variant))
+    except GraftError as problem:
+        raise GraftError(f"{architecture} cannot take these weights: {problem}") from None
     except FoldError as problem:
         raise GraftError(f"{architecture} cannot be grafted: {problem}") from None
-    excess = above_bound(error, images.dtype)
+    excess = above_bound(error, stem.dtype)
     if excess:
         raise GraftError(f"{architecture} does not compute what its source computes: {excess}")
     # What else is in the variant's own configuration speaks of its default weights, and not of these.
@@ -116,20 +120,26 @@ def graft(
     return variant.to(stem.device).train(stock.training)
 
 
-def _ends(state: Mapping[str, Tensor], backbone: str) -> tuple[int, Tensor]:
+def _ends(state: Mapping[str, Tensor], architecture: str, backbone: str) -> tuple[int, Tensor]:
     """Number of classes, and the kernel that sees the image."""
-    stem = state.get("conv1.weight", state.get("conv1.0.weight"))
-    if stem is None or "fc.weight" not in state:
-        missing = "conv1.weight" if stem is None else "fc.weight"
-        raise GraftError(f"the source has no {missing}: give a whole {backbone}, with its classifier")
+    cfg: Any = timm.models.get_pretrained_cfg(architecture)
+    keys = f"{cfg.first_conv}.weight", f"{classifier_keys(cfg.to_dict())[0]}weight"
+    missing = [
+        key for key in keys if key not in state and "conv1.0.weight" not in (state if "conv1" in key else ())
+    ]
+    if missing:
+        raise GraftError(f"the source has no {missing[0]}: give a whole {backbone}, with its classifier")
+    stem = state[keys[0]] if keys[0] in state else state["conv1.0.weight"]  # of ResNets with a deep stem
     if stem.is_meta:
         raise GraftError(
             f"the source is on the meta device and has no weights: give a {backbone} with weights"
         )
-    return state["fc.weight"].shape[0], stem
+    return state[keys[1]].shape[0], stem
 
 
-def _stock(source: Any, backbone: str, mechanism: Mechanism, kwargs: dict[str, Any]) -> Any:
+def _stock(
+    source: Any, architecture: str, backbone: str, mechanism: Mechanism, kwargs: dict[str, Any]
+) -> Any:
     """The source as a network."""
     if isinstance(source, str):
         return timm.create_model(source, pretrained=True)
@@ -137,9 +147,9 @@ def _stock(source: Any, backbone: str, mechanism: Mechanism, kwargs: dict[str, A
         return getattr(source, "_orig_mod", source)  # of a compiled network
     if not isinstance(source, Mapping):
         raise TypeError(f"source must be a name, a network or a state dict, got {source!r}")
-    classes, stem = _ends(source, backbone)
+    classes, stem = _ends(source, architecture, backbone)
     name, arguments = mechanism.stock_network(backbone, kwargs)
-    stock = timm.create_model(name, num_classes=classes, in_chans=stem.shape[1], **arguments).to(stem)
+    stock = stock_network(name, num_classes=classes, in_chans=stem.shape[1], **arguments).to(stem)
     try:
         stock.load_state_dict(source)
     except RuntimeError as error:

@@ -12,11 +12,9 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers.create_attn import create_attn
 from torch import Tensor, nn
 
-from ..algebra import scale_affine
+from .gate import ConstantGate
 from .options import check_choice, check_whole
 
 
@@ -100,19 +98,16 @@ class SRMGenerator(nn.Module):
 GENERATORS = {"se": SEGenerator, "ie": IEGenerator, "eca": ECAGenerator, "srm": SRMGenerator}
 
 
-class ASR(nn.Module):
+class ASR(ConstantGate):
     """δ gates from δ learnt constants, multiplied: x · Π_j T_j(ψ_j), the same for every image.
 
-    Stands after a block's last norm layer, before the shortcut is added; the block's ``reparameterize()``
-    multiplies the gate into that norm's weight and bias and removes this module.
+    Stands at the end of a residual branch, or on a norm layer.
 
     Args:
         channels: Width C of the feature map.
         delta: Number δ of generators (the paper's insertion frequency).
         reduction: Reduction ratio of each SE generator, 16 by default; the others have none.
         generator: T, one of :data:`GENERATORS`.
-        attention: Another attention module that acts on the gated map and stays when the gate is folded:
-            a name or class (or a partial of one) that timm's ``create_attn`` takes.
 
     Raises:
         TypeError: An option is of the wrong type.
@@ -125,7 +120,6 @@ class ASR(nn.Module):
         delta: int = 1,
         reduction: int | None = None,
         generator: str = "se",
-        attention: Any = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -139,53 +133,7 @@ class ASR(nn.Module):
                 raise ValueError(f"the generator {generator!r} has no reduction, got {reduction}")
             own["reduction"] = reduction
         self.generators = nn.ModuleList(GENERATORS[generator](channels, **own, **dd) for _ in range(delta))
-        named = attention is None or isinstance(attention, str) or callable(attention)
-        if not named or isinstance(attention, nn.Module):
-            raise TypeError(f"ASR attention must be a name, a class or None, got {attention!r}")
-        try:
-            self.attention = create_attn(attention, channels, **dd)
-        except AssertionError:  # of timm, for a name that it does not know, or a layer that needs more
-            raise ValueError(
-                "ASR attention must be what timm's create_attn makes from a number of channels, such as se, "
-                f"got {attention!r}"
-            ) from None
 
     def gate(self) -> Tensor:
         """The gate v, 1 × C: the product over the generators."""
-        gates = [generator() for generator in self.generators]  # TorchScript unrolls this, not an index
-        return torch.stack(gates).prod(0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale the channels of x (B × C × H × W)."""
-        x = x * self.gate()[:, :, None, None]
-        if self.attention is not None:
-            x = self.attention(x)
-        return x
-
-    @torch.jit.unused
-    def after_norm(self, norm: Any, x: Tensor) -> Tensor:
-        """``self(norm(x))`` of a BatchNorm2d: its weight and bias carry the gate, as when it is folded.
-
-        Forward and backward pass each save a pass over the map.
-        """
-        gate = self.gate()[0]
-        weight, bias = norm.weight * gate, norm.bias * gate
-        if norm.training:
-            norm.num_batches_tracked.add_(1)
-        x = F.batch_norm(
-            x, norm.running_mean, norm.running_var, weight, bias, norm.training, norm.momentum, norm.eps
-        )
-        return x if self.attention is None else self.attention(x)
-
-    @torch.no_grad()
-    def fold_into(self, norm: Any) -> nn.Module | None:
-        """Multiply the gate into weight and bias of the norm layer before it, in place.
-
-        Returns:
-            What takes this module's place: the attention on top, or None.
-        """
-        # The parameters keep their identity, so that optimisers and EMA copies that hold them stay valid.
-        weight, bias = scale_affine(norm.weight, norm.bias, self.gate()[0])
-        norm.weight.copy_(weight)
-        norm.bias.copy_(bias)
-        return self.attention
+        return torch.stack([generator() for generator in self.generators]).prod(0)

@@ -105,6 +105,7 @@ class SSIA(nn.Module):
         check_number("SSIA aux_weight", aux_weight, "a finite number of 0 or more", zero=True)
         if len(channels) < 2:
             raise ValueError(f"SSIA needs two stages or more, got {len(channels)}")
+        self.stages = len(channels)
         self.target = target
         self.aux_weight = aux_weight
         heads: list[nn.Module] = []
@@ -140,7 +141,6 @@ class SSIA(nn.Module):
                 losses.append(1 - F.cosine_similarity(_standardise(guess), _standardise(wanted)).mean())
         return torch.stack(losses).mean()
 
-    @torch.jit.unused
     def forward(self, logits: Tensor, features: list[Tensor]) -> Tensor:
         """``logits``, with λ · loss attached."""
         return attach_loss(logits, self.aux_weight * self.loss(features), self.aux_scale)

@@ -1,19 +1,20 @@
 """The networks. Importing this package registers them with timm."""
 
-from . import resnet_attn
+from . import attached
+from .attached import GRAFT, graft_tags, model_names, parse_name, register_folder, stock_model
+from .backbones import BACKBONES
 from .cifar import CifarResNet
-from .mechanisms import BACKBONES, MECHANISMS
-from .resnet_attn import GRAFT, graft_tags, model_names, parse_name, register_folder, stock_model
+from .mechanisms import MECHANISMS
 
 __all__ = [
     "BACKBONES",
     "GRAFT",
     "MECHANISMS",
     "CifarResNet",
+    "attached",
     "graft_tags",
     "model_names",
     "parse_name",
     "register_folder",
-    "resnet_attn",
     "stock_model",
 ]

@@ -70,6 +70,7 @@ class CifarResNet(ResNet):
         )
         self.conv1 = nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=False, device=device, dtype=dtype)
         self.maxpool = nn.Identity()
+        self.cifar_stem = True
         for info, reduction in zip(self.feature_info, (1, 1, 2, 4), strict=True):
             info["reduction"] = reduction
         self.init_weights(zero_init_last=zero_init_last)

@@ -1,63 +1,42 @@
-"""The two tables that every model comes from: backbones and mechanisms.
+"""The table of mechanisms: how each is put into a network.
 
-A row of :data:`MECHANISMS` says how to put a mechanism into a backbone, what its models are called and where
-it was published. Registration, the command line, cards and tests read the table; see CONTRIBUTING.md for how
-to add a row.
+Attaching, registration, the command line, cards and tests read the table; see CONTRIBUTING.md for how to add a
+row.
 """
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import timm
-from timm.layers import SEModule
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.layers import RmsNorm, RmsNorm2d, SEModule, SimpleNorm, SimpleNorm2d, get_attn
+from torch import nn
 
-from ..layers import ASR
-from ..layers.options import check_flag
-from ..papers import PAPERS, Paper
-from . import blocks, grafting
-from .cifar import CifarResNet
-from .conam import ConAMCifarResNet, ConAMResNet
-from .dia import DIABasicBlock, DIABottleneck, DIACifarResNet, DIAResNet
-from .ssia import SSIACifarResNet, SSIAResNet
+from ..branches import Branch, branches, runs
+from ..ends import BranchEnd, DIAEnd, DIARun, GatedInput, GatedNorm, GateEnd, mixed
+from ..layers import ASR, SEM, SPEM, ConAM, ConstantGate, DIACell
+from ..layers.options import check_choice, check_flag, check_whole
+from ..papers import PAPERS, TIMM, Paper
+from .backbones import BACKBONES, paper_se
+from .resnet_only import put_conam, put_fmm, residual_blocks
+from .ssia import put_ssia
 
+#: A network, images that it takes, and the mechanism's options as keyword-only parameters; changes the network
+#: or, if it raises, leaves it as it is.
+Put = Callable[..., None]
 
-@dataclass(frozen=True)
-class Backbone:
-    """A stock network: its blocks per stage and what it passes to timm's ResNet."""
-
-    layers: tuple[int, ...]
-    bottleneck: bool
-    cifar: bool = False
-    args: dict[str, Any] = field(default_factory=dict)
-
-
-BACKBONES = {
-    "resnet18": Backbone((2, 2, 2, 2), bottleneck=False),
-    "resnet34": Backbone((3, 4, 6, 3), bottleneck=False),
-    "resnet50": Backbone((3, 4, 6, 3), bottleneck=True),
-    "resnet101": Backbone((3, 4, 23, 3), bottleneck=True),
-    "resnet152": Backbone((3, 8, 36, 3), bottleneck=True),
-    "resnext50_32x4d": Backbone((3, 4, 6, 3), bottleneck=True, args={"cardinality": 32, "base_width": 4}),
-    "wide_resnet50_2": Backbone((3, 4, 6, 3), bottleneck=True, args={"base_width": 128}),
-    "resnet20": Backbone((3, 3, 3), bottleneck=False, cifar=True),
-    "resnet32": Backbone((5, 5, 5), bottleneck=False, cifar=True),
-    "resnet44": Backbone((7, 7, 7), bottleneck=False, cifar=True),
-    "resnet56": Backbone((9, 9, 9), bottleneck=False, cifar=True),
-    "resnet110": Backbone((18, 18, 18), bottleneck=False, cifar=True),
-    "resnet164": Backbone((18, 18, 18), bottleneck=True, cifar=True),
-}
-
-#: A backbone and keyword arguments of ``create_model`` to the model's class and its arguments. The
-#: mechanism's own options are keyword-only parameters of the function.
-Build = Callable[..., tuple[type[ResNet], dict[str, Any]]]
-
-
-def _same(backbone: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    return backbone, {}
+NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    RmsNorm,
+    RmsNorm2d,
+    SimpleNorm,
+    SimpleNorm2d,
+)
 
 
 @dataclass(frozen=True)
@@ -65,122 +44,151 @@ class Mechanism:
     """A row of the table.
 
     Attributes:
-        build: Makes the model's class and arguments.
+        put: Puts it into a network.
         paper: Its source.
+        stock: Name and further arguments of the network that it is put into, from the backbone's name and
+            options as keyword-only parameters.
         name: A backbone's name to the model's; by default ``<backbone>_<key of the row>``.
-        stock: Name and further arguments of the network that a folded model is, from the backbone's name and
-            the options of this mechanism.
-        graft: Gives stock weights the mechanism without changing what they compute, or the reason why that
-            cannot be.
+        graft: False if no parameters of it make it compute what the stock network computes, with the reason.
         folds: Nothing of it is left after :func:`timm_attn.fold`, another attention on top aside.
-        fuses: It depends on the image; its folded form (``folded=True``) is the same network with norms fused
-            into convolutions.
-        control: It exists on the CIFAR backbones only, since timm has the others.
+        fuses: It depends on the image; on ResNets its folded form (``folded=True``) is the same network with
+            norms fused into convolutions.
+        resnets: It exists on timm's ResNets and the CIFAR ResNets only.
+        control: It is registered for CIFAR backbones only, since timm has the others.
     """
 
-    build: Build
+    put: Put
     paper: Paper
+    stock: Callable[..., tuple[str, dict[str, Any]]] = lambda backbone: (backbone, {})
     name: Callable[[str], str] | None = None
-    stock: Callable[[str, dict[str, Any]], tuple[str, dict[str, Any]]] = _same
-    graft: grafting.Graft | str = "nobody has said how"
+    graft: str = ""
     folds: bool = False
     fuses: bool = False
+    resnets: bool = False
     control: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``create_model`` that belong to the mechanism, with their defaults."""
-        parameters = inspect.signature(self.build).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return {**options_of(self.put), **options_of(self.stock)}
 
     def stock_network(self, backbone: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Name and all arguments of the stock network of a model that was created with ``kwargs``."""
-        name, extra = self.stock(backbone, {k: v for k, v in kwargs.items() if k in self.options})
+        """Name and all arguments of the stock network of a variant that was created with ``kwargs``."""
+        name, extra = self.stock(backbone, **{k: v for k, v in kwargs.items() if k in options_of(self.stock)})
         arguments = {k: v for k, v in kwargs.items() if k not in self.options and k != "folded"}
         if "block_args" in extra:
-            extra = {**extra, "block_args": (arguments.get("block_args") or {}) | extra["block_args"]}
+            extra = {"block_args": (arguments.get("block_args") or {}) | extra["block_args"]}
         return name, arguments | extra
 
 
-def in_attention_slot(layer: Callable[..., Any]) -> Build:
-    """Put a module after the last norm layer of every block, before the shortcut is added.
+def options_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Its keyword-only parameters, with their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _like(model: nn.Module) -> dict[str, Any]:
+    """Device and dtype for what is put into a network."""
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    return {"device": parameter.device, "dtype": parameter.dtype}
+
+
+def _found(model: nn.Module, images: Any) -> list[Branch]:
+    found = branches(model, images)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no residual branch that ends in a slot for stochastic depth "
+            "(drop_path): asr takes where='norms' there"
+        )
+    return found
+
+
+def _stand(model: nn.Module, ends: Sequence[tuple[Branch, str, nn.Module]], make: Any = BranchEnd) -> None:
+    """Put modules at the ends of branches, registered in the block under the mechanism's name."""
+    for branch, key, module in ends:
+        block = model.get_submodule(branch.block)
+        own = getattr(block, key, model) is None  # timm's own place: ``se`` in the block of a ResNet
+        setattr(block, key if own else _free_name(block, key + branch.suffix), module.train(block.training))
+        if own:
+            continue
+        end = make(block, branch, module)
+        if make is GateEnd and branch.before:
+            attention: Any = block.get_submodule(branch.before)
+            attention.__class__ = mixed(GatedInput, type(attention))
+            attention.gate_end, end.drop_path = (end,), None
+        else:
+            setattr(block, branch.slot, end.train(block.training))
+
+
+def _free_name(block: nn.Module, name: str) -> str:
+    return f"branch_{name}" if hasattr(block, name) else name
+
+
+def on_branches(key: str, layer: Callable[..., nn.Module]) -> Put:
+    """Put a module at the end of every residual branch, before the shortcut is added.
 
     Args:
-        layer: Called as ``layer(channels, device=, dtype=, **options)``; takes and returns B × C × H × W. If
-            its gate does not depend on the input, a method ``fold_into(norm)`` folds it into the norm layer
-            before it.
+        key: Name of the mechanism.
+        layer: Called as ``layer(channels, device=, dtype=, **options)``; takes and returns B × C × H × W. A
+            :class:`timm_attn.layers.ConstantGate` folds.
     """
     options = [p for n, p in inspect.signature(layer).parameters.items() if n not in ("device", "dtype")][1:]
+    options = [p for p in options if p.kind is not p.VAR_KEYWORD]
 
-    def build(backbone: Backbone, **kwargs) -> tuple[type[ResNet], dict[str, Any]]:
-        given = {p.name: kwargs.pop(p.name) for p in options if p.name in kwargs}
-        kwargs["block_args"] = _block_args(kwargs, attn_layer=partial(layer, **given))
-        kwargs["block"] = blocks.FoldableBottleneck if backbone.bottleneck else blocks.FoldableBasicBlock
-        return CifarResNet if backbone.cifar else ResNet, kwargs
+    def put(model: nn.Module, images: Any, **given: Any) -> None:
+        ends = [(b, key, layer(b.channels, **given, **_like(model))) for b in _found(model, images)]
+        constant = all(isinstance(module, ConstantGate) for _, _, module in ends)
+        if constant:
+            _check_affine(model, [branch for branch, _, _ in ends])
+        _stand(model, ends, GateEnd if constant else BranchEnd)
 
     keyword_only = [p.replace(kind=p.KEYWORD_ONLY) for p in options]
-    build.__signature__ = inspect.Signature(keyword_only)  # pyright: ignore[reportFunctionMemberAccess]
-    return build
+    put.__signature__ = inspect.Signature(keyword_only)  # pyright: ignore[reportFunctionMemberAccess]
+    return put
 
 
-def _block_args(kwargs: dict[str, Any], **own: Any) -> dict[str, Any]:
-    """The block_args that the user gave with those of a mechanism; what would be overwritten is refused."""
-    given = kwargs.get("block_args") or {}
-    for name in own:
-        if given.get(name) is not None:
-            raise ValueError(
-                f"{name} {given[name]!r} has no place in block_args beside this mechanism (give its options "
-                "as keyword arguments; ASR takes another attention as attention=…)"
-            )
-    return {**given, **own}
-
-
-# timm would round the SE paper's hidden width C / 16 up to a multiple of 8: too wide for 16 to 64 channels.
-_cifar_se = partial(SEModule, rd_ratio=1 / 16, rd_divisor=1)
-
-
-def _plain(backbone: Backbone, **kwargs) -> tuple[type[ResNet], dict[str, Any]]:
-    kwargs["block"] = Bottleneck if backbone.bottleneck else BasicBlock
-    return CifarResNet if backbone.cifar else ResNet, kwargs
-
-
-def _se(backbone: Backbone, **kwargs) -> tuple[type[ResNet], dict[str, Any]]:
-    kwargs["block_args"] = _block_args(kwargs, attn_layer=_cifar_se)
-    return _plain(backbone, **kwargs)
-
-
-_in_slot_asr = in_attention_slot(ASR)
+def _check_affine(model: nn.Module, found: list[Branch]) -> None:
+    """Raise a ValueError if a gate at the end of one of these branches would not fold."""
+    stuck = [f"{branch.block}.{branch.slot}" for branch in found if not branch.affine]
+    if stuck:
+        raise ValueError(
+            f"{len(stuck)} of {len(found)} residual branches of {type(model).__name__} end in nothing that takes "
+            f"in a constant gate, such as {stuck[0]}: give asr where='norms'"
+        )
 
 
 def _asr(
-    backbone: Backbone,
+    model: nn.Module,
+    images: Any,
     *,
     delta: int = 1,
     generator: str = "se",
     reduction: int | None = None,
-    attention: str | None = None,
-    **kwargs,
-) -> tuple[type[ResNet], dict[str, Any]]:
-    on_top = _cifar_se if backbone.cifar and attention == "se" else attention
-    own = {"delta": delta, "generator": generator, "reduction": reduction, "attention": on_top}
-    return _in_slot_asr(backbone, **own, **kwargs)
+    where: str = "branches",
+) -> None:
+    check_choice("ASR where", where, ("branches", "norms"))
+    make = partial(ASR, delta=delta, generator=generator, reduction=reduction, **_like(model))
+    if where == "branches":
+        return on_branches("asr", lambda channels, **_: make(channels))(model, images)
+    norms = [m for m in model.modules() if isinstance(m, NORMS) and _affine(m)]
+    if not norms:
+        raise ValueError(f"{type(model).__name__} has no norm layer with a weight for each channel")
+    gates = [make(norm.weight.shape[0]) for norm in norms]  # pyright: ignore
+    for norm, gate in zip(norms, gates, strict=True):
+        norm.asr, norm.gated_by = gate.train(norm.training), "asr"  # pyright: ignore
+        norm.__class__ = mixed(GatedNorm, type(norm))
 
 
-def _asr_se(
-    backbone: Backbone, *, delta: int = 1, generator: str = "se", reduction: int | None = None, **kwargs
-) -> tuple[type[ResNet], dict[str, Any]]:
-    if "attention" in kwargs:
-        raise ValueError(
-            f"attention={kwargs['attention']!r} has no place here: the attention on top is SE. Take the "
-            "architecture without _se"
-        )
-    return _asr(backbone, delta=delta, generator=generator, reduction=reduction, attention="se", **kwargs)
+def _affine(norm: Any) -> bool:
+    return getattr(norm, "weight", None) is not None and norm.weight.dim() == 1
 
 
-def _asr_stock(backbone: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    attention = options.get("attention")
+def _asr_stock(backbone: str, *, attention: Any = None) -> tuple[str, dict[str, Any]]:
+    """The network with the attention on top, which stays when the gate is folded."""
     if attention is None:
         return backbone, {}
+    if not BACKBONES[backbone].layers:
+        raise ValueError(f"ASR has attention={attention!r} on top in ResNets only")
     if attention == "se":
         name = f"{backbone}_se" if BACKBONES[backbone].cifar else backbone.replace("resne", "seresne")
         if BACKBONES[backbone].cifar or timm.is_model(name):
@@ -188,75 +196,120 @@ def _asr_stock(backbone: str, options: dict[str, Any]) -> tuple[str, dict[str, A
     return backbone, {"block_args": {"attn_layer": attention}}
 
 
-def _dia(
-    backbone: Backbone, *, reduction: int | None = None, dia_light: bool = False, **kwargs
-) -> tuple[type[ResNet], dict[str, Any]]:
+def _asr_se_stock(backbone: str) -> tuple[str, dict[str, Any]]:
+    return _asr_stock(backbone, attention="se")
+
+
+def _dia(model: nn.Module, images: Any, *, reduction: int | None = None, dia_light: bool = False) -> None:
     check_flag("dia_light", dia_light)
-    block_args = _block_args(kwargs, attn_layer=None)
     if dia_light and reduction is not None:
         raise ValueError(f"dia_light is a reduction of its own: leave out reduction={reduction}")
     if reduction is None:
         # The paper's 4 on CIFAR and 20 on ImageNet. "Light" is defined nowhere; 16 and 64 are this package's.
-        reduction = (16 if backbone.cifar else 64) if dia_light else (4 if backbone.cifar else 20)
-    kwargs |= {"reduction": reduction, "block_args": block_args}
-    kwargs["block"] = DIABottleneck if backbone.bottleneck else DIABasicBlock
-    return DIACifarResNet if backbone.cifar else DIAResNet, kwargs
+        light, full = (16, 4) if hasattr(model, "cifar_stem") else (64, 20)
+        reduction = light if dia_light else full
+    check_whole("DIA reduction", reduction)
+    made = [(run, DIACell(run[0].channels, reduction, **_like(model))) for run in runs(_found(model, images))]
+    for run, cell in made:
+        first = model.get_submodule(run[0].block)
+        setattr(first, _free_name(first, "dia" + run[0].suffix), cell.train(first.training))
+        shared = DIARun(len(run))
+        for step, branch in enumerate(run):
+            block = model.get_submodule(branch.block)
+            end = DIAEnd(block, branch, cell, shared, step)
+            setattr(block, branch.slot, end.train(block.training))
 
 
 def _conam(
-    backbone: Backbone,
+    model: nn.Module,
+    images: Any,
     *,
     grid: int | None = None,
-    patch_size: int | tuple[int, ...] | None = None,
+    patch_size: int | Sequence[int] | None = None,
     reduction: int = 16,
     temperature: float | str = 1.0,
-    **kwargs,
-) -> tuple[type[ResNet], dict[str, Any]]:
-    kwargs |= {"grid": grid, "patch_size": patch_size, "reduction": reduction, "temperature": temperature}
-    kwargs["block"] = blocks.ConAMBottleneck if backbone.bottleneck else blocks.ConAMBasicBlock
-    return ConAMCifarResNet if backbone.cifar else ConAMResNet, kwargs
+) -> None:
+    stages = residual_blocks(model, "conam")
+    sizes: dict[int, Any]
+    if isinstance(patch_size, str) or not isinstance(patch_size, Sequence):
+        sizes = dict.fromkeys(range(3), patch_size)  # stage 4 has none, as in the paper
+    elif len(patch_size) == len(stages):
+        for size in patch_size:
+            check_whole("ConAM patch_size", size, least=0)
+        if grid is not None:
+            raise ValueError(f"ConAM takes grid or patch_size, got {grid=} and {patch_size=}")
+        sizes = {stage: size for stage, size in enumerate(patch_size) if size}
+    else:
+        raise ValueError(f"patch_size needs one entry for each of {len(stages)} stages, got {patch_size}")
+    places = []
+    for stage, size in sizes.items():
+        block = stages[stage][0]
+        width = block.conv1.in_channels
+        places.append((block, ConAM(width, grid, size, reduction, temperature, **_like(model))))
+    put_conam(model, places)
 
 
-def _fmm(
-    backbone: Backbone, *, mode: str = "bn", pin_bias: bool = False, **kwargs
-) -> tuple[type[ResNet], dict[str, Any]]:
-    kwargs["block_args"] = _block_args(kwargs, mode=mode, pin_bias=pin_bias)
-    kwargs["block"] = blocks.FMMBottleneck if backbone.bottleneck else blocks.FMMBasicBlock
-    return CifarResNet if backbone.cifar else ResNet, kwargs
+def _fmm(model: nn.Module, images: Any, *, mode: str = "bn", pin_bias: bool = False) -> None:
+    put_fmm([block for stage in residual_blocks(model, "fmm") for block in stage], mode, pin_bias)
 
 
-def _ssia(
-    backbone: Backbone, *, target: str = "channel", aux_weight: float = 1.0, **kwargs
-) -> tuple[type[ResNet], dict[str, Any]]:
-    _, kwargs = _plain(backbone, target=target, aux_weight=aux_weight, **kwargs)
-    return SSIACifarResNet if backbone.cifar else SSIAResNet, kwargs
+def _ssia(model: nn.Module, images: Any, *, target: str = "channel", aux_weight: float = 1.0) -> None:
+    put_ssia(model, target, aux_weight)
+
+
+def _plain(model: nn.Module, images: Any) -> None:
+    """Nothing."""
+
+
+def _se(model: nn.Module, images: Any) -> None:
+    on_branches("se", lambda channels, **like: get_se(model)(channels, **like))(model, images)
+
+
+def get_se(model: Any) -> Callable[..., nn.Module]:
+    """timm's SE, on this package's networks for small images with the paper's hidden width."""
+    return paper_se if hasattr(model, "cifar_stem") else SEModule
 
 
 MECHANISMS = {
     "": Mechanism(_plain, PAPERS["resnet"], name=str, graft="it is the stock network", control=True),
     "se": Mechanism(
-        _se,
-        PAPERS["se"],
-        graft="its gate would have to be undone, for a control that is trained from the start",
-        fuses=True,
-        control=True,
+        _se, PAPERS["se"], stock=lambda backbone: (f"{backbone}_se", {}), fuses=True, control=True
     ),
-    "dia": Mechanism(_dia, PAPERS["dia"], graft=grafting.dia, fuses=True),
-    "asr": Mechanism(_asr, PAPERS["asr"], stock=_asr_stock, graft=grafting.asr, folds=True),
-    "asr_se": Mechanism(
-        _asr_se,
-        PAPERS["asr_se"],
-        stock=lambda backbone, options: _asr_stock(backbone, {"attention": "se"}),
-        graft=grafting.asr,
-        folds=True,
-    ),
-    "conam": Mechanism(_conam, PAPERS["conam"], graft=grafting.conam, fuses=True),
+    "dia": Mechanism(_dia, PAPERS["dia"], fuses=True),
+    "asr": Mechanism(_asr, PAPERS["asr"], stock=_asr_stock, folds=True),
+    "asr_se": Mechanism(_asr, PAPERS["asr_se"], stock=_asr_se_stock, folds=True, resnets=True),
+    "conam": Mechanism(_conam, PAPERS["conam"], fuses=True, resnets=True),
     "fmm": Mechanism(
         _fmm,
         PAPERS["fmm"],
         name=lambda backbone: backbone.replace("resn", "fmmn"),
         graft="a product of feature maps cannot represent the sum x + F(x)",
         fuses=True,
+        resnets=True,
     ),
-    "ssia": Mechanism(_ssia, PAPERS["ssia"], graft=grafting.nothing_to_scale, folds=True),
+    "ssia": Mechanism(_ssia, PAPERS["ssia"], folds=True),
+    "sem": Mechanism(on_branches("sem", SEM), PAPERS["sem"], fuses=True),
+    "spem": Mechanism(on_branches("spem", SPEM), PAPERS["spem"], fuses=True),
 }
+
+
+def mechanism(name: str) -> Mechanism:
+    """A row of the table, or one for an attention layer that timm's ``create_attn`` knows by name.
+
+    Raises:
+        ValueError: There is none of this name.
+    """
+    if name in MECHANISMS and name:
+        return MECHANISMS[name]
+    try:
+        layer = get_attn(name)
+    except AssertionError:  # of timm
+        layer = None
+    if layer is None or not isinstance(name, str):
+        known = ", ".join(filter(None, MECHANISMS))
+        raise ValueError(
+            f"no mechanism {name!r}: name one of {known}, or of timm's create_attn (eca, cbam …)"
+        )
+    return Mechanism(
+        on_branches(name, layer), TIMM, graft="timm's own attention is a control, trained from the start"
+    )

@@ -1,51 +1,54 @@
 """Networks with SSIA (https://arxiv.org/abs/2206.07434): a loss in training, nothing at inference."""
 
 # What a mixin finds in the network that it is mixed into has no static type.
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false
 
-import torch
-from timm.models.resnet import ResNet
+from typing import Any
+
 from torch import Tensor, nn
 
+from ..ends import mixed
 from ..layers import SSIA
-from .cifar import CifarResNet
 
 
-class SSIAMixin:
-    """In training mode, attaches SSIA's loss to the output of the ResNet that it is mixed into.
+class SSIANetwork:
+    """In training mode, attaches SSIA's loss to the output of the network that it is mixed into.
 
-    In eval mode the network is the stock backbone.
-
-    Args:
-        target: Of :class:`timm_attn.layers.SSIA`.
-        aux_weight: λ, the weight of the auxiliary loss.
+    In eval mode the network is the stock one.
     """
 
-    def __init__(
-        self, *args, target: str = "channel", aux_weight: float = 1.0, device=None, dtype=None, **kwargs
-    ) -> None:
-        super().__init__(*args, device=device, dtype=dtype, **kwargs)
-        channels = [info["num_chs"] for info in self.feature_info[1:]]
-        self.ssia = SSIA(channels, target, aux_weight, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Logits; what is attached to them acts in the backward pass."""
-        if self.training and not torch.jit.is_scripting() and isinstance(self.ssia, SSIA):
-            # forward_features would run all stages as one sequence under gradient checkpointing.
+        if self.training and isinstance(self.ssia, SSIA):
             x, features = self.forward_intermediates(x)
-            return self.ssia(self.forward_head(x), features[1:])
-        return self.forward_head(self.forward_features(x))
+            return self.ssia(self.forward_head(x), features[-self.ssia.stages :])
+        return super().forward(x, *args, **kwargs)  # pyright: ignore[reportCallIssue]
 
-    def prune_intermediate_layers(self, *args, **kwargs) -> list[int]:
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
         """timm's; what is pruned gives feature maps and has no auxiliary loss."""
         take = super().prune_intermediate_layers(*args, **kwargs)
         self.ssia = nn.Identity()
         return take
 
 
-class SSIAResNet(SSIAMixin, ResNet):
-    """timm's ResNet with SSIA."""
+def put_ssia(model: Any, target: str, aux_weight: float) -> None:
+    """Give a network SSIA's loss between the feature maps that its ``feature_info`` names, stems aside.
 
-
-class SSIACifarResNet(SSIAMixin, CifarResNet):
-    """The CIFAR ResNet with SSIA."""
+    Raises:
+        ValueError: It is no network of timm that gives feature maps and takes them to logits.
+    """
+    info = list(getattr(model, "feature_info", None) or [])
+    if not info or not hasattr(model, "forward_intermediates") or not hasattr(model, "forward_head"):
+        raise ValueError(
+            f"ssia needs a network of timm with feature_info, forward_intermediates and forward_head, and "
+            f"{type(model).__name__} lacks one: choose asr, dia or se"
+        )
+    modules = dict(model.named_modules())
+    first = modules.get(info[0]["module"])
+    if first is not None and not list(first.parameters()):  # the activation that ends a stem
+        info = info[1:]
+    parameter = next(model.parameters())
+    widths = [stage["num_chs"] for stage in info]
+    ssia = SSIA(widths, target, aux_weight, device=parameter.device, dtype=parameter.dtype)
+    model.__class__ = mixed(SSIANetwork, type(model))
+    model.ssia = ssia

@@ -1,17 +1,18 @@
-"""timm entry points: every mechanism on every backbone of the two tables in ``mechanisms``.
+"""timm entry points: the mechanisms of one table on the backbones of another.
 
 DIA     https://arxiv.org/abs/1905.10671   ``<backbone>_dia``    ``reduction``, ``dia_light``
 ASR     https://arxiv.org/abs/2304.06345   ``<backbone>_asr``    ``delta``, ``generator``, ``reduction``,
-                                                               ``attention``; ``_asr_se`` has SE on top
-ConAM   https://arxiv.org/abs/2110.14369   ``<backbone>_conam``  ``grid``, ``patch_size``, ``reduction``,
-                                                               ``temperature``
-FMMNet  https://arxiv.org/abs/2106.15067   ``fmmnet<depth>``     ``mode``, ``pin_bias``
+                                                               ``where``, ``attention`` (of ResNets);
+                                                               ``_asr_se`` has SE on top
 SSIA    https://arxiv.org/abs/2206.07434   ``<backbone>_ssia``   ``target``, ``aux_weight``
+SEM     https://arxiv.org/abs/2209.05680   ``<backbone>_sem``    ``reduction``
+SPEM    https://arxiv.org/abs/2208.10322   ``<backbone>_spem``   ``aux_weight``
+ConAM   https://arxiv.org/abs/2110.14369   ``<backbone>_conam``  ``grid``, ``patch_size``, ``reduction``,
+                                                               ``temperature``; ResNets only
+FMMNet  https://arxiv.org/abs/2106.15067   ``fmmnet<depth>``     ``mode``, ``pin_bias``; ResNets only
 SE      https://arxiv.org/abs/1709.01507   ``<backbone>_se``     CIFAR backbones; timm has the others
 
-Backbones are timm's ResNets by their own names, and the CIFAR ResNets ``resnet20`` to ``resnet164``. The
-layers' classes say what the options mean. timm files a model under the last part of its module's name, so
-this file must not be called ``resnet``.
+The layers' classes say what the options mean. timm files a model under the last part of its module's name.
 """
 
 import warnings
@@ -20,14 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_model_args, register_model
 from torch import Tensor, nn
 
 from .. import weights
+from ..branches import example_input
+from .backbones import BACKBONES, stock_network
 from .deployed import folded, fuse_state, has_norms
-from .grafting import graft_description, graft_state, key_difference
-from .mechanisms import BACKBONES, MECHANISMS
+from .grafting import (
+    GraftError,
+    classifier_keys,
+    graft_description,
+    key_difference,
+    load_stock,
+    start_constant,
+)
+from .mechanisms import MECHANISMS, Mechanism, options_of
 
 #: Tags of weights that are made from those of a stock network begin with this.
 GRAFT = "graft_"
@@ -44,7 +53,7 @@ _VARIANTS = {
     _name(backbone, key): (backbone, key)
     for backbone, spec in BACKBONES.items()
     for key, mechanism in MECHANISMS.items()
-    if spec.cifar or not mechanism.control
+    if (spec.cifar or not mechanism.control) and (spec.layers or not mechanism.resnets)
 }
 
 
@@ -83,15 +92,16 @@ def stock_model(model: Any, folded: nn.Module) -> Any:
         name, arguments = cfg["architecture"], {**model._model_args, "folded": True}
     arguments["num_classes"] = model.num_classes
     # Both may have changed since the model was made.
-    if model.global_pool.pool_type != arguments.get("global_pool", "avg"):
-        arguments["global_pool"] = model.global_pool.pool_type
+    pool = get_model_args(model).get("global_pool")
+    if pool is not None and pool != arguments.get("global_pool", pool):
+        arguments["global_pool"] = pool
     stock: Any = timm.create_model(name, **arguments)
     stock.to(next(folded.parameters())).load_state_dict(folded.state_dict())
     stock.pretrained_cfg = stock.default_cfg = {**cfg, "architecture": name}
     return stock.eval()
 
 
-def checkpoint_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Pass on a checkpoint whose keys are the model's, the classifier's aside; graft stock weights.
 
     Trained weights of a model that is built with ``folded=True`` are folded.
@@ -102,19 +112,30 @@ def checkpoint_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
         RuntimeError: A key outside the classifier is missing or unexpected, or a tensor has another shape.
         GraftError: The tag asks for a graft, and the weights are not those of the stock network.
     """
-
-    misfit = key_difference(state_dict, model.state_dict())
+    # In the first releases, ASR was in the place where a ResNet has SE.
+    old = ".se.generators."
+    state_dict = {key.replace(old, ".asr.generators."): tensor for key, tensor in state_dict.items()}
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    adapted = classifier_keys(cfg)
+    misfit = key_difference(state_dict, model.state_dict(), adapted)
     if misfit and str(cfg.get("tag")).startswith(GRAFT):
-        state_dict = graft_state(state_dict, model, MECHANISMS[parse_name(cfg["architecture"])[1]].graft)
+        backbone, key = parse_name(cfg["architecture"])
+        check_graft(cfg["architecture"], MECHANISMS[key])
+        if isinstance(getattr(model, "fused_pairs", None), list):
+            raise GraftError(
+                f"{cfg['architecture']} has its norms fused: graft without folded=True, then fold"
+            )
+        load_stock(model, state_dict, model.stock_keys)
+        start_constant(model)
         # Here and not in the tag's configuration, which timm also gives a model with random weights.
         cfg["description"] = graft_description(str(cfg.get("hf_hub_id")))
-        return state_dict
+        ends = (*adapted, f"{cfg.get('first_conv')}.")
+        return model.state_dict() | {k: v for k, v in state_dict.items() if k.startswith(ends)}
     if misfit and has_norms(state_dict, getattr(model, "fused_pairs", [])):
-        state_dict = fuse_state(state_dict, model.fused_pairs)  # pyright: ignore[reportArgumentType]
-        misfit = key_difference(state_dict, model.state_dict())
-    # Of another number of channels or classes, timm adapts these two.
-    adapted = tuple(f"{cfg.get(key)}." for key in ("first_conv", "classifier"))
+        state_dict = fuse_state(state_dict, model.fused_pairs)
+        misfit = key_difference(state_dict, model.state_dict(), adapted)
+    # Of another number of channels or classes, timm adapts these.
+    adapted += (f"{cfg.get('first_conv')}.",)
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items() if not key.startswith(adapted)}
     wrong = [key for key, shape in shapes.items() if key in state_dict and state_dict[key].shape != shape]
     if not misfit and wrong:
@@ -125,8 +146,14 @@ def checkpoint_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
     return state_dict
 
 
+def check_graft(architecture: str, mechanism: Mechanism) -> None:
+    """Raise a :class:`GraftError` if stock weights cannot become those of a variant."""
+    if mechanism.graft:
+        raise GraftError(f"{architecture} cannot be grafted: {mechanism.graft}")
+
+
 def _grafts(variant: str, kwargs: dict[str, Any]) -> bool:
-    """Whether a model is to be made from stock weights, which timm itself fetches."""
+    """Whether a model is to be made from stock weights."""
     cfg: Any = kwargs.get("pretrained_cfg") or timm.models.get_pretrained_cfg(variant)
     tag = cfg if isinstance(cfg, str) else cfg.get("tag") if isinstance(cfg, dict) else cfg.tag
     return str(tag).startswith(GRAFT)
@@ -136,71 +163,114 @@ def _architecture(checkpoint: str | None) -> str:
     return (checkpoint or "").partition(".")[0]
 
 
-def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
+def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     if "block" in kwargs:
         raise TypeError(f"block={kwargs['block']!r} cannot be set: {variant} has blocks of its own")
-    backbone_name, key = _VARIANTS[variant]
-    backbone, mechanism = BACKBONES[backbone_name], MECHANISMS[key]
-    saved = weights.resolve(variant, kwargs) if pretrained and not _grafts(variant, kwargs) else {}
-    kwargs = {"layers": backbone.layers, **backbone.args, **kwargs, **saved}
-    deployed = kwargs.pop("folded", False)
-    build, kwargs = mechanism.build(backbone, **kwargs)
-    if deployed:
+    backbone, key = _VARIANTS[variant]
+    mechanism = MECHANISMS[key]
+    grafted = pretrained and _grafts(variant, kwargs)
+    saved = weights.resolve(variant, kwargs) if pretrained and not grafted else {}
+    kwargs = {**kwargs, **saved}
+    if kwargs.pop("folded", False):
+        build = partial(folded, partial(_network, variant))
         if not mechanism.fuses:
-            stock = mechanism.stock(backbone_name, {})[0]
+            stock = mechanism.stock(backbone)[0]
             theirs = [c.name for c in weights.checkpoints() if _architecture(c.folded_from) == variant]
             named = f", whose weights are {' and '.join(theirs)}" if pretrained and theirs else ""
             raise ValueError(f"{variant} has no folded form of its own: folded, it is {stock}{named}")
-        build = partial(folded, build)
-    if backbone.cifar:
-        kwargs["feature_cfg"] = {"out_indices": (0, 1, 2, 3)}
+    else:
+        build = partial(_network, variant)
+    sources = ("url", "file", "state_dict", "hf_hub_id")
+    if grafted and not any((kwargs.get("pretrained_cfg_overlay") or {}).get(source) for source in sources):
+        check_graft(variant, mechanism)
+        build, pretrained = partial(_network, variant, stock_tag=_stock_tag(variant, kwargs)), False
     model: Any = build_model_with_cfg(
-        build, variant, pretrained, pretrained_filter_fn=checkpoint_filter, **kwargs
+        build,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter,
+        feature_cfg=_feature_cfg(backbone, kwargs),
+        **kwargs,
     )
+    if grafted and not pretrained:
+        # Here and not in the tag's configuration, which timm also gives a model with random weights.
+        model.pretrained_cfg["description"] = graft_description(str(model.pretrained_cfg.get("hf_hub_id")))
     # timm adds what create_model was given; a folded or exported copy needs what the weights brought, too.
     model._model_args = {k: v for k, v in saved.items() if not k.startswith("pretrained_cfg")}
     return model
 
 
+def _network(variant: str, stock_tag: str | None = None, **kwargs: Any) -> nn.Module:
+    """The stock network with the mechanism; with a tag, of timm's weights, which are grafted."""
+    backbone, key = _VARIANTS[variant]
+    mechanism = MECHANISMS[key]
+    name, arguments = mechanism.stock_network(backbone, kwargs)
+    if stock_tag is not None:
+        arguments["pretrained_cfg"] = stock_tag
+    model: Any = stock_network(name, pretrained=stock_tag is not None, **arguments)
+    model.stock_keys = set(model.state_dict())
+    if mechanism.control:
+        return model
+    options = {k: v for k, v in kwargs.items() if k in options_of(mechanism.put)}
+    mechanism.put(model, example_input(model, 1), **options)
+    if stock_tag is not None:
+        start_constant(model)
+    return model
+
+
+def _stock_tag(variant: str, kwargs: dict[str, Any]) -> str:
+    cfg: Any = kwargs.get("pretrained_cfg") or timm.models.get_pretrained_cfg(variant)
+    tag = cfg if isinstance(cfg, str) else cfg.get("tag") if isinstance(cfg, dict) else cfg.tag
+    return str(tag).removeprefix(GRAFT)
+
+
+def _feature_cfg(backbone: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """How timm takes feature maps from the stock network."""
+    if not kwargs.get("features_only"):
+        return {}
+    if BACKBONES[backbone].cifar:
+        return {"out_indices": (0, 1, 2, 3)}
+    if BACKBONES[backbone].layers:
+        return {}
+    stock = timm.create_model(backbone, features_only=True, device="meta")
+    return {"out_indices": tuple(stock.feature_info.out_indices), "feature_cls": "getter"}  # pyright: ignore
+
+
 def _graft_cfgs(variant: str) -> dict[str, dict[str, Any]]:
     """timm's default checkpoint of the stock backbone, under the name of the variant it is grafted into."""
-    backbone, mechanism = _VARIANTS[variant]
-    row = MECHANISMS[mechanism]
+    backbone, key = _VARIANTS[variant]
+    mechanism = MECHANISMS[key]
     # Of SE networks, which ASR with SE on top grows from, timm has too few checkpoints.
-    if BACKBONES[backbone].cifar or isinstance(row.graft, str) or row.stock(backbone, {}) != (backbone, {}):
+    if BACKBONES[backbone].cifar or mechanism.graft or mechanism.stock(backbone) != (backbone, {}):
         return {}
     stock: Any = timm.models.get_pretrained_cfg(backbone)
     fields = {k: v for k, v in stock.to_dict().items() if k not in ("architecture", "tag", "url")}
-    return {f"{variant}.{GRAFT}{stock.tag}": fields}
+    return {f"{variant}.{GRAFT}{stock.tag}": fields} if stock.has_weights else {}
 
 
-def _cfg(cifar: bool) -> dict[str, Any]:
-    common = {"first_conv": "conv1", "classifier": "fc", "license": "apache-2.0", "interpolation": "bilinear"}
-    if cifar:
-        return {
-            "num_classes": 10,
-            "input_size": (3, 32, 32),
-            "pool_size": (8, 8),
-            "crop_pct": 1.0,
-            "mean": CIFAR_MEAN,
-            "std": CIFAR_STD,
-            **common,
-        }
+def _cfg(backbone: str) -> dict[str, Any]:
+    if not BACKBONES[backbone].cifar:
+        stock: Any = timm.models.get_pretrained_cfg(backbone)
+        sources = ("architecture", "tag", "url", "hf_hub_id", "custom_load")
+        return {k: v for k, v in stock.to_dict().items() if k not in sources}
     return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        **common,
+        "num_classes": 10,
+        "input_size": (3, 32, 32),
+        "pool_size": (8, 8),
+        "crop_pct": 1.0,
+        "mean": CIFAR_MEAN,
+        "std": CIFAR_STD,
+        "first_conv": "conv1",
+        "classifier": "fc",
+        "license": "apache-2.0",
+        "interpolation": "bilinear",
     }
 
 
 def _cfgs(variant: str) -> dict[str, Any]:
     """All configurations of an architecture by name and tag, the default first."""
     cfgs = weights.pretrained_cfgs(variant) | _graft_cfgs(variant)
-    return cfgs or {variant: _cfg(BACKBONES[_VARIANTS[variant][0]].cifar)}
+    return cfgs or {variant: _cfg(_VARIANTS[variant][0])}
 
 
 # timm reads this table while it registers an entry point, so it must stand above them.

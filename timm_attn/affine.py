@@ -1,0 +1,159 @@
+"""Which parameters scale the channels of a tensor, read off the graph that autograd recorded."""
+
+import re
+from typing import Any
+
+from torch import Tensor
+
+#: Nodes of one input that pass a positive scale of channels on. A pooled or moved channel keeps its scale.
+_PASS = re.compile(
+    r"(Unsafe)?View|_?ReshapeAlias|Permute|Transpose|T|Squeeze|Unsqueeze|Expand|Clone|Alias|(To)?Copy|ToCopy|"
+    r"AsStrided|Slice|Select|Roll|NativeDropout|Relu|LeakyRelu|AvgPool2D|AdaptiveAvgPool2D|"
+    r"MkldnnAdaptiveAvgPool2D|Mean|UpsampleBilinear2D|UpsampleNearest2D|UpsampleBicubic2D|MaxPool2DWithIndices"
+)
+#: Position of input, weight and bias among the inputs of a node that has them.
+_LAYER = {
+    "Convolution": (0, 1, 2),
+    "NativeBatchNorm": (0, 1, 2),
+    "CudnnBatchNorm": (0, 1, 2),
+    "NativeLayerNorm": (0, 1, 2),
+    "NativeGroupNorm": (0, 1, 2),
+    "FusedRmsNorm": (0, 1),
+    "Addmm": (1, 2, 0),
+    "Mm": (0, 1),
+    "Linear": (0, 1, 2),
+}
+_CHANNELS_LAST = {"NativeLayerNorm", "FusedRmsNorm", "Addmm", "Mm", "Linear"}
+
+
+def _kind(node: Any) -> str:
+    return re.sub(r"Backward\d*$", "", node.name()).lstrip("_")
+
+
+def scaling_parameters(x: Tensor, names: dict[int, str]) -> tuple[int, list[str]]:
+    """Axis of the channels of x, and the leaves that scale them when each is scaled along its first axis.
+
+    Args:
+        x: B × C × H × W, B × N × C or B × H × W × C, as a network has computed it from leaves.
+        names: Names of the leaves, by their ``id``.
+
+    Returns:
+        −1 or 1; and the names of leaves such that x is multiplied by v along that axis if they are, for
+        every positive v. None of them if there is no such choice.
+    """
+    axis = -1 if x.dim() == 3 or _channels_last(x) else 1
+    chosen = _nearest(x.grad_fn, x.shape[axis])
+    if not chosen or _degree(x.grad_fn, {id(leaf) for leaf in chosen}, {}) != 1:
+        return axis, []
+    return axis, [names[id(leaf)] for leaf in chosen if id(leaf) in names]
+
+
+def _inputs(node: Any) -> list[Any]:
+    return [source for source, _ in node.next_functions]
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether the channels of x, of four dimensions, are the last."""
+    node, moved = x.grad_fn, False
+    while node is not None and _kind(node) not in _LAYER:
+        moved ^= _kind(node) in ("Permute", "Transpose")
+        node = next((source for source in _inputs(node) if source is not None), None)
+    if node is None:
+        return False
+    width = _width(_inputs(node)[_LAYER[_kind(node)][1]])
+    if (x.shape[1] == width) != (x.shape[-1] == width):
+        return x.shape[-1] == width
+    return moved != (_kind(node) in _CHANNELS_LAST)
+
+
+def _width(node: Any) -> int | None:
+    """Number of output channels of a layer, from the node of its weight."""
+    while node is not None and _kind(node) != "torch::autograd::AccumulateGrad":
+        node = _inputs(node)[0] if _inputs(node) else None
+    return None if node is None else node.variable.shape[0]
+
+
+def _leaf(node: Any, channels: int) -> Any:
+    """The parameter that a node gives in another shape or times a constant, if it has one row a channel."""
+    while node is not None:
+        if _kind(node) == "torch::autograd::AccumulateGrad":
+            fits = node.variable.dim() and channels in (node.variable.shape[0], node.variable.numel())
+            return node.variable if fits else None
+        sources = [source for source in _inputs(node) if source is not None]
+        if len(sources) != 1 or not (_PASS.fullmatch(_kind(node)) or _kind(node) in ("Mul", "Div")):
+            return None
+        node = sources[0]
+    return None
+
+
+def _nearest(node: Any, channels: int) -> list[Any]:
+    """The last parameters that every summand of a node went through, or none."""
+    if node is None:
+        return []
+    kind, sources = _kind(node), _inputs(node)
+    if kind in _LAYER:
+        _, *places = _LAYER[kind]
+        given = [sources[place] for place in places if place < len(sources) and sources[place] is not None]
+        leaves = [
+            _gain(source, channels) if _leaf(source, channels) is None else _leaf(source, channels)
+            for source in given
+        ]
+        return leaves if leaves and all(leaf is not None for leaf in leaves) else []
+    if kind in ("Mul", "Div"):
+        for source in sources:
+            leaf = _leaf(source, channels)
+            if leaf is not None and (kind == "Mul" or source is sources[0]):
+                return [leaf]
+        return next((found for source in sources if (found := _nearest(source, channels))), [])
+    if kind in ("Add", "Sub"):
+        sources = [source for source in sources if source is not None]  # Sums often start from the number 0.
+        parts = [
+            [leaf] if (leaf := _leaf(s, channels)) is not None else _nearest(s, channels) for s in sources
+        ]
+        return list({id(leaf): leaf for part in parts for leaf in part}.values()) if all(parts) else []
+    return _nearest(sources[0], channels) if _PASS.fullmatch(kind) else []
+
+
+def _gain(node: Any, channels: int) -> Any:
+    """The gain of a standardised weight, which a scale of the weight itself would not survive."""
+    while node is not None and _PASS.fullmatch(_kind(node)):
+        node = _inputs(node)[0]
+    if node is None or _kind(node) not in _LAYER:
+        return None
+    return _leaf(_inputs(node)[1], channels)
+
+
+def _degree(node: Any, chosen: set[int], known: dict[Any, int | None]) -> int | None:
+    """With which power a scale of the chosen leaves comes out of a node; None if with none of its own."""
+    if node is None:
+        return 0
+    if node in known:
+        return known[node]
+    kind, sources = _kind(node), _inputs(node)
+    if kind == "torch::autograd::AccumulateGrad":
+        degree: int | None = int(id(node.variable) in chosen)
+    else:
+        if kind in ("Add", "Sub"):
+            sources = [source for source in sources if source is not None]
+        degrees = [_degree(source, chosen, known) for source in sources]
+        if None in degrees:
+            degree = None
+        elif not any(degrees):
+            degree = 0
+        elif kind in ("Add", "Sub"):
+            degree = degrees[0] if len(set(degrees)) == 1 else None
+        elif kind == "Mul":
+            degree = sum(degrees)  # pyright: ignore
+        elif kind == "Div":
+            degree = degrees[0] if not any(degrees[1:]) else None
+        elif kind in _LAYER:
+            given = [degrees[place] for place in _LAYER[kind] if place < len(sources)]
+            present = [sources[place] is not None for place in _LAYER[kind] if place < len(sources)]
+            power = (given[0] + given[1]) if kind in ("Convolution", "Addmm", "Mm", "Linear") else given[1]
+            same = all(degree == power for degree, is_ in zip(given[2:], present[2:], strict=True) if is_)
+            alone = not given[0] or kind in ("Convolution", "Addmm", "Mm", "Linear")
+            degree = power if same and alone else None
+        else:
+            degree = degrees[0] if _PASS.fullmatch(kind) else None
+    known[node] = degree
+    return degree

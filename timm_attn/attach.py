@@ -1,0 +1,143 @@
+"""Puts a mechanism into a network of timm, or of anybody, without touching the network's keys."""
+
+from copy import deepcopy
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from .branches import example_input
+from .ends import BranchEnd, GatedInput, GatedNorm
+from .fold import FoldError, fold, relative_difference
+from .layers import ConAM
+from .layers.fmm import FMM
+from .models import model_names
+from .models.grafting import GraftError, start_constant
+from .models.mechanisms import mechanism as row_of
+from .models.mechanisms import options_of
+from .models.ssia import SSIANetwork
+
+_ATTACHED = (BranchEnd, GatedInput, GatedNorm, SSIANetwork, ConAM, FMM)
+
+
+def attach(model: nn.Module, mechanism: str, images: Tensor | None = None, **options: Any) -> nn.Module:
+    """Put a mechanism into a network, in place.
+
+    The network keeps its own keys; those of the mechanism carry its name, such as
+    ``layer1.0.asr.generators.0.psi``. :func:`timm_attn.fold` makes it the stock network again where the
+    mechanism does not depend on the image.
+
+    Args:
+        model: A network of timm, or one that holds blocks of timm.
+        mechanism: ``asr``, ``dia``, ``ssia``, ``sem``, ``spem``; on ResNets also ``conam`` and ``fmm``; or a name
+            of timm's ``create_attn``, such as ``se``, ``eca`` and ``cbam``. All but ``ssia``, ``conam`` and ``fmm``
+            stand at the ends of residual branches; of tokens, they read the patches.
+        images: B × C × H × W that the network takes, if it is not called with images of the size that its
+            ``pretrained_cfg`` names.
+        options: Of the mechanism's layer. ``asr`` takes ``where="norms"`` besides, for a gate on every norm layer
+            in place of the ends of branches.
+
+    Returns:
+        The network.
+
+    Raises:
+        TypeError: It is no network, or an option does not exist.
+        ValueError: There is no such mechanism, it is not possible there, an option is out of range, or the
+            network is compiled, wrapped, quantised or attached already. It is left as it is.
+    """
+    _check(model)
+    row = row_of(mechanism)
+    known = options_of(row.put)
+    unknown = set(options) - set(known)
+    if unknown:
+        raise TypeError(
+            f"{mechanism} takes no {sorted(unknown)[0]}: its options are {', '.join(known) or 'none'}"
+        )
+    given = example_input(model, 1) if images is None else images
+    if row.folds and not given.is_meta and mechanism != "ssia":
+        trial = deepcopy(model)
+        _put(trial, row, given, options)
+        try:
+            fold(trial, given)
+        except FoldError as error:
+            raise ValueError(f"{mechanism} would not fold out of {type(model).__name__}: {error}") from None
+    _put(model, row, given, options)
+    return model
+
+
+def _put(model: nn.Module, row: Any, images: Tensor, options: dict[str, Any]) -> None:
+    try:
+        row.put(model, images, **options)
+    except (ValueError, TypeError):
+        raise
+    except Exception as error:  # whatever a network raises on images that it was not made for
+        raise ValueError(
+            f"{type(model).__name__} does not take images {tuple(images.shape)} ({type(error).__name__}: {error}): "
+            "give what it takes as images="
+        ) from error
+
+
+def _check(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attach needs a network, got {type(model).__name__}")
+    name = type(model).__name__
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(f"{name} is compiled: attach to the network, then compile it")
+    if isinstance(model, DataParallel | DistributedDataParallel):
+        raise ValueError(f"{name} wraps a network: attach to that (.module), then wrap it")
+    if isinstance(model, torch.jit.ScriptModule | torch.fx.GraphModule):
+        raise ValueError(f"{name} is a recorded graph: attach to the network that it was made from")
+    quantised = [
+        m for m in model.modules() if ".quantized" in type(m).__module__ or hasattr(m, "_packed_params")
+    ]
+    if quantised:
+        raise ValueError(
+            f"{name} is quantised ({type(quantised[0]).__name__}): attach, train and fold before that"
+        )
+    there = [(path, m) for path, m in model.named_modules() if isinstance(m, _ATTACHED)]
+    if there:
+        kind = getattr(there[0][1], "mechanism", there[0][1])
+        raise ValueError(
+            f"{name} has {type(kind).__name__} at {there[0][0] or 'its root'} already: take a fresh network"
+        )
+    if not any(p.is_floating_point() for p in model.parameters()):
+        raise ValueError(f"{name} has no parameters to attach anything to")
+
+
+def create_model(
+    model_name: str, attention: str | None = None, pretrained: bool = False, **kwargs: Any
+) -> nn.Module:
+    """``timm.create_model``, with a mechanism in the network.
+
+    Args:
+        model_name: Of timm or this package.
+        attention: As for :func:`attach`. Where a variant of the two is registered (``resnet50_dia``), this is
+            that one.
+        pretrained: Load timm's weights of the stock network; the mechanism starts so that it changes nothing.
+        kwargs: Of the mechanism, and of ``timm.create_model``.
+
+    Raises:
+        GraftError: The mechanism cannot start without changing what the network computes.
+        ValueError: As for :func:`attach`.
+    """
+    if attention is None:
+        return timm.create_model(model_name, pretrained=pretrained, **kwargs)
+    architecture, _, tag = model_name.partition(".")
+    variant = f"{architecture}_{attention}"
+    if variant in model_names():
+        return timm.create_model(variant + (f".graft_{tag}" if tag else ""), pretrained=pretrained, **kwargs)
+    row = row_of(attention)
+    options = {k: kwargs.pop(k) for k in list(kwargs) if k in options_of(row.put)}
+    model: Any = timm.create_model(model_name, pretrained=pretrained, **kwargs)
+    plain = deepcopy(model) if pretrained else None
+    attach(model, attention, **options)
+    if plain is not None:
+        if row.graft:
+            raise GraftError(f"{variant} cannot start from {model_name}: {row.graft}")
+        start_constant(model)
+        error = relative_difference(plain, deepcopy(model), example_input(model))
+        if error > 1e-5:
+            raise GraftError(f"{variant} does not compute what {model_name} computes: {error:.3g}")
+    return model

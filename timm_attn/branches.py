@@ -1,0 +1,195 @@
+"""The ends of residual branches: where attention can stand without touching a network's own keys.
+
+timm's blocks end a residual branch in a slot for stochastic depth, ``drop_path``, ``drop_path1`` and so on:
+what leaves it is added to the shortcut next. The slot owns no parameters.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from timm.models import get_model_traits
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .affine import scaling_parameters
+
+_SLOT = re.compile(r"(?:(\w+)_)?drop_path(\d*)")
+#: Attention that ends a branch, in timm's ResNets and ByobNets. It does not let a scale of its input through.
+ATTENTION = ("se", "attn_last")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The end of a residual branch.
+
+    Attributes:
+        block: Path of the block.
+        slot: Name of the slot in the block.
+        channels: Width C of what leaves the branch.
+        axis: Its axis of channels: 1 of B × C × H × W, −1 of B × N × C or B × H × W × C.
+        pixels: H · W, or the number of tokens N.
+        prefix: Of the tokens, how many of the first are no patches (class token, registers).
+        affine: Names, from the block, of the parameters and buffers whose channels scale those of the
+            branch and nothing else; empty if there are none.
+        before: Name of the attention module that ends the branch; ``affine`` scales what that is given.
+    """
+
+    block: str
+    slot: str
+    channels: int
+    axis: int
+    pixels: int
+    prefix: int = 0
+    affine: tuple[str, ...] = field(default=(), compare=False)
+    before: str = ""
+
+    @property
+    def suffix(self) -> str:
+        """What tells a block's branches apart in names: ``""``, ``"1"``, ``"2"``, ``"attn"`` …"""
+        return "".join(filter(None, _SLOT.fullmatch(self.slot).groups()))  # pyright: ignore
+
+
+def slots(module: nn.Module) -> list[str]:
+    """Names of the slots of a block, also of those that are None."""
+    names = {**module._modules, **vars(module)}
+    return [n for n, v in names.items() if _SLOT.fullmatch(n) and (v is None or isinstance(v, nn.Module))]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and each module's own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def branches(model: nn.Module, images: Any) -> list[Branch]:
+    """The ends of a network's residual branches in running order, by one pass in eval mode.
+
+    The pass runs on the meta device, without arithmetic, where the network can.
+
+    Args:
+        model: Left as it is.
+        images: What it is called with: B × C × H × W.
+
+    Returns:
+        A slot that is passed more than once in a forward pass, or never, is not among them.
+    """
+    found = _probe(model, images)
+    return [branch for branch, calls in found.values() if calls == 1 and branch]
+
+
+def runs(found: list[Branch]) -> list[list[Branch]]:
+    """Neighbours of equal width and pixels: what one recurrent cell can serve."""
+    return [list(run) for _, run in groupby(found, lambda b: (b.channels, b.pixels - b.prefix))]
+
+
+@contextmanager
+def _standing(model: nn.Module) -> Iterator[list[tuple[str, str, nn.Module]]]:
+    """Slots and attention modules as (path of the block, name, module); what is None is an identity meanwhile."""
+    found, empty = [], []
+    for path, block in model.named_modules():
+        names = slots(block)
+        for name in names:
+            if getattr(block, name) is None:
+                setattr(block, name, nn.Identity())
+                empty.append((block, name))
+        attention = [
+            name for name in ATTENTION if names and isinstance(getattr(block, name, None), nn.Module)
+        ]
+        found += [(path, name, getattr(block, name)) for name in (*attention, *names)]
+    try:
+        yield found
+    finally:
+        for block, name in empty:
+            setattr(block, name, None)
+
+
+def _probe(model: nn.Module, images: Any) -> dict[Any, tuple[Branch | None, int]]:
+    def run(device: torch.device | None) -> dict[Any, tuple[Branch | None, int]]:
+        tensors, names = {}, {}
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            leaf = tensor.detach() if device is None else torch.empty_like(tensor, device=device)
+            # Statistics of a norm layer have no gradient; frozen norms hold their affine in buffers, too.
+            if leaf.is_floating_point() and not name.endswith(("running_mean", "running_var")):
+                leaf = leaf.requires_grad_()
+                names[id(leaf)] = name
+            tensors[name] = leaf
+        found: dict[Any, tuple[Branch | None, int]] = {}
+        with _standing(model) as standing, evaluating(model), torch.enable_grad():
+            hooks = [
+                slot.register_forward_pre_hook(_watch(model, path, name, names, found))
+                for path, name, slot in standing
+            ]
+            try:
+                functional_call(model, tensors, (images if device is None else images.to(device),))
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        inputs = {path: (name, found.pop((path, name))[0]) for path, name in list(found) if name in ATTENTION}
+        for (path, name), (branch, calls) in found.items():
+            attention, given = inputs.get(path, ("", None))
+            if branch and not branch.affine and given and given.affine and given.channels == branch.channels:
+                found[path, name] = replace(branch, affine=given.affine, before=attention), calls
+        return found
+
+    if images.device.type != "meta":
+        try:
+            return run(torch.device("meta"))
+        except Exception:  # whatever a network raises that looks at values
+            return run(None)
+    return run(images.device)
+
+
+def _watch(model: nn.Module, path: str, name: str, names: dict[int, str], found: dict) -> Any:
+    prefix = f"{path}." if path else ""
+
+    def hook(slot: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0]
+        _, calls = found.get((path, name), (None, 0))
+        branch = None
+        if isinstance(x, Tensor) and x.dim() in (3, 4):
+            axis, leaves = scaling_parameters(x, names)
+            own = [leaf.removeprefix(prefix) for leaf in leaves if leaf.startswith(prefix)]
+            whole = tuple(sorted(own)) if len(own) == len(leaves) else ()
+            channels, size = x.shape[axis], x[0].numel()
+            tokens = _prefix(model, path, x.shape[1]) if x.dim() == 3 and axis == -1 else 0
+            branch = Branch(path, name, channels, axis, size // channels, tokens, whole)
+        found[path, name] = branch, calls + 1
+
+    return hook
+
+
+def _prefix(model: nn.Module, path: str, tokens: int) -> int:
+    """Number of tokens that are no patches, as the innermost network around a block says."""
+    parts = path.split(".")
+    for end in range(len(parts), -1, -1):
+        count = getattr(model.get_submodule(".".join(parts[:end])), "num_prefix_tokens", None)
+        if isinstance(count, int):
+            square = int((tokens - count) ** 0.5) ** 2 == tokens - count
+            # Some networks let the class token in only at the end.
+            return count if count < tokens and (square or int(tokens**0.5) ** 2 != tokens) else 0
+    return 0
+
+
+def example_input(model: nn.Module, batch_size: int = 2) -> Tensor:
+    """Fixed standard normal images for a timm model, on its device and in its dtype.
+
+    A model that is no network of timm gets those for the first network in it that is one.
+    """
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    network = next((m for m in model.modules() if getattr(m, "pretrained_cfg", None)), model)
+    channels, *size = getattr(network, "pretrained_cfg", {}).get("input_size") or (3, 224, 224)
+    size = get_model_traits(network).get("img_size") or size
+    channels = getattr(network, "in_chans", channels)
+    images = torch.randn(batch_size, channels, *size, generator=torch.Generator().manual_seed(0))
+    return images.to(parameter.device, parameter.dtype)

@@ -1,0 +1,335 @@
+"""What stands at the end of a residual branch, or in place of a norm layer, without touching their keys."""
+
+import threading
+import weakref
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .branches import Branch
+from .layers import DIACell
+from .layers.eager import eager
+from .layers.pooling import channel_mean
+
+
+class BranchEnd(nn.Module):
+    """Stands in the slot of a residual branch: a mechanism, and after it what stood there.
+
+    The mechanism is registered in the block, so that its keys carry its name; here it is only held.
+
+    Args:
+        block: The block.
+        branch: Where in it.
+        mechanism: Called with what the branch gives.
+    """
+
+    #: Whether tokens that are no patches are scaled like the others.
+    all_tokens = False
+
+    def __init__(self, block: nn.Module, branch: Branch, mechanism: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+        self.drop_path = getattr(block, branch.slot)
+        self._held = (block, mechanism)
+
+    @property
+    def block(self) -> nn.Module:
+        return self._held[0]
+
+    @property
+    def mechanism(self) -> Any:
+        return self._held[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What leaves a branch, B × C × H × W, B × H × W × C or B × N × C, to the same."""
+        x = self.attend(x)
+        return x if self.drop_path is None else self.drop_path(x)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """The mechanism on what leaves the branch."""
+        return self.on_map(self._held[1], x)
+
+    def on_map(self, module: nn.Module, x: Tensor) -> Tensor:
+        """A module on a map B × C × H × W; of tokens, on the patches, as a column where they are no square."""
+        if self.branch.axis == 1:
+            return module(x)
+        if x.dim() == 4:
+            return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        others, patches = x[:, : self.branch.prefix], x[:, self.branch.prefix :]
+        side = int(patches.shape[1] ** 0.5)
+        size = (side, side) if side * side == patches.shape[1] else (patches.shape[1], 1)
+        patches = module(patches.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)
+        return torch.cat([others, patches], 1) if others.shape[1] else patches
+
+    def scale(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x times a gate, 1 × C or B × C."""
+        if self.branch.axis == 1:
+            return x * gate[:, :, None, None]
+        return x * (gate[:, None] if x.dim() == 3 else gate[:, None, None])
+
+
+class GateEnd(BranchEnd):
+    """A gate that does not depend on the image; :func:`timm_attn.fold` multiplies it into the branch.
+
+    Where the branch ends in a batch norm, that computes with its affine times the gate, as when it is folded:
+    forward and backward pass each save a pass over the map.
+    """
+
+    all_tokens = True
+
+    def __init__(self, block: nn.Module, branch: Branch, mechanism: nn.Module) -> None:
+        super().__init__(block, branch, mechanism)
+        self.norm = next(iter({name.rpartition(".")[0] for name in branch.affine}), "")
+        norm = block.get_submodule(self.norm)
+        if type(norm) is nn.BatchNorm2d and len(branch.affine) == 2 and norm.track_running_stats:
+            norm.__class__ = GatedBatchNorm2d
+            norm.end = (self,)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def attend(self, x: Tensor) -> Tensor:
+        return x if self.in_norm(x) else self.scale(x, self._held[1].gate())
+
+    def in_norm(self, x: Tensor) -> bool:
+        """Whether the norm takes in the gate: what replaces it does not, and whoever hooks it wants it plain."""
+        norm = self._held[0].get_submodule(self.norm)
+        if type(norm) is not GatedBatchNorm2d or norm.momentum is None or _hooked(norm) or _hooked(self):
+            return False
+        return torch.compiler.is_compiling() or eager(x)
+
+    def fuse(self) -> nn.Module | None:
+        """Multiply the gate into the branch; what stood in the slot. timm's ``reparameterize_model`` calls it.
+
+        Raises:
+            ValueError: No parameters of the branch scale its channels.
+        """
+        scale_parameters(self.block, self.branch, self.mechanism.gate())
+        norm: Any = self.block.get_submodule(self.norm)
+        if type(norm) is GatedBatchNorm2d:
+            norm.__class__ = nn.BatchNorm2d
+            del norm.end
+        name = next(name for name, module in self.block.named_children() if module is self.mechanism)
+        delattr(self.block, name)
+        return self.drop_path
+
+
+class GatedInput:
+    """Mixed into the attention module that ends a branch: a gate on what it is given.
+
+    The class of the module is exchanged, so its keys stay.
+    """
+
+    gate_end: tuple[GateEnd]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.gate_end[0].attend(x))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def fuse(self) -> Any:
+        """The module alone, with the gate in the branch before it."""
+        self.gate_end[0].fuse()
+        del self.gate_end
+        return without_mixin(self)
+
+
+@cache
+def mixed(mixin: type, cls: type) -> type:
+    """A class with a mixin, from that without."""
+    return type(mixin.__name__ + cls.__name__, (mixin, cls), {"__reduce_ex__": _reduce})
+
+
+def without_mixin(module: Any) -> Any:
+    """A module, of the class that it had before :func:`mixed`."""
+    module.__class__ = type(module).__mro__[2]
+    return module
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    return _new, type(self).__mro__[1:3], self.__getstate__()
+
+
+def _new(mixin: type, cls: type) -> Any:
+    made = mixed(mixin, cls)
+    return made.__new__(made)
+
+
+class GatedBatchNorm2d(nn.BatchNorm2d):
+    """The norm before a :class:`GateEnd`, with the same parameters and buffers as any."""
+
+    end: tuple[GateEnd]
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.end[0].in_norm(input):
+            return super().forward(input)
+        gate = self.end[0].mechanism.gate()[0]
+        if self.training:
+            self.num_batches_tracked.add_(1)  # pyright: ignore[reportOptionalMemberAccess]
+        weight, bias = self.weight * gate, self.bias * gate
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm(input, mean, var, weight, bias, self.training, self.momentum or 0.0, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, gated"
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether more happens than the module's own forward when it is called."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks) or "forward" in vars(module) or bool(_has_any_global_hook())
+
+
+class DIAEnd(BranchEnd):
+    """One step of a cell that a run of branches shares.
+
+    Args:
+        run: Hands the state from step to step.
+        step: Which one of them, from 0.
+    """
+
+    all_tokens = True
+
+    def __init__(
+        self, block: nn.Module, branch: Branch, mechanism: DIACell, run: "DIARun", step: int
+    ) -> None:
+        super().__init__(block, branch, mechanism)
+        self.run, self.step = run, step
+
+    def attend(self, x: Tensor) -> Tensor:
+        if self.branch.axis == 1:
+            g = channel_mean(x)
+        else:
+            g = x[:, self.branch.prefix :].mean(1) if x.dim() == 3 else x.mean((1, 2))
+        state = self._held[1](g, *self.run.before(self.step, g))
+        x = self.scale(x, state[0])
+        self.run.after(self.step, state, x)
+        return x
+
+
+class _State:
+    """(h, c) of DIA, each B × C."""
+
+    def __init__(self, state: tuple[Tensor, Tensor]) -> None:
+        self.state = state
+
+
+class DIARun:
+    """Hands DIA's state along a run of branches, within one forward pass.
+
+    Every step has its own entry, so that a block which is run again, as under gradient checkpointing, reads
+    the same state again. While there is a graph it owns them, and they go when it goes.
+
+    Args:
+        steps: Number of branches of the run.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._entries: dict[Any, Any] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DIARun":
+        return DIARun(self.steps)
+
+    def __reduce__(self) -> Any:
+        return DIARun, (self.steps,)
+
+    def before(self, step: int, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The state that the step before has left; zeros for the first.
+
+        Raises:
+            RuntimeError: There is none.
+        """
+        if step == 0:
+            return torch.zeros_like(g), torch.zeros_like(g)
+        entry = self._entries.get(self._key(step))
+        entry = entry() if isinstance(entry, weakref.ref) else entry
+        if entry is None:
+            raise RuntimeError(
+                f"DIA's step {step} of {self.steps} has no state of the step before: call the whole network, "
+                "and checkpoint gradients with use_reentrant=False"
+            )
+        return entry.state
+
+    def after(self, step: int, state: tuple[Tensor, Tensor], x: Tensor) -> None:
+        """Keep the state for the next step; ``x`` is computed from it."""
+        last = step == self.steps - 1
+        if eager(x) and x.grad_fn is not None:
+            if not last:
+                entry = _State(state)
+                x.grad_fn.metadata["timm_attn.dia"] = entry  # pyright: ignore[reportIndexIssue]
+                self._entries[self._key(step + 1)] = weakref.ref(entry)
+        elif last:
+            for other in range(1, self.steps):
+                self._entries.pop(self._key(other), None)
+        else:
+            self._entries[self._key(step + 1)] = _State(state)
+
+    def _key(self, step: int) -> Any:
+        return step if torch.compiler.is_compiling() else (step, threading.get_ident())
+
+
+def scale_parameters(block: nn.Module, branch: Branch, gate: Tensor) -> None:
+    """Multiply what a branch gives by a gate of C entries above zero, in its parameters, in place.
+
+    Raises:
+        ValueError: No parameters of the branch scale its channels.
+    """
+    if not branch.affine:
+        raise ValueError(
+            f"{branch.block or 'the network'}.{branch.slot} ends in nothing that takes in a gate"
+        )
+    v = gate.detach().double().flatten()
+    with torch.no_grad():
+        for name in branch.affine:
+            tensor = block.get_submodule(name.rpartition(".")[0]).__getattr__(name.rpartition(".")[2])
+            shape = tensor.shape if tensor.numel() == v.numel() else (-1, *[1] * (tensor.dim() - 1))
+            # The parameters keep their identity, so that optimisers and EMA copies that hold them stay valid.
+            tensor.copy_(tensor.double() * v.to(tensor.device).expand(branch.channels).reshape(shape))
+
+
+class GatedNorm:
+    """Mixed into a norm layer: its weight and bias are its own times the gate of its child ``gated_by``.
+
+    The class of the layer is exchanged, so its keys stay. What replaces norm layers (``convert_sync_batchnorm``)
+    must come first; it raises TypeError here.
+    """
+
+    gated_by: str
+    _parameters: dict[str, Any]
+    _modules: dict[str, Any]
+
+    @property
+    def weight(self) -> Any:
+        return self._gated("weight")
+
+    @property
+    def bias(self) -> Any:
+        return self._gated("bias")
+
+    def _gated(self, name: str) -> Any:
+        own = self._parameters[name]
+        return None if own is None else own * self.gate()
+
+    def gate(self) -> Tensor:
+        """The gate, C entries."""
+        return self._modules[self.gated_by].gate()[0]
+
+    @torch.no_grad()
+    def scale(self, gate: Tensor) -> None:
+        """Multiply the layer's own weight and bias."""
+        for name in ("weight", "bias"):
+            own = self._parameters[name]
+            if own is not None:
+                own.copy_(own.double() * gate.double())
+
+    def fuse(self) -> Any:
+        """The norm layer alone, with the gate in its parameters."""
+        self.scale(self.gate())
+        del self._modules[self.gated_by]
+        del self.gated_by
+        return without_mixin(self)

@@ -1,0 +1,61 @@
+"""SEM: three channel attentions, between which a switch decides.
+
+Paper: "Switchable Self-attention Module", Zhong, Wen, Qin https://arxiv.org/abs/2209.05680. The formula is that
+of the authors' code (https://github.com/Qrange-group/SEM, MIT).
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .options import check_whole
+from .pooling import channel_mean
+
+
+class SEM(nn.Module):
+    """x · σ(w₁ a₁) · σ(w₂ a₂) · σ(w₃ a₃), each B × C, with g the channel means of x::
+
+        w  = σ(switch g)                  three numbers for each image
+        a₁ = fc2 relu(fc1 g)              as SE has it
+        a₂ = conv g                       as ECA has it
+        a₃ = weight · g + bias            instance enhancement, from weight 0 and bias −1
+
+    Args:
+        channels: Width C of the map.
+        reduction: fc1's width is max(1, C // reduction).
+
+    Raises:
+        TypeError: ``reduction`` is not a whole number.
+        ValueError: It is below 1.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16, device=None, dtype=None) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__()
+        check_whole("SEM reduction", reduction)
+        hidden = max(1, channels // reduction)
+        size = int((math.log2(channels) + 1) / 2)
+        size = size if size % 2 else size + 1
+        self.switch = nn.Linear(channels, 3, **dd)
+        self.fc1 = nn.Linear(channels, hidden, **dd)
+        self.fc2 = nn.Linear(hidden, channels, **dd)
+        self.conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False, **dd)
+        self.weight = nn.Parameter(torch.zeros(channels, **dd))
+        self.bias = nn.Parameter(torch.full((channels,), -1.0, **dd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale the channels of x (B × C × H × W)."""
+        g = channel_mean(x)
+        w = self.switch(g).sigmoid()
+        logits = self.fc2(self.fc1(g).relu()), self.conv(g[:, None])[:, 0], self.weight * g + self.bias
+        gates = [(w[:, i : i + 1] * logit).sigmoid() for i, logit in enumerate(logits)]
+        return x * (gates[0] * gates[1] * gates[2])[:, :, None, None]
+
+    @torch.no_grad()
+    def start_constant(self) -> float:
+        """Set the parameters so that the gate is the same everywhere, and return it."""
+        for parameter in (self.fc2.weight, self.fc2.bias, self.conv.weight, self.weight, self.bias):
+            parameter.zero_()
+        return 0.125

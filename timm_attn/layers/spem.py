@@ -1,0 +1,67 @@
+"""SPEM: channel attention on a learnt mixture of each channel's largest and smallest value.
+
+Paper: "SPEM: Self-adaptive Pooling Enhanced Attention Module for Image Recognition", Zhong, Wen, Qin, MMM 2023
+https://arxiv.org/abs/2208.10322. The formula is that of the authors' code
+(https://github.com/Qrange-group/SPEM, MIT).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .options import check_number
+from .ssia import attach_loss
+
+
+class SPEM(nn.Module):
+    """x · σ(M' + m') · σ(z), with M and m the largest and the smallest value of each channel::
+
+        M' = w₂ M + b₂,  m' = w₂ m + b₂           by channel, from w₂ = 0 and b₂ = −1
+        z  = w₁ (q₀ M' + q₁ m') + b₁              from w₁ = 0 and b₁ = −1
+        q  = (p₀², p₁²) / (p₀² + p₁²)             from p = (½, ½)
+
+    In training, ‖p‖² is added to the loss, ``aux_weight`` times, by the gradient of the output.
+
+    Args:
+        channels: Width C of the map.
+        aux_weight: α of the authors' code.
+
+    Raises:
+        TypeError: ``aux_weight`` is not a number.
+        ValueError: It is negative.
+    """
+
+    aux_scale: Tensor
+
+    def __init__(self, channels: int, aux_weight: float = 0.1, device=None, dtype=None) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__()
+        check_number("SPEM aux_weight", aux_weight, "a finite number of 0 or more", zero=True)
+        self.aux_weight = aux_weight
+        self.p = nn.Parameter(torch.full((2,), 0.5, **dd))
+        self.weight1, self.weight2 = (nn.Parameter(torch.zeros(channels, **dd)) for _ in range(2))
+        self.bias1, self.bias2 = (nn.Parameter(torch.full((channels,), -1.0, **dd)) for _ in range(2))
+        self.register_buffer("aux_scale", torch.ones((), **dd), persistent=False)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Set what a checkpoint does not hold; timm calls it after ``to_empty``."""
+        self.aux_scale.fill_(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale the channels of x (B × C × H × W)."""
+        high = x.amax((2, 3)) * self.weight2 + self.bias2
+        low = x.amin((2, 3)) * self.weight2 + self.bias2
+        q = self.p.square() / self.p.square().sum()
+        z = (q[0] * high + q[1] * low) * self.weight1 + self.bias1
+        x = x * ((high + low).sigmoid() * z.sigmoid())[:, :, None, None]
+        if self.training and self.aux_weight:
+            x = attach_loss(x, self.aux_weight * self.p.square().sum(), self.aux_scale)
+        return x
+
+    @torch.no_grad()
+    def start_constant(self) -> Tensor:
+        """Set the parameters so that the gate is the same for every image, and return it, C entries."""
+        self.weight1.zero_()
+        self.weight2.zero_()
+        return (2 * self.bias2).sigmoid() * self.bias1.sigmoid()

@@ -1,0 +1,92 @@
+"""The table of stock networks of which variants are registered."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import timm
+from timm.layers import SEModule
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch import nn
+
+from .cifar import CifarResNet
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A stock network.
+
+    Attributes:
+        layers: Blocks in each stage; of ResNets only.
+        bottleneck: Whether these are bottlenecks.
+        cifar: It is this package's, for small images; timm has the others.
+    """
+
+    layers: tuple[int, ...] = ()
+    bottleneck: bool = False
+    cifar: bool = False
+
+
+BACKBONES = {
+    "resnet18": Backbone((2, 2, 2, 2)),
+    "resnet34": Backbone((3, 4, 6, 3)),
+    "resnet50": Backbone((3, 4, 6, 3), bottleneck=True),
+    "resnet101": Backbone((3, 4, 23, 3), bottleneck=True),
+    "resnet152": Backbone((3, 8, 36, 3), bottleneck=True),
+    "resnet26t": Backbone((2, 2, 2, 2), bottleneck=True),
+    "resnet50d": Backbone((3, 4, 6, 3), bottleneck=True),
+    "resnext50_32x4d": Backbone((3, 4, 6, 3), bottleneck=True),
+    "wide_resnet50_2": Backbone((3, 4, 6, 3), bottleneck=True),
+    "resnet20": Backbone((3, 3, 3), cifar=True),
+    "resnet32": Backbone((5, 5, 5), cifar=True),
+    "resnet44": Backbone((7, 7, 7), cifar=True),
+    "resnet56": Backbone((9, 9, 9), cifar=True),
+    "resnet110": Backbone((18, 18, 18), cifar=True),
+    "resnet164": Backbone((18, 18, 18), bottleneck=True, cifar=True),
+    **dict.fromkeys(
+        (
+            "regnetx_008",
+            "regnety_016",
+            "efficientnet_b0",
+            "efficientnet_b1",
+            "tf_efficientnetv2_b0",
+            "mobilenetv3_large_100",
+            "mobilenetv4_conv_small",
+            "convnext_atto",
+            "convnext_nano",
+            "convnext_tiny",
+            "convnext_small",
+            "convnextv2_nano",
+            "vit_tiny_patch16_224",
+            "vit_small_patch16_224",
+            "vit_base_patch16_224",
+            "deit3_small_patch16_224",
+            "swin_tiny_patch4_window7_224",
+            "caformer_s18",
+            "repvgg_a0",
+            "repvgg_a2",
+            "repvgg_b0",
+            "mobileone_s0",
+            "mobileone_s1",
+            "efficientvit_b0",
+        ),
+        Backbone(),
+    ),
+}
+
+
+#: timm would round the SE paper's hidden width C / 16 up to a multiple of 8: too wide for 16 to 64 channels.
+paper_se = partial(SEModule, rd_ratio=1 / 16, rd_divisor=1)
+
+
+def stock_network(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A stock network by its row's name, or any of timm's; of the CIFAR networks, also ``<name>_se``."""
+    backbone, se, _ = name.partition("_se")
+    spec = BACKBONES.get(backbone, Backbone())
+    if not spec.cifar:
+        return timm.model_entrypoint(name)(pretrained=pretrained, **kwargs)
+    block_args = dict(kwargs.pop("block_args", None) or {})
+    if se or block_args.get("attn_layer") == "se":
+        block_args["attn_layer"] = paper_se
+    block = Bottleneck if spec.bottleneck else BasicBlock
+    return CifarResNet(block, **{"layers": spec.layers, **kwargs}, block_args=block_args)

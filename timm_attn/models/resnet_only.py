@@ -1,0 +1,151 @@
+"""FMM and ConAM, which act before or in place of the residual sum, so that only ResNets can have them.
+
+The class of a block is exchanged for one with the same modules; the block keeps its keys.
+"""
+
+# What a mixin finds in the block that it is mixed into has no static type.
+# pyright: reportAttributeAccessIssue=false
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor, nn
+
+from ..layers import FMM, ConAM
+
+
+def last_norm(block: Any) -> Any:
+    """The norm layer that ends a block's residual branch; an Identity in FMM's mode sigmoid."""
+    return block.bn3 if isinstance(block, Bottleneck) else block.bn2
+
+
+def last_conv(block: Any) -> Any:
+    """The last convolution of a block's residual branch."""
+    return block.conv3 if isinstance(block, Bottleneck) else block.conv2
+
+
+def residual_blocks(model: nn.Module, mechanism: str) -> list[list[Any]]:
+    """The blocks of a ResNet, by stage.
+
+    Raises:
+        ValueError: It is no ResNet of timm's or this package's blocks.
+    """
+    stages = []
+    if isinstance(model, ResNet):
+        stages = [list(model.get_submodule(info["module"])) for info in model.feature_info[1:]]  # pyright: ignore
+    if not stages or any(type(b) not in (BasicBlock, Bottleneck) for stage in stages for b in stage):
+        raise ValueError(
+            f"{mechanism} is for timm's ResNets, of BasicBlock or Bottleneck, and {type(model).__name__} is "
+            "none: choose asr, dia, se, sem, spem or ssia"
+        )
+    return stages
+
+
+class _Basic(BasicBlock):
+    def branch(self, x: Tensor) -> Tensor:
+        """The residual branch up to the sum, without its slot for stochastic depth."""
+        x = self.act1(self.drop_block(self.bn1(self.conv1(x))))
+        x = self.bn2(self.conv2(self.aa(x)))  # pyright: ignore[reportOptionalCall] (an Identity without)
+        return x if self.se is None else self.se(x)
+
+
+class _Bottle(Bottleneck):
+    def branch(self, x: Tensor) -> Tensor:
+        """The residual branch up to the sum, without its slot for stochastic depth."""
+        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.act2(self.drop_block(self.bn2(self.conv2(x))))
+        x = self.bn3(self.conv3(self.aa(x)))  # pyright: ignore[reportOptionalCall] (an Identity without)
+        return x if self.se is None else self.se(x)
+
+
+class _ConAMBlock:
+    """The branch sees the map weighted by ConAM, the shortcut as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = self.branch(self.conam(x))  # pyright: ignore[reportCallIssue]
+        if self.drop_path is not None:
+            f = self.drop_path(f)
+        f += x if self.downsample is None else self.downsample(x)
+        return self.act3(f) if isinstance(self, Bottleneck) else self.act2(f)
+
+
+class ConAMBasicBlock(_ConAMBlock, _Basic):
+    """timm's BasicBlock with ConAM before its branch."""
+
+
+class ConAMBottleneck(_ConAMBlock, _Bottle):
+    """timm's Bottleneck with ConAM before its branch."""
+
+
+class _FMMBlock:
+    """Multiplies the branch with the shortcut instead of adding it."""
+
+    def factor_norms(self) -> tuple[Any, Any]:
+        """The last norm of the branch and that of the shortcut; an Identity where the mode has none."""
+        return last_norm(self), self.fmm.norm if self.downsample is None else self.downsample[-1]
+
+    def train(self, mode: bool = True) -> Any:
+        """timm.utils.unfreeze lets pinned biases go; they are pinned again here."""
+        if self.pin_bias:
+            for norm in self.factor_norms():
+                if not isinstance(norm, nn.Identity):  # as it is in the deployed form, and in mode sigmoid
+                    norm.bias.requires_grad_(False)
+        return super().train(mode)  # pyright: ignore[reportCallIssue]
+
+    def zero_init_last(self) -> None:
+        """Start with a constant factor, the counterpart of a residual branch that starts at zero."""
+        self.fmm.init_norms(*self.factor_norms(), self.pin_bias)
+        if self.fmm.mode == "sigmoid":
+            nn.init.zeros_(last_conv(self).weight)  # σ(0) + 1 = 1.5
+        # With γ = 0 the factor is β of the last norm, 1. The raw product has β = 0 and would be dead.
+        else:
+            nn.init.constant_(last_norm(self).weight, float(self.fmm.mode == "raw"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = self.fmm.factor(self.branch(x))
+        if self.drop_path is not None and self.training:
+            factor = 1 + self.drop_path(factor - 1)  # a dropped path must multiply by 1, not by 0
+        x = self.fmm(factor, x if self.downsample is None else self.downsample(x))
+        return self.act3(x) if isinstance(self, Bottleneck) else self.act2(x)
+
+
+class FMMBasicBlock(_FMMBlock, _Basic):
+    """timm's BasicBlock with a product in place of the sum."""
+
+
+class FMMBottleneck(_FMMBlock, _Bottle):
+    """timm's Bottleneck with a product in place of the sum."""
+
+
+def put_conam(model: nn.Module, places: list[tuple[Any, ConAM]]) -> None:
+    """Put a ConAM before the branch of each of these blocks."""
+    for block, conam in places:
+        block.__class__ = ConAMBottleneck if isinstance(block, Bottleneck) else ConAMBasicBlock
+        block.conam = conam
+
+
+def put_fmm(blocks: list[Any], mode: str, pin_bias: bool) -> None:
+    """Let blocks multiply. Where the last norm or γ starts at zero, so does the branch's part in the product."""
+    made = []
+    for block in blocks:
+        norm = last_norm(block)
+
+        def fresh(*_: Any, norm: Any = norm, **__: Any) -> nn.Module:
+            copy = deepcopy(norm)
+            copy.reset_parameters()
+            return copy
+
+        fmm = FMM(last_conv(block).out_channels, mode, fresh if block.downsample is None else None)
+        fmm.init_norms(norm, fmm.norm if block.downsample is None else block.downsample[-1], pin_bias)
+        made.append(fmm)
+    for block, fmm in zip(blocks, made, strict=True):
+        norm = last_norm(block)
+        starts_at_zero = not norm.weight.is_meta and not torch.count_nonzero(norm.weight)
+        if mode == "sigmoid":
+            setattr(block, "bn3" if isinstance(block, Bottleneck) else "bn2", nn.Identity())
+        block.__class__ = FMMBottleneck if isinstance(block, Bottleneck) else FMMBasicBlock
+        block.fmm, block.pin_bias = fmm, pin_bias
+        if starts_at_zero:
+            block.zero_init_last()
