@@ -18,8 +18,8 @@ from timm.models._features_fx import GraphExtractNet
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 
-from timm_attn.models import BACKBONES, parse_name, resnet_attn
-from timm_attn.models.blocks import last_norm
+from timm_attn.models import BACKBONES, parse_name, attached
+from timm_attn.models.resnet_only import last_norm
 
 COUNTS = Path(__file__).with_name("parameter_counts.csv")
 
@@ -68,9 +68,10 @@ def check_registration(case: Case) -> None:
     model = timm.create_model(case.name, device="meta")
     assert model.num_classes == cfg.num_classes
     assert parameters(model) == committed_counts()[case.name]
-    model.get_submodule(cfg.first_conv)
-    model.get_submodule(cfg.classifier)
-    assert getattr(resnet_attn, case.name).__name__ == case.name
+    for path in (cfg.first_conv, cfg.classifier):
+        for one in [path] if isinstance(path, str) else path:
+            model.get_submodule(one)
+    assert getattr(attached, case.name).__name__ == case.name
     state = model.state_dict(keep_vars=True)
     assert len({id(tensor) for tensor in state.values()}) == len(state), "aliases in the state dict"
 
@@ -259,14 +260,6 @@ def check_compile(case: Case) -> None:
     for (key, p), q in zip(eager.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, msg=lambda m, key=key: f"{key}: {m}")
     torch.compiler.reset()
-
-
-def check_script(case: Case) -> None:
-    x = case.images().double()
-    model = randomise(case.build_shallow().double()).eval()
-    with pytest.warns(FutureWarning):
-        scripted = torch.jit.script(model)
-    torch.testing.assert_close(scripted(x), model(x))
 
 
 def check_fx(case: Case) -> None:

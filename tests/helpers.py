@@ -20,7 +20,7 @@ from torch import nn
 
 import timm_attn
 from timm_attn.models import BACKBONES, MECHANISMS, CifarResNet, model_names, parse_name
-from timm_attn.models.blocks import last_conv, last_norm
+from timm_attn.models.resnet_only import last_conv, last_norm
 from timm_attn.training.run import read_lines
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +130,7 @@ def narrow(architecture: str, **kwargs) -> nn.Module:
     backbone = BACKBONES[parse_name(architecture)[0]]
     stages = len(backbone.layers)
     small = {"channels": [8, 16, 24, 32][:stages], "layers": [2, 1, 2, 1][:stages], "num_classes": 10}
-    if "cardinality" in backbone.args:  # as many groups need as many channels, and a multiple of them
+    if architecture.startswith("resnext"):  # as many groups need as many channels, and a multiple of them
         small["channels"] = [64] * stages
     if not backbone.cifar:
         small["pretrained_cfg_overlay"] = {"input_size": (3, 64, 64), "pool_size": (2, 2)}

@@ -10,7 +10,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 import timm_attn
 from timm_attn import algebra
 from timm_attn.fold import BOUNDS, relative_difference
-from timm_attn.models.blocks import last_norm
+from timm_attn.models.resnet_only import last_norm
 
 GRAFTED = [name for name in SMALL if not isinstance(MECHANISMS[parse_name(name)[1]].graft, str)]
 OPTIONS = {

@@ -20,7 +20,7 @@ from timm_attn.algebra import scale_affine
 from timm_attn.layers import ASR, FMM, SSIA, ConAM, DIACell, SEGenerator
 from timm_attn.layers.asr import GENERATORS
 from timm_attn.layers.fmm import MODES
-from timm_attn.models.blocks import (
+from timm_attn.models.resnet_only import (
     FMMBasicBlock,
     FMMBottleneck,
     FMMMixin,

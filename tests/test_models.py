@@ -156,7 +156,7 @@ def test_every_mechanism_is_on_every_backbone():
     expected |= {"fmmnext50_32x4d", "wide_fmmnet50_2"}
     assert set(timm_attn.model_names()) == expected
     assert expected <= set(timm.list_models())
-    assert set(timm.list_models(module="resnet_attn")) == expected
+    assert set(timm.list_models(module="attached")) == expected
     assert not expected & set(timm.list_models(module="resnet"))
 
 

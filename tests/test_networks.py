@@ -8,7 +8,7 @@ from reference.resnet import MECHANISMS, forward
 
 from timm_attn.layers import ASR, FMM, ConAM
 from timm_attn.models import BACKBONES, parse_name
-from timm_attn.models.blocks import ConAMMixin
+from timm_attn.models.resnet_only import ConAMMixin
 from timm_attn.models.dia import DIAStage
 
 

@@ -23,6 +23,8 @@ _LAYER = {
     "Mm": (0, 1),
     "Linear": (0, 1, 2),
 }
+_NORMALISES = {"NativeBatchNorm", "CudnnBatchNorm", "NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm"}
+_LEAF = "torch::autograd::AccumulateGrad"
 _CHANNELS_LAST = {"NativeLayerNorm", "FusedRmsNorm", "Addmm", "Mm", "Linear"}
 
 
@@ -43,7 +45,7 @@ def scaling_parameters(x: Tensor, names: dict[int, str]) -> tuple[int, list[str]
     """
     axis = -1 if x.dim() == 3 or _channels_last(x) else 1
     chosen = _nearest(x.grad_fn, x.shape[axis])
-    if not chosen or _degree(x.grad_fn, {id(leaf) for leaf in chosen}, {}) != 1:
+    if not chosen or _degree(x.grad_fn, {id(leaf) for leaf in chosen}) != 1:
         return axis, []
     return axis, [names[id(leaf)] for leaf in chosen if id(leaf) in names]
 
@@ -68,7 +70,7 @@ def _channels_last(x: Tensor) -> bool:
 
 def _width(node: Any) -> int | None:
     """Number of output channels of a layer, from the node of its weight."""
-    while node is not None and _kind(node) != "torch::autograd::AccumulateGrad":
+    while node is not None and _kind(node) != _LEAF:
         node = _inputs(node)[0] if _inputs(node) else None
     return None if node is None else node.variable.shape[0]
 
@@ -76,7 +78,7 @@ def _width(node: Any) -> int | None:
 def _leaf(node: Any, channels: int) -> Any:
     """The parameter that a node gives in another shape or times a constant, if it has one row a channel."""
     while node is not None:
-        if _kind(node) == "torch::autograd::AccumulateGrad":
+        if _kind(node) == _LEAF:
             fits = node.variable.dim() and channels in (node.variable.shape[0], node.variable.numel())
             return node.variable if fits else None
         sources = [source for source in _inputs(node) if source is not None]
@@ -94,10 +96,9 @@ def _nearest(node: Any, channels: int) -> list[Any]:
     if kind in _LAYER:
         _, *places = _LAYER[kind]
         given = [sources[place] for place in places if place < len(sources) and sources[place] is not None]
-        leaves = [
-            _gain(source, channels) if _leaf(source, channels) is None else _leaf(source, channels)
-            for source in given
-        ]
+        leaves = [_leaf(source, channels) for source in given]
+        gains = [_gain(source, channels) for source in given]
+        leaves = [gain if leaf is None else leaf for leaf, gain in zip(leaves, gains, strict=True)]
         return leaves if leaves and all(leaf is not None for leaf in leaves) else []
     if kind in ("Mul", "Div"):
         for source in sources:
@@ -123,37 +124,41 @@ def _gain(node: Any, channels: int) -> Any:
     return _leaf(_inputs(node)[1], channels)
 
 
-def _degree(node: Any, chosen: set[int], known: dict[Any, int | None]) -> int | None:
+def _degree(root: Any, chosen: set[int]) -> int | None:
     """With which power a scale of the chosen leaves comes out of a node; None if with none of its own."""
-    if node is None:
-        return 0
-    if node in known:
-        return known[node]
-    kind, sources = _kind(node), _inputs(node)
-    if kind == "torch::autograd::AccumulateGrad":
-        degree: int | None = int(id(node.variable) in chosen)
-    else:
-        if kind in ("Add", "Sub"):
-            sources = [source for source in sources if source is not None]
-        degrees = [_degree(source, chosen, known) for source in sources]
-        if None in degrees:
-            degree = None
-        elif not any(degrees):
-            degree = 0
-        elif kind in ("Add", "Sub"):
-            degree = degrees[0] if len(set(degrees)) == 1 else None
-        elif kind == "Mul":
-            degree = sum(degrees)  # pyright: ignore
-        elif kind == "Div":
-            degree = degrees[0] if not any(degrees[1:]) else None
-        elif kind in _LAYER:
-            given = [degrees[place] for place in _LAYER[kind] if place < len(sources)]
-            present = [sources[place] is not None for place in _LAYER[kind] if place < len(sources)]
-            power = (given[0] + given[1]) if kind in ("Convolution", "Addmm", "Mm", "Linear") else given[1]
-            same = all(degree == power for degree, is_ in zip(given[2:], present[2:], strict=True) if is_)
-            alone = not given[0] or kind in ("Convolution", "Addmm", "Mm", "Linear")
-            degree = power if same and alone else None
+    known: dict[Any, int | None] = {None: 0}
+    waiting = [root]
+    while waiting:
+        node = waiting[-1]
+        missing = [source for source in _inputs(node) if source not in known]
+        if missing:
+            waiting += missing
         else:
-            degree = degrees[0] if _PASS.fullmatch(kind) else None
-    known[node] = degree
-    return degree
+            waiting.pop()
+            known[node] = _power(node, [known[source] for source in _inputs(node)], chosen)
+    return known[root]
+
+
+def _power(node: Any, powers: list[int | None], chosen: set[int]) -> int | None:
+    """The same of one node, from those of its inputs."""
+    kind, sources = _kind(node), _inputs(node)
+    if kind == _LEAF:
+        return int(id(node.variable) in chosen)
+    if None in powers:
+        return None
+    if not any(powers):
+        return 0
+    if kind in ("Add", "Sub"):
+        summands = {power for power, source in zip(powers, sources, strict=True) if source is not None}
+        return summands.pop() if len(summands) == 1 else None
+    if kind == "Mul":
+        return sum(powers)  # pyright: ignore[reportArgumentType]
+    if kind == "Div":
+        return powers[0] if not any(powers[1:]) else None
+    if kind in _LAYER:
+        given, weight, *bias = (place for place in _LAYER[kind] if place < len(sources))
+        if kind in _NORMALISES and powers[given]:
+            return None
+        power = powers[given] + powers[weight]  # pyright: ignore[reportOptionalOperand]
+        return power if all(powers[place] == power for place in bias if sources[place] is not None) else None
+    return powers[0] if _PASS.fullmatch(kind) else None

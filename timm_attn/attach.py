@@ -48,7 +48,7 @@ def attach(model: nn.Module, mechanism: str, images: Tensor | None = None, **opt
             network is compiled, wrapped, quantised or attached already. It is left as it is.
     """
     _check(model)
-    row = row_of(mechanism)
+    row = row_of(mechanism or "''")
     known = options_of(row.put)
     unknown = set(options) - set(known)
     if unknown:

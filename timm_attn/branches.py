@@ -68,6 +68,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.eval()
         yield
     finally:
+        model.train()  # which lets some networks drop what they keep between calls in eval mode
         for module, mode in modes.items():
             module.training = mode
 

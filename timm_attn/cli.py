@@ -19,6 +19,7 @@ from tyro.extras import SubcommandApp
 from .errors import UserError
 from .fold import FoldError, NothingToFold, above_bound, example_input, fold, verify_fold
 from .models import MECHANISMS, graft_tags, model_names, parse_name, stock_model
+from .models import mechanism as row_of
 from .training import Recipe, load_model, resume_seeds, train_seeds, validate
 from .training import resume as resume_run
 from .training import train as train_run
@@ -328,7 +329,7 @@ def list_command(
             if (fnmatch(c.name, pattern) or fnmatch(name, pattern)) and data in (None, c.dataset.get("id"))
         ]
         grafts = [tag for tag in graft_tags(name) if fnmatch(f"{name}.{tag}", pattern) and data is None]
-        row = (name, backbone, key or "plain", "yes" if MECHANISMS[key].folds else "")
+        row = (name, backbone, key or "plain", "yes" if row_of(key).folds else "")
         if not found and not grafts and fnmatch(name, pattern) and not weights and data is None:
             table.add_row(*row, "", "", "", "", "", "")
         for tag in grafts:

@@ -93,9 +93,17 @@ class GateEnd(BranchEnd):
         return x if self.in_norm(x) else self.scale(x, self._held[1].gate())
 
     def in_norm(self, x: Tensor) -> bool:
-        """Whether the norm takes in the gate: what replaces it does not, and whoever hooks it wants it plain."""
+        """Whether the norm takes in the gate.
+
+        What replaces it does not; whoever hooks it wants it plain; and so does a tracer, from then on.
+        """
         norm = self._held[0].get_submodule(self.norm)
-        if type(norm) is not GatedBatchNorm2d or norm.momentum is None or _hooked(norm) or _hooked(self):
+        if type(norm) is not GatedBatchNorm2d:
+            return False
+        if not isinstance(x, Tensor):
+            norm.ungate()
+            return False
+        if norm.momentum is None or _hooked(norm) or _hooked(self):
             return False
         return torch.compiler.is_compiling() or eager(x)
 
@@ -108,8 +116,7 @@ class GateEnd(BranchEnd):
         scale_parameters(self.block, self.branch, self.mechanism.gate())
         norm: Any = self.block.get_submodule(self.norm)
         if type(norm) is GatedBatchNorm2d:
-            norm.__class__ = nn.BatchNorm2d
-            del norm.end
+            norm.ungate()
         name = next(name for name, module in self.block.named_children() if module is self.mechanism)
         delattr(self.block, name)
         return self.drop_path
@@ -161,7 +168,7 @@ class GatedBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.end[0].in_norm(input):
-            return super().forward(input)
+            return super().forward(input) if type(self) is GatedBatchNorm2d else self(input)
         gate = self.end[0].mechanism.gate()[0]
         if self.training:
             self.num_batches_tracked.add_(1)  # pyright: ignore[reportOptionalMemberAccess]
@@ -169,8 +176,10 @@ class GatedBatchNorm2d(nn.BatchNorm2d):
         mean, var = self.running_mean, self.running_var
         return F.batch_norm(input, mean, var, weight, bias, self.training, self.momentum or 0.0, self.eps)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, gated"
+    def ungate(self) -> None:
+        """Make it a plain norm; the gate is then applied at the end of the branch."""
+        self.__class__ = nn.BatchNorm2d  # pyright: ignore[reportAttributeAccessIssue]
+        del self.end
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .branches import example_input
 from .ends import GatedInput, GatedNorm, GateEnd, without_mixin
-from .models import MECHANISMS, model_names, parse_name
+from .models import mechanism as row_of
+from .models import model_names, parse_name
 from .models.deployed import conv_norm_pairs, fuse_conv_norms, separate_norms
 from .models.ssia import SSIANetwork
 
@@ -134,7 +135,7 @@ def _fold(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     changed = gates
     for path, network in _networks(folded).items():
         backbone, key = parse_name(network.pretrained_cfg["architecture"])
-        mechanism, was = MECHANISMS[key], original.get_submodule(path)
+        mechanism, was = row_of(key), original.get_submodule(path)
         if mechanism.folds and _foldable(was):  # saved, it is the stock network
             stock, arguments = mechanism.stock_network(backbone, getattr(was, "_model_args", {}))
             cfg = {**was.pretrained_cfg, "architecture": stock, "tag": None}

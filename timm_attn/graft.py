@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .branches import example_input
 from .fold import FoldError, above_bound, relative_difference
-from .models import MECHANISMS, model_names, parse_name
+from .models import mechanism as row_of
+from .models import model_names, parse_name
 from .models.backbones import stock_network
 from .models.grafting import GraftError, classifier_keys, graft_description, load_stock, start_constant
 from .models.mechanisms import Mechanism
@@ -77,7 +78,7 @@ def graft(
     if architecture not in model_names():
         raise GraftError(f"{architecture} is no model of this package: name one of timm_attn.model_names()")
     backbone, key = parse_name(architecture)
-    mechanism = MECHANISMS[key]
+    mechanism = row_of(key)
     if mechanism.graft:
         raise GraftError(f"{architecture} cannot be grafted: {mechanism.graft}")
     for name in _SOURCE:
@@ -123,18 +124,19 @@ def graft(
 def _ends(state: Mapping[str, Tensor], architecture: str, backbone: str) -> tuple[int, Tensor]:
     """Number of classes, and the kernel that sees the image."""
     cfg: Any = timm.models.get_pretrained_cfg(architecture)
-    keys = f"{cfg.first_conv}.weight", f"{classifier_keys(cfg.to_dict())[0]}weight"
-    missing = [
-        key for key in keys if key not in state and "conv1.0.weight" not in (state if "conv1" in key else ())
-    ]
-    if missing:
-        raise GraftError(f"the source has no {missing[0]}: give a whole {backbone}, with its classifier")
-    stem = state[keys[0]] if keys[0] in state else state["conv1.0.weight"]  # of ResNets with a deep stem
+    for field in ("first_conv", "classifier"):
+        # Of ResNets with a deep stem, it is the first layer of what the configuration names.
+        names = [f"{prefix}{i}weight" for prefix in classifier_keys({"classifier": getattr(cfg, field)}) for i in ("", "0.")]
+        found = [state[name] for name in names if name in state]
+        if not found:
+            raise GraftError(f"the source has no {names[0]}: give a whole {backbone}, with its classifier")
+        if field == "first_conv":
+            stem = found[0]
     if stem.is_meta:
         raise GraftError(
             f"the source is on the meta device and has no weights: give a {backbone} with weights"
         )
-    return state[keys[1]].shape[0], stem
+    return found[0].shape[0], stem
 
 
 def _stock(

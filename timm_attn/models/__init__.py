@@ -1,10 +1,19 @@
 """The networks. Importing this package registers them with timm."""
 
 from . import attached
-from .attached import GRAFT, graft_tags, model_names, parse_name, register_folder, stock_model
+from .attached import (
+    GRAFT,
+    graft_tags,
+    model_names,
+    parse_name,
+    register,
+    register_folder,
+    register_name,
+    stock_model,
+)
 from .backbones import BACKBONES
 from .cifar import CifarResNet
-from .mechanisms import MECHANISMS
+from .mechanisms import MECHANISMS, mechanism
 
 __all__ = [
     "BACKBONES",
@@ -13,8 +22,11 @@ __all__ = [
     "CifarResNet",
     "attached",
     "graft_tags",
+    "mechanism",
     "model_names",
     "parse_name",
+    "register",
     "register_folder",
+    "register_name",
     "stock_model",
 ]

@@ -36,7 +36,7 @@ from .grafting import (
     load_stock,
     start_constant,
 )
-from .mechanisms import MECHANISMS, Mechanism, options_of
+from .mechanisms import MECHANISMS, mechanism, options_of
 
 #: Tags of weights that are made from those of a stock network begin with this.
 GRAFT = "graft_"
@@ -44,16 +44,16 @@ CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
 
 
-def _name(backbone: str, mechanism: str) -> str:
-    name = MECHANISMS[mechanism].name
-    return name(backbone) if name else f"{backbone}_{mechanism}"
+def _name(backbone: str, key: str) -> str:
+    name = mechanism(key).name
+    return name(backbone) if name else f"{backbone}_{key}"
 
 
 _VARIANTS = {
     _name(backbone, key): (backbone, key)
     for backbone, spec in BACKBONES.items()
-    for key, mechanism in MECHANISMS.items()
-    if (spec.cifar or not mechanism.control) and (spec.layers or not mechanism.resnets)
+    for key, row in MECHANISMS.items()
+    if (spec.cifar or not row.control) and (spec.layers or not row.resnets)
 }
 
 
@@ -86,9 +86,8 @@ def stock_model(model: Any, folded: nn.Module) -> Any:
     """
     cfg = model.pretrained_cfg
     backbone, key = parse_name(cfg["architecture"])
-    mechanism = MECHANISMS[key]
-    name, arguments = mechanism.stock_network(backbone, model._model_args)
-    if mechanism.fuses:
+    name, arguments = mechanism(key).stock_network(backbone, model._model_args)
+    if mechanism(key).fuses:
         name, arguments = cfg["architecture"], {**model._model_args, "folded": True}
     arguments["num_classes"] = model.num_classes
     # Both may have changed since the model was made.
@@ -119,8 +118,7 @@ def checkpoint_filter(state_dict: dict[str, Tensor], model: Any) -> dict[str, Te
     adapted = classifier_keys(cfg)
     misfit = key_difference(state_dict, model.state_dict(), adapted)
     if misfit and str(cfg.get("tag")).startswith(GRAFT):
-        backbone, key = parse_name(cfg["architecture"])
-        check_graft(cfg["architecture"], MECHANISMS[key])
+        check_graft(cfg["architecture"])
         if isinstance(getattr(model, "fused_pairs", None), list):
             raise GraftError(
                 f"{cfg['architecture']} has its norms fused: graft without folded=True, then fold"
@@ -129,13 +127,13 @@ def checkpoint_filter(state_dict: dict[str, Tensor], model: Any) -> dict[str, Te
         start_constant(model)
         # Here and not in the tag's configuration, which timm also gives a model with random weights.
         cfg["description"] = graft_description(str(cfg.get("hf_hub_id")))
-        ends = (*adapted, f"{cfg.get('first_conv')}.")
+        ends = classifier_keys(cfg, "first_conv")
         return model.state_dict() | {k: v for k, v in state_dict.items() if k.startswith(ends)}
     if misfit and has_norms(state_dict, getattr(model, "fused_pairs", [])):
         state_dict = fuse_state(state_dict, model.fused_pairs)
         misfit = key_difference(state_dict, model.state_dict(), adapted)
     # Of another number of channels or classes, timm adapts these.
-    adapted += (f"{cfg.get('first_conv')}.",)
+    adapted = classifier_keys(cfg, "first_conv")
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items() if not key.startswith(adapted)}
     wrong = [key for key, shape in shapes.items() if key in state_dict and state_dict[key].shape != shape]
     if not misfit and wrong:
@@ -146,17 +144,15 @@ def checkpoint_filter(state_dict: dict[str, Tensor], model: Any) -> dict[str, Te
     return state_dict
 
 
-def check_graft(architecture: str, mechanism: Mechanism) -> None:
+def check_graft(architecture: str) -> None:
     """Raise a :class:`GraftError` if stock weights cannot become those of a variant."""
-    if mechanism.graft:
-        raise GraftError(f"{architecture} cannot be grafted: {mechanism.graft}")
+    reason = mechanism(parse_name(architecture)[1]).graft
+    if reason:
+        raise GraftError(f"{architecture} cannot be grafted: {reason}")
 
 
-def _grafts(variant: str, kwargs: dict[str, Any]) -> bool:
-    """Whether a model is to be made from stock weights."""
-    cfg: Any = kwargs.get("pretrained_cfg") or timm.models.get_pretrained_cfg(variant)
-    tag = cfg if isinstance(cfg, str) else cfg.get("tag") if isinstance(cfg, dict) else cfg.tag
-    return str(tag).startswith(GRAFT)
+def _is_cifar(backbone: str) -> bool:
+    return backbone in BACKBONES and BACKBONES[backbone].cifar
 
 
 def _architecture(checkpoint: str | None) -> str:
@@ -167,32 +163,33 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     if "block" in kwargs:
         raise TypeError(f"block={kwargs['block']!r} cannot be set: {variant} has blocks of its own")
     backbone, key = _VARIANTS[variant]
-    mechanism = MECHANISMS[key]
-    grafted = pretrained and _grafts(variant, kwargs)
+    grafted = pretrained and _tag(variant, kwargs).startswith(GRAFT)
     saved = weights.resolve(variant, kwargs) if pretrained and not grafted else {}
     kwargs = {**kwargs, **saved}
+    build: Any = partial(_network, variant)
     if kwargs.pop("folded", False):
-        build = partial(folded, partial(_network, variant))
-        if not mechanism.fuses:
-            stock = mechanism.stock(backbone)[0]
+        build = partial(folded, build)
+        if not mechanism(key).fuses:
+            stock = mechanism(key).stock(backbone)[0]
             theirs = [c.name for c in weights.checkpoints() if _architecture(c.folded_from) == variant]
             named = f", whose weights are {' and '.join(theirs)}" if pretrained and theirs else ""
             raise ValueError(f"{variant} has no folded form of its own: folded, it is {stock}{named}")
-    else:
-        build = partial(_network, variant)
-    sources = ("url", "file", "state_dict", "hf_hub_id")
-    if grafted and not any((kwargs.get("pretrained_cfg_overlay") or {}).get(source) for source in sources):
-        check_graft(variant, mechanism)
-        build, pretrained = partial(_network, variant, stock_tag=_stock_tag(variant, kwargs)), False
+    # Weights that timm has under the stock network's name, and not in a file that somebody names.
+    by_timm = grafted and not any(
+        (kwargs.get("pretrained_cfg_overlay") or {}).get(key) for key in weights.SOURCES
+    )
+    if by_timm:
+        check_graft(variant)
+        build = partial(build, stock_tag=_tag(variant, kwargs).removeprefix(GRAFT))
     model: Any = build_model_with_cfg(
         build,
         variant,
-        pretrained,
+        pretrained and not by_timm,
         pretrained_filter_fn=checkpoint_filter,
         feature_cfg=_feature_cfg(backbone, kwargs),
         **kwargs,
     )
-    if grafted and not pretrained:
+    if by_timm:
         # Here and not in the tag's configuration, which timm also gives a model with random weights.
         model.pretrained_cfg["description"] = graft_description(str(model.pretrained_cfg.get("hf_hub_id")))
     # timm adds what create_model was given; a folded or exported copy needs what the weights brought, too.
@@ -203,34 +200,35 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def _network(variant: str, stock_tag: str | None = None, **kwargs: Any) -> nn.Module:
     """The stock network with the mechanism; with a tag, of timm's weights, which are grafted."""
     backbone, key = _VARIANTS[variant]
-    mechanism = MECHANISMS[key]
-    name, arguments = mechanism.stock_network(backbone, kwargs)
+    row = mechanism(key)
+    name, arguments = row.stock_network(backbone, kwargs)
     if stock_tag is not None:
         arguments["pretrained_cfg"] = stock_tag
     model: Any = stock_network(name, pretrained=stock_tag is not None, **arguments)
     model.stock_keys = set(model.state_dict())
-    if mechanism.control:
+    if name != backbone:  # what the attention on top adds is no part of the backbone
+        plain = {k: v for k, v in kwargs.items() if k not in row.options and k != "block_args"}
+        model.stock_keys &= set(stock_network(backbone, **{**plain, "device": "meta"}).state_dict())
+    if (row.control and name != backbone) or not key:
         return model
-    options = {k: v for k, v in kwargs.items() if k in options_of(mechanism.put)}
-    mechanism.put(model, example_input(model, 1), **options)
+    row.put(model, example_input(model, 1), **{k: v for k, v in kwargs.items() if k in options_of(row.put)})
     if stock_tag is not None:
         start_constant(model)
     return model
 
 
-def _stock_tag(variant: str, kwargs: dict[str, Any]) -> str:
+def _tag(variant: str, kwargs: dict[str, Any]) -> str:
     cfg: Any = kwargs.get("pretrained_cfg") or timm.models.get_pretrained_cfg(variant)
-    tag = cfg if isinstance(cfg, str) else cfg.get("tag") if isinstance(cfg, dict) else cfg.tag
-    return str(tag).removeprefix(GRAFT)
+    return str(cfg if isinstance(cfg, str) else cfg.get("tag") if isinstance(cfg, dict) else cfg.tag)
 
 
 def _feature_cfg(backbone: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """How timm takes feature maps from the stock network."""
     if not kwargs.get("features_only"):
         return {}
-    if BACKBONES[backbone].cifar:
+    if _is_cifar(backbone):
         return {"out_indices": (0, 1, 2, 3)}
-    if BACKBONES[backbone].layers:
+    if backbone in BACKBONES and BACKBONES[backbone].layers:
         return {}
     stock = timm.create_model(backbone, features_only=True, device="meta")
     return {"out_indices": tuple(stock.feature_info.out_indices), "feature_cls": "getter"}  # pyright: ignore
@@ -239,9 +237,9 @@ def _feature_cfg(backbone: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 def _graft_cfgs(variant: str) -> dict[str, dict[str, Any]]:
     """timm's default checkpoint of the stock backbone, under the name of the variant it is grafted into."""
     backbone, key = _VARIANTS[variant]
-    mechanism = MECHANISMS[key]
+    row = mechanism(key)
     # Of SE networks, which ASR with SE on top grows from, timm has too few checkpoints.
-    if BACKBONES[backbone].cifar or mechanism.graft or mechanism.stock(backbone) != (backbone, {}):
+    if _is_cifar(backbone) or row.graft or row.stock(backbone) != (backbone, {}):
         return {}
     stock: Any = timm.models.get_pretrained_cfg(backbone)
     fields = {k: v for k, v in stock.to_dict().items() if k not in ("architecture", "tag", "url")}
@@ -249,7 +247,7 @@ def _graft_cfgs(variant: str) -> dict[str, dict[str, Any]]:
 
 
 def _cfg(backbone: str) -> dict[str, Any]:
-    if not BACKBONES[backbone].cifar:
+    if not _is_cifar(backbone):
         stock: Any = timm.models.get_pretrained_cfg(backbone)
         sources = ("architecture", "tag", "url", "hf_hub_id", "custom_load")
         return {k: v for k, v in stock.to_dict().items() if k not in sources}
@@ -280,18 +278,54 @@ default_cfgs = generate_default_cfgs(
 
 
 def _register(variant: str) -> None:
-    backbone, mechanism = _VARIANTS[variant]
+    backbone, key = _VARIANTS[variant]
 
     def entry(pretrained: bool = False, **kwargs) -> nn.Module:
         return _create(variant, pretrained, **kwargs)
 
     entry.__name__ = entry.__qualname__ = variant
-    entry.__doc__ = f"{backbone}: {MECHANISMS[mechanism].paper.summary}"
+    entry.__doc__ = f"{backbone}: {mechanism(key).paper.summary}"
     globals()[variant] = register_model(entry)
 
 
 for _variant in _VARIANTS:
     _register(_variant)
+
+
+def register(backbone: str, key: str) -> str:
+    """Register a mechanism on any network of timm, as ``<backbone>_<mechanism>``.
+
+    Args:
+        backbone: Name of an architecture, without tag.
+        key: As for :func:`timm_attn.attach`.
+
+    Returns:
+        The name; where it is registered already, nothing else happens.
+
+    Raises:
+        ValueError: timm has no such network, the mechanism does not exist or is for ResNets only, or another
+            network has the name.
+    """
+    name = _name(backbone, key)
+    if _VARIANTS.get(name) == (backbone, key):
+        return name
+    if not timm.is_model(backbone):
+        raise ValueError(f"timm has no network {backbone!r}")
+    if timm.is_model(name):
+        raise ValueError(f"{name} is a network already: timm.create_model({name!r})")
+    _VARIANTS[name] = (backbone, key)
+    default_cfgs.update(generate_default_cfgs(_cfgs(name)))
+    _register(name)
+    return name
+
+
+def register_name(architecture: str) -> bool:
+    """Register ``<backbone>_<mechanism>`` if it is such a name; whether there is a network of this name."""
+    for key in sorted(filter(None, MECHANISMS), key=len, reverse=True):
+        backbone = architecture.removesuffix(f"_{key}")
+        if not timm.is_model(architecture) and backbone != architecture and timm.is_model(backbone):
+            register(backbone, key)
+    return timm.is_model(architecture)
 
 
 def register_folder(folder: str | Path) -> list[str]:

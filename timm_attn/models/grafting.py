@@ -84,10 +84,13 @@ def key_difference(have: Iterable[str], want: Iterable[str], classifier: tuple[s
     return f"missing {missing[:5]} {counts[0]}, unexpected {unexpected[:5]} {counts[1]}"
 
 
-def classifier_keys(cfg: dict[str, Any]) -> tuple[str, ...]:
-    """What the keys of the classifiers of a network begin with."""
-    names = cfg.get("classifier") or ()
-    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+def classifier_keys(cfg: dict[str, Any], *others: str) -> tuple[str, ...]:
+    """What the keys of the classifiers of a network begin with, and of what other fields of ``cfg`` name."""
+    names: list[str] = []
+    for field in ("classifier", *others):
+        value = cfg.get(field) or ()
+        names += [value] if isinstance(value, str) else value
+    return tuple(f"{name}." for name in names)
 
 
 def load_stock(model: Any, state: dict[str, Tensor], stock: Iterable[str]) -> None:
@@ -104,7 +107,7 @@ def load_stock(model: Any, state: dict[str, Tensor], stock: Iterable[str]) -> No
     misfit = key_difference(given, wanted, classifier_keys(model.pretrained_cfg))
     own = model.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
-    ends = (*classifier_keys(model.pretrained_cfg), f"{model.pretrained_cfg.get('first_conv')}.")
+    ends = classifier_keys(model.pretrained_cfg, "first_conv")
     wrong = [k for k in wanted & given - fitting.keys() if not k.startswith(ends)]
     if wrong:
         misfit += (

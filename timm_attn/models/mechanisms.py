@@ -261,6 +261,11 @@ def _plain(model: nn.Module, images: Any) -> None:
     """Nothing."""
 
 
+def _se_stock(backbone: str) -> tuple[str, dict[str, Any]]:
+    cifar = backbone in BACKBONES and BACKBONES[backbone].cifar
+    return f"{backbone}_se" if cifar else backbone, {}
+
+
 def _se(model: nn.Module, images: Any) -> None:
     on_branches("se", lambda channels, **like: get_se(model)(channels, **like))(model, images)
 
@@ -273,7 +278,7 @@ def get_se(model: Any) -> Callable[..., nn.Module]:
 MECHANISMS = {
     "": Mechanism(_plain, PAPERS["resnet"], name=str, graft="it is the stock network", control=True),
     "se": Mechanism(
-        _se, PAPERS["se"], stock=lambda backbone: (f"{backbone}_se", {}), fuses=True, control=True
+        _se, PAPERS["se"], stock=_se_stock, fuses=True, control=True
     ),
     "dia": Mechanism(_dia, PAPERS["dia"], fuses=True),
     "asr": Mechanism(_asr, PAPERS["asr"], stock=_asr_stock, folds=True),
@@ -299,7 +304,7 @@ def mechanism(name: str) -> Mechanism:
     Raises:
         ValueError: There is none of this name.
     """
-    if name in MECHANISMS and name:
+    if name in MECHANISMS:
         return MECHANISMS[name]
     try:
         layer = get_attn(name)

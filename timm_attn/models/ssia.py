@@ -17,12 +17,12 @@ class SSIANetwork:
     In eval mode the network is the stock one.
     """
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor) -> Any:
         """Logits; what is attached to them acts in the backward pass."""
         if self.training and isinstance(self.ssia, SSIA):
             x, features = self.forward_intermediates(x)
             return self.ssia(self.forward_head(x), features[-self.ssia.stages :])
-        return super().forward(x, *args, **kwargs)  # pyright: ignore[reportCallIssue]
+        return super().forward(x)  # pyright: ignore[reportCallIssue]
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
         """timm's; what is pruned gives feature maps and has no auxiliary loss."""

@@ -14,7 +14,8 @@ import yaml
 
 from ..errors import UserError
 from ..fold import BOUNDS, FoldError, NothingToFold, example_input, fold, relative_difference
-from ..models import GRAFT, MECHANISMS, model_names, parse_name, stock_model
+from ..models import GRAFT, model_names, parse_name, stock_model
+from ..models import mechanism as row_of
 from ..papers import PAPERS, TIMM
 from ..training import Recipe, load_model, validate
 from ..training.recipe_file import load_recipe
@@ -225,7 +226,7 @@ def _forms(architecture: str, tag: str, run: Path) -> list[_Form]:
     except NothingToFold:
         return forms
     except FoldError as error:
-        if not MECHANISMS[parse_name(architecture)[1]].fuses:
+        if not row_of(parse_name(architecture)[1]).fuses:
             raise
         # Its rounding, that is: an FMMNet multiplies it.
         warnings.warn(f"{name} is exported without its folded form: {error}", stacklevel=2)

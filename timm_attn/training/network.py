@@ -15,7 +15,8 @@ from torch import nn
 
 from ..errors import UserError
 from ..graft import graft
-from ..models import MECHANISMS, model_names, parse_name
+from ..models import mechanism as row_of
+from ..models import model_names, parse_name, register_name
 from ..weights import CONFIG, WeightsError, fetch_folder, read_config, read_folder
 from .augment import derive_seed
 from .data import Split
@@ -154,8 +155,8 @@ def _initial(
         fix = f"train {architecture}"
         if model in model_names():
             backbone, key = parse_name(model)
-            stock, _ = MECHANISMS[key].stock(backbone, arguments)
-            if not isinstance(MECHANISMS[key].graft, str):
+            stock, _ = row_of(key).stock_network(backbone, arguments)
+            if not row_of(key).graft:
                 fix += f", or graft from a {stock} with --init graft:"
                 fix += source if architecture == stock else "SOURCE (of ASR and SSIA, the folded form is one)"
         raise UserError(f"{source} is a {architecture}, not a {model}: {fix}")
@@ -212,21 +213,21 @@ def source_name(source: str) -> str:
             raise UserError(f"{source} is not a folder: name a model, a run folder or a hub folder")
         check_model(source)
         return source
-    if not timm.is_model(config["architecture"]):
+    if not register_name(config["architecture"]):
         raise WeightsError(
             f"{source} is a {config['architecture']!r}, which nobody has registered: import its package first"
         )
     return f"local-dir:{folder}"
 
 
-def freeze_backbone(model: str, network: nn.Module) -> list[nn.Module]:
+def freeze_backbone(network: nn.Module) -> list[nn.Module]:
     """Leave only the classifier and the mechanism to be trained.
 
     Returns:
         The norm layers that are frozen, whose running statistics must not change either.
     """
     head = {id(p) for p in network.get_classifier().parameters()}  # pyright: ignore[reportCallIssue]
-    own = _own_keys(model, network)
+    own = _own_keys(network)
     for key, parameter in network.named_parameters():
         parameter.requires_grad = id(parameter) in head or key in own
     return [
@@ -236,15 +237,10 @@ def freeze_backbone(model: str, network: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _own_keys(model: str, network: Any) -> set[str]:
+def _own_keys(network: Any) -> set[str]:
     """Names of the parameters that the stock backbone does not have."""
-    if model not in model_names():
-        return set()
-    backbone, mechanism = parse_name(model)
-    options = MECHANISMS[mechanism].options
-    arguments = {k: v for k, v in network._model_args.items() if k not in options}
-    stock = timm.create_model(backbone, device="meta", **arguments)
-    return {key for key, _ in network.named_parameters()} - {key for key, _ in stock.named_parameters()}
+    names = {key for key, _ in network.named_parameters()}
+    return names - getattr(network, "stock_keys", names)
 
 
 def _pool_size(cfg: dict[str, Any], size: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -266,7 +262,7 @@ def _image_size(network: Any, recipe: Recipe, split: Split) -> tuple[int, ...]:
 
 def check_model(name: str) -> None:
     """Raise a UserError with the nearest names if timm has no model of this name."""
-    if not timm.is_model(name):
+    if not register_name(name.partition(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = (
             f"did you mean {' or '.join(near)}?" if near else "`timm-attn list` shows this package's models"

@@ -74,7 +74,7 @@ class Trainer:
             if device.type != "cuda":
                 raise UserError("--sync-bn needs GPUs: PyTorch has no SyncBatchNorm for CPUs")
             network = convert_sync_batchnorm(network)  # timm's: its norms may hold their activation
-        self.frozen_norms = freeze_backbone(name, network) if recipe.freeze == "backbone" else []
+        self.frozen_norms = freeze_backbone(network) if recipe.freeze == "backbone" else []
         # Before the network is moved and wrapped: groups are made by the names of its parameters.
         optimizer = make_optimizer(network, recipe)
         self.scheduler = make_scheduler(optimizer, recipe, self.steps)

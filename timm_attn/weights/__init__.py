@@ -6,11 +6,12 @@ from .config import fetch_folder, read_config, read_folder
 from .fetch import without_tokens
 from .index import read_index, write_index
 from .schema import WeightsError
-from .store import add_folder, check_chosen, checkpoints, pretrained_cfgs, resolve, shipped_folder
+from .store import SOURCES, add_folder, check_chosen, checkpoints, pretrained_cfgs, resolve, shipped_folder
 
 __all__ = [
     "CONFIG",
     "INDEX",
+    "SOURCES",
     "WEIGHTS",
     "Checkpoint",
     "WeightsError",

@@ -25,7 +25,7 @@ from .fetch import NotOnHub
 from .index import read_index
 from .schema import WeightsError
 
-_SOURCES = ("url", "file", "state_dict", "hf_hub_id")
+SOURCES = ("url", "file", "state_dict", "hf_hub_id")
 _FIELDS = {field.name for field in fields(PretrainedCfg)}
 _added: list[Path] = []
 
@@ -135,7 +135,7 @@ def resolve(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     cfg = kwargs.get("pretrained_cfg")
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
-    if any(overlay.get(key) for key in _SOURCES):
+    if any(overlay.get(key) for key in SOURCES):
         return {}
     known = _by_tag(architecture)
     tag: str | None = cfg if isinstance(cfg, str) else None
