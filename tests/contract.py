@@ -18,7 +18,7 @@ from timm.models._features_fx import GraphExtractNet
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 
-from timm_attn.models import BACKBONES, parse_name, attached
+from timm_attn.models import BACKBONES, attached, parse_name
 from timm_attn.models.resnet_only import last_norm
 
 COUNTS = Path(__file__).with_name("parameter_counts.csv")

@@ -7,7 +7,7 @@ from forked import run_code
 from helpers import ROOT
 
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text()
-HEAD = "import torch\nfrom torch import Tensor, nn\n\n\n"
+HEAD = "import torch\nfrom torch import Tensor, nn\n\nfrom .gate import ConstantGate\n\n\n"
 
 
 #: Its option goes through train, fold, validate, export and load.
@@ -19,14 +19,14 @@ data = ["--data", "digits"]
 small = ["--model-kwargs", "start=0.5", "channels=[8,8,8]", "layers=[1,1,1]", "--img-size", "8", "--epochs", "1"]
 main(["train", "resnet20_scale", *data, *small, "--out", "run"])
 model = timm.create_model("local-dir:run", pretrained=True)
-assert model._model_args["start"] == 0.5 and hasattr(model.layer1[0].se, "scale")
+assert model._model_args["start"] == 0.5 and hasattr(model.layer1[0].scale, "scale")
 folded = timm_attn.fold(model)
 timm.create_model("resnet20", channels=[8, 8, 8], layers=[1, 1, 1]).load_state_dict(folded.state_dict())
 main(["fold", "run"])
 main(["validate", "run", *data])
 main(["export", "run", "--tag", "guide", "--hub", "hub", "--dataset", "digits"])
 again = timm.create_model("local-dir:hub/resnet20_scale.guide", pretrained=True)
-assert torch.equal(again.layer1[0].se.scale, model.layer1[0].se.scale)
+assert torch.equal(again.layer1[0].scale.scale, model.layer1[0].scale.scale)
 """
 
 

@@ -24,7 +24,7 @@ def test_a_folded_network_has_the_stock_networks_operations(name, tmp_path):
     model = randomise(narrow(name, layers=[2, *[1] * (2 if "20" in name else 3)])).eval()
     folded = stock_model(model, timm_attn.fold(model, torch.randn(2, 3, 64, 64)))
     backbone, mechanism = parse_name(name)
-    stock_name, extra = MECHANISMS[mechanism].stock(backbone, {})
+    stock_name, extra = MECHANISMS[mechanism].stock_network(backbone, {})
     sizes = {k: v for k, v in model._model_args.items() if k in ("channels", "layers", "num_classes")}
     stock = timm.create_model(stock_name, **sizes, **extra)
     counts = []

@@ -154,8 +154,12 @@ def test_other_ways_to_collect_feature_maps():
         assert left(timm_attn.fold(model)) < left(model)
         hooked = network(architecture, features_only=True, feature_cfg={"feature_cls": "hook"})
         assert left(timm_attn.fold(hooked)) < left(hooked)
-        graph = timm.create_model(architecture, features_only=True, feature_cfg={"feature_cls": "fx"})
-        assert left(timm_attn.fold(graph)) < left(graph)
+    # Of a traced graph the gates are operations; norms are fused.
+    graph = timm.create_model("resnet20_dia", features_only=True, feature_cfg={"feature_cls": "fx"})
+    assert left(timm_attn.fold(graph)) < left(graph)
+    graph = timm.create_model("resnet20_asr", features_only=True, feature_cfg={"feature_cls": "fx"})
+    with pytest.raises(timm_attn.NothingToFold):
+        timm_attn.fold(graph)
 
 
 def test_a_block_and_a_stage_fold_with_inputs():
@@ -187,7 +191,7 @@ def test_other_arguments_are_given_as_a_tuple_or_by_name():
     named = {"left": IMAGES, "right": IMAGES.flip(3), "weight": 0.5}
     timm_attn.fold(model, named)
     report = verify_fold(model, folded, named)
-    assert report.images == 2 and 0 < report.max_relative <= BOUNDS[torch.float32]
+    assert report.images == 2 and report.max_relative <= BOUNDS[torch.float32]
     with pytest.raises(ValueError, match="inputs must be one image or more"):
         timm_attn.fold(model, ())
 

@@ -1,6 +1,7 @@
 """The layers against plain computations, and wrong versions of them that must be told apart."""
 
 import math
+from copy import deepcopy
 from functools import partial
 
 import numpy as np
@@ -16,18 +17,19 @@ from reference.ssia import ssia_loss
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
-from timm_attn.algebra import scale_affine
+from timm_attn.branches import Branch
+from timm_attn.ends import scale_parameters
 from timm_attn.layers import ASR, FMM, SSIA, ConAM, DIACell, SEGenerator
 from timm_attn.layers.asr import GENERATORS
 from timm_attn.layers.fmm import MODES
-from timm_attn.models.resnet_only import (
-    FMMBasicBlock,
-    FMMBottleneck,
-    FMMMixin,
-    SplitBasicBlock,
-    SplitBottleneck,
-    last_norm,
-)
+from timm_attn.models.resnet_only import _FMMBlock, last_norm, put_conam, put_fmm
+
+
+def fmm_block(block, width: int, planes: int, mode: str = "bn", pin_bias: bool = False, **kwargs):
+    """A residual block of timm that multiplies."""
+    made = block(width, planes, **kwargs)
+    put_fmm([made], mode, pin_bias)
+    return made
 
 
 def below(state: dict, prefix: str) -> dict:
@@ -84,13 +86,6 @@ def test_wrong_dia_cells_are_told_apart(name, monkeypatch):
         check_cell(16, 4)
 
 
-@pytest.mark.parametrize("split", [SplitBasicBlock, SplitBottleneck])
-def test_a_gate_scales_the_branch_and_not_the_shortcut(split):
-    block, gate = split(8, 8), torch.rand(2, 8 * split.expansion)
-    x, shortcut = torch.randn(2, 2, 8 * split.expansion, 5, 5)
-    torch.testing.assert_close(block.merge(x, shortcut, gate), (x * gate[:, :, None, None] + shortcut).relu())
-
-
 def test_a_fresh_dia_gate_is_about_a_quarter():
     torch.manual_seed(0)
     cell = DIACell(1024, 20)
@@ -122,12 +117,14 @@ def test_asr_starts_as_the_papers():
 
 
 def test_fold_maths_is_the_papers():
-    weight, bias, gate = torch.randn(3, 12, dtype=torch.float64)
-    for ours, reference in zip(
-        scale_affine(weight, bias, gate), fold_batchnorm(weight, bias, gate), strict=True
-    ):
-        torch.testing.assert_close(ours, reference, rtol=1e-15, atol=0)
-    assert scale_affine(weight.bfloat16(), bias.bfloat16(), gate.bfloat16())[0].dtype == torch.bfloat16
+    norm = randomise(nn.Sequential(nn.BatchNorm2d(12, dtype=torch.float64)))[0]
+    gate = torch.rand(1, 12, dtype=torch.float64)
+    expected = fold_batchnorm(norm.weight.detach().clone(), norm.bias.detach().clone(), gate[0])
+    scale_parameters(norm, Branch("", "drop_path", 12, 1, 1, affine=("weight", "bias")), gate)
+    torch.testing.assert_close((norm.weight.data, norm.bias.data), tuple(expected), rtol=1e-15, atol=0)
+    half = norm.bfloat16()
+    scale_parameters(half, Branch("", "drop_path", 12, 1, 1, affine=("weight", "bias")), gate)
+    assert half.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
@@ -217,17 +214,17 @@ def test_fmm_is_as_written(mode):
     torch.testing.assert_close(layer(layer.factor(f), s).relu(), fmm_merge(f, s, mode))
 
 
-@pytest.mark.parametrize("block", [FMMBasicBlock, FMMBottleneck])
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 @pytest.mark.parametrize(("mode", "start"), [("bn", 1.0), ("gate", 1.0), ("sigmoid", 1.5)])
 def test_a_fresh_fmm_block_multiplies_by_a_constant(block, mode, start):
-    layer = block(8 * block.expansion, 8, mode=mode).eval()
+    layer = fmm_block(block, 8 * block.expansion, 8, mode=mode).eval()
     for parameter in last_norm(layer).parameters():
         nn.init.constant_(parameter, 7)  # as after to_empty
     layer.zero_init_last()
     x = torch.rand(2, 8 * block.expansion, 6, 6)
     expected = start * (layer.fmm.norm(x) if mode != "gate" else x)
     torch.testing.assert_close(layer(x), expected.relu())
-    pinned = mode != "gate" and block(8, 8 // block.expansion, mode=mode, pin_bias=True)
+    pinned = mode != "gate" and fmm_block(block, 8, 8 // block.expansion, mode=mode, pin_bias=True)
     if pinned:
         pinned_biases = [norm.bias for norm in pinned.factor_norms() if not isinstance(norm, nn.Identity)]
         assert len(pinned_biases) == (1 if mode == "sigmoid" else 2)
@@ -235,9 +232,9 @@ def test_a_fresh_fmm_block_multiplies_by_a_constant(block, mode, start):
         assert (pinned.fmm.norm.bias == 1).all()
 
 
-@pytest.mark.parametrize("block", [FMMBasicBlock, FMMBottleneck])
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 def test_a_fresh_raw_product_is_alive(block):
-    layer = block(8 * block.expansion, 8, mode="raw").eval()
+    layer = fmm_block(block, 8 * block.expansion, 8, mode="raw").eval()
     layer.zero_init_last()
     assert layer(torch.rand(2, 8 * block.expansion, 6, 6)).sum() > 0
 
@@ -247,8 +244,8 @@ def test_an_fmm_shortcut_with_pooling_starts_with_mean_one():
     assert (downsample[-1].bias == 1).all()
 
 
-@pytest.mark.parametrize(("split", "block"), [(SplitBasicBlock, BasicBlock), (SplitBottleneck, Bottleneck)])
-def test_a_block_cut_in_two_is_timms_with_all_of_its_options(split, block):
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_a_branch_is_timms_with_all_of_its_options(block):
     options = {
         "stride": 2,
         "downsample": torch.nn.Conv2d(8, 8 * block.expansion, 1, 2),
@@ -258,8 +255,8 @@ def test_a_block_cut_in_two_is_timms_with_all_of_its_options(split, block):
         "drop_path": timm.layers.DropPath(0.5),
     }
     theirs = block(8, 8, **options).train()
-    ours = split(8, 8, **options).train()
-    ours.load_state_dict(theirs.state_dict())
+    ours = deepcopy(theirs)
+    put_conam(None, [(ours, nn.Identity())])
     x = torch.randn(4, 8, 8, 8)
     outputs = []
     for layer in (theirs, ours):
@@ -277,7 +274,7 @@ def test_unfrozen_biases_are_pinned_again():
 
 
 def check_dropped_path(block, mode: str) -> None:
-    layer = block(8 * block.expansion, 8, mode=mode, drop_path=timm.layers.DropPath(1.0)).train()
+    layer = fmm_block(block, 8 * block.expansion, 8, mode=mode, drop_path=timm.layers.DropPath(1.0)).train()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.rand(4, 8 * block.expansion, 6, 6)
@@ -285,18 +282,18 @@ def check_dropped_path(block, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("block", [FMMBasicBlock, FMMBottleneck])
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 def test_a_dropped_path_multiplies_by_one(block, mode):
     check_dropped_path(block, mode)
 
 
 def test_a_dropped_path_that_gives_zero_is_told_apart(monkeypatch):
-    def multiply(self, f, x):
-        return self.fmm(self.drop_path(self.fmm.factor(f)), x)
+    def forward(self, x):
+        return self.act2(self.fmm(self.drop_path(self.fmm.factor(self.branch(x))), x))
 
-    monkeypatch.setattr(FMMMixin, "multiply", multiply)
+    monkeypatch.setattr(_FMMBlock, "forward", forward)
     with pytest.raises(AssertionError):
-        check_dropped_path(FMMBasicBlock, "bn")
+        check_dropped_path(BasicBlock, "bn")
 
 
 def test_under_float16_autocast_a_product_stays_finite():
@@ -340,11 +337,13 @@ def test_ssia_loss_is_as_written(target):
             "ConAM temperature must be a finite number above 0 or 'sqrt', got 0",
         ),
         (lambda: FMM(8, "sum"), "FMM mode must be one of bn, sigmoid, gate, raw, got 'sum'"),
-        (lambda: FMMBasicBlock(8, 8, mode="gate", pin_bias=True), "pin_bias needs an FMM mode .* got 'gate'"),
+        (
+            lambda: fmm_block(BasicBlock, 8, 8, mode="gate", pin_bias=True),
+            "pin_bias needs an FMM mode .* got 'gate'",
+        ),
         (lambda: SSIA([8, 8], "first"), "SSIA target must be one of channel, last, spatial, got 'first'"),
         (lambda: SSIA([8, 8], aux_weight=-1), "SSIA aux_weight must be a finite number of 0 or more, got -1"),
         (lambda: SSIA([8, 8], aux_weight=math.inf), "SSIA aux_weight must be a finite number .* got inf"),
-        (lambda: ASR(8, attention="nonsense"), "ASR attention must be .*create_attn .*'nonsense'"),
         (lambda: SSIA([8]), "SSIA needs two stages or more, got 1"),
     ],
 )
@@ -359,13 +358,12 @@ def test_options_out_of_range_are_named(make, message):
         (lambda: DIACell(8, 4.0), "DIA reduction must be a whole number, got 4.0"),
         (lambda: ASR(8, 1.5), "ASR delta must be a whole number, got 1.5"),
         (lambda: ASR(8, generator=["se"]), r"ASR generator must be one of .* got \['se'\]"),
-        (lambda: ASR(8, attention=True), "ASR attention must be a name, a class or None, got True"),
         (lambda: ConAM(8, grid=True), "ConAM grid must be a whole number, got True"),
         (lambda: ConAM(8, patch_size=4.0), "ConAM patch_size must be a whole number, got 4.0"),
         (lambda: ConAM(8, reduction=math.nan), "ConAM reduction must be a whole number, got nan"),
         (lambda: ConAM(8, temperature="1e-2"), "got '1e-2' .as YAML, write 1.0e-2"),
         (lambda: FMM(8, None), "FMM mode must be one of .* got None"),
-        (lambda: FMMBasicBlock(8, 8, pin_bias="no"), "FMM pin_bias must be True or False, got 'no'"),
+        (lambda: fmm_block(BasicBlock, 8, 8, pin_bias="no"), "FMM pin_bias must be True or False, got 'no'"),
         (lambda: SSIA([8, 8], aux_weight="1e-2"), "SSIA aux_weight .* got '1e-2' .as YAML, write 1.0e-2"),
     ],
 )

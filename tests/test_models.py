@@ -10,7 +10,19 @@ from helpers import IMAGENET, MECHANISMS, narrow, parameters, python, randomise
 
 import timm_attn
 
+#: Of other families, written out like IMAGENET.
+OTHERS = [
+    *("regnetx_008", "regnety_016", "efficientnet_b0", "efficientnet_b1", "tf_efficientnetv2_b0"),
+    *("mobilenetv3_large_100", "mobilenetv4_conv_small", "convnext_atto", "convnext_nano", "convnext_tiny"),
+    *("convnext_small", "convnextv2_nano", "vit_tiny_patch16_224", "vit_small_patch16_224"),
+    *("vit_base_patch16_224", "deit3_small_patch16_224", "swin_tiny_patch4_window7_224", "caformer_s18"),
+    *("repvgg_a0", "repvgg_a2", "repvgg_b0", "mobileone_s0", "mobileone_s1", "starnet_s1", "mambaout_femto"),
+]
 COUNTS = {
+    ("resnet50_sem", 1000): 28_163_678,
+    ("resnet50_spem", 1000): 25_617_480,
+    ("resnet164_sem", 100): 1_970_104,
+    ("resnet164_spem", 100): 1_759_648,
     ("resnet50_dia", 1000): 28_358_052,
     ("resnet50_asr", 1000): 28_103_128,
     ("resnet18_dia", 1000): 11_865_604,
@@ -80,8 +92,8 @@ WRONG_OPTIONS = [
     ("resnet20_conam", {"patch_size": (8, 8)}, r"one entry for each of 3 stages, got \(8, 8\)"),
     ("resnet18_conam", {"patch_size": 0}, "ConAM patch_size must be at least 1, got 0"),
     ("resnet20_conam", {"patch_size": (0, 0, 0), "grid": 4}, r"grid=4 and patch_size=\(0, 0, 0\)"),
-    ("resnet20_asr_se", {"attention": "eca"}, "attention='eca' has no place here"),
-    ("fmmnet20", {"block_args": {"mode": "gate"}}, "mode 'gate' has no place in block_args"),
+    ("resnet20_asr", {"where": "stem"}, "ASR where must be one of branches, norms, got 'stem'"),
+    ("vit_tiny_patch16_224_asr", {"attention": "se"}, "ASR has attention='se' on top in ResNets only"),
     ("fmmnet20", {"mode": "sum"}, "FMM mode must be one of bn, sigmoid, gate, raw, got 'sum'"),
     ("fmmnet20", {"mode": "raw", "pin_bias": True}, "pin_bias needs an FMM mode"),
     ("resnet20_ssia", {"target": "first"}, "one of channel, last, spatial, got 'first'"),
@@ -113,21 +125,16 @@ def test_options_of_the_wrong_type_are_named(name, options, message):
         timm.create_model(name, **options)
 
 
-@pytest.mark.parametrize("generator", ["se", "ie", "eca", "srm"])
-def test_several_generators_can_be_scripted(generator):
-    model = randomise(narrow("resnet20_asr", generator=generator, delta=2)).eval()
-    x = torch.randn(2, 3, 32, 32)
-    with pytest.warns(FutureWarning):
-        torch.testing.assert_close(torch.jit.script(model)(x), model(x))
-
-
 def test_options_of_another_mechanism_are_refused():
     for name, options in (
         ("resnet20", {"reduction": 4}),
         ("resnet20_asr", {"grid": 4}),
         ("fmmnet20", {"delta": 1}),
+        ("resnet20_asr_se", {"attention": "eca"}),
+        ("fmmnet20", {"block_args": {"mode": "gate"}}),
     ):
-        with pytest.raises(TypeError, match=next(iter(options))):
+        given = options.get("block_args", options)
+        with pytest.raises(TypeError, match=next(iter(given))):
             timm.create_model(name, **options)
 
 
@@ -149,11 +156,12 @@ def test_pinned_biases_stay_where_they_are():
 
 def test_every_mechanism_is_on_every_backbone():
     cifar = [f"resnet{depth}" for depth in (20, 32, 44, 56, 110, 164)]
-    own = {"_dia", "_asr", "_asr_se", "_conam", "_ssia"}
-    own |= {f"_{key}" for key, row in MECHANISMS.items() if row.name is None and not row.control}
-    expected = {b + m for b in IMAGENET + cifar for m in own} | {b + m for b in cifar for m in ("", "_se")}
-    expected |= {f"fmmnet{depth}" for depth in (18, 34, 50, 101, 152, 20, 32, 44, 56, 110, 164)}
-    expected |= {"fmmnext50_32x4d", "wide_fmmnet50_2"}
+    own = {"_dia", "_asr", "_ssia", "_sem", "_spem"}
+    own |= {f"_{key}" for key, row in MECHANISMS.items() if not (row.name or row.control or row.resnets)}
+    resnets = [*IMAGENET, "resnet26t", "resnet50d", *cifar]
+    expected = {b + m for b in resnets for m in own | {"_asr_se", "_conam"}}
+    expected |= {b + m for b in cifar for m in ("", "_se")} | {b + m for b in OTHERS for m in own}
+    expected |= {b.replace("resn", "fmmn") for b in resnets}
     assert set(timm_attn.model_names()) == expected
     assert expected <= set(timm.list_models())
     assert set(timm.list_models(module="attached")) == expected
@@ -186,10 +194,11 @@ def test_scripts_run_with_the_models_registered(tmp_path):
     assert result.stdout.split(maxsplit=1) == ["True", f"{[str(script), '--flag', '1']}\n"], result.stderr
 
 
-@pytest.mark.parametrize("name", ["resnet20_dia", "resnet18_asr", "resnet18_asr_se"])
-def test_a_second_attention_is_refused(name):
-    with pytest.raises(ValueError, match="attn_layer 'se' has no place"):
-        timm.create_model(name, block_args={"attn_layer": "se"})
+@pytest.mark.parametrize("name", ["resnet20_dia", "resnet18_asr"])
+def test_a_second_attention_stands_in_timms_own_place(name):
+    model = randomise(narrow(name, block_args={"attn_layer": "se"})).eval()
+    assert "layer1.0.se.fc1.weight" in model.state_dict()
+    assert not any("generators" in key for key in timm_attn.fold(model).state_dict())
 
 
 def test_an_index_of_another_timm_is_no_obstacle(tmp_path):

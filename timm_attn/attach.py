@@ -10,11 +10,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .branches import example_input
 from .ends import BranchEnd, GatedInput, GatedNorm
-from .fold import FoldError, fold, relative_difference
+from .fold import FoldError, fold
 from .layers import ConAM
 from .layers.fmm import FMM
-from .models import model_names
-from .models.grafting import GraftError, start_constant
+from .models import GRAFT, register
 from .models.mechanisms import mechanism as row_of
 from .models.mechanisms import options_of
 from .models.ssia import SSIANetwork
@@ -113,8 +112,8 @@ def create_model(
 
     Args:
         model_name: Of timm or this package.
-        attention: As for :func:`attach`. Where a variant of the two is registered (``resnet50_dia``), this is
-            that one.
+        attention: As for :func:`attach`. The variant of the two, such as ``resnet50_dia``, is registered with timm
+            if it is not yet.
         pretrained: Load timm's weights of the stock network; the mechanism starts so that it changes nothing.
         kwargs: Of the mechanism, and of ``timm.create_model``.
 
@@ -125,19 +124,6 @@ def create_model(
     if attention is None:
         return timm.create_model(model_name, pretrained=pretrained, **kwargs)
     architecture, _, tag = model_name.partition(".")
-    variant = f"{architecture}_{attention}"
-    if variant in model_names():
-        return timm.create_model(variant + (f".graft_{tag}" if tag else ""), pretrained=pretrained, **kwargs)
-    row = row_of(attention)
-    options = {k: kwargs.pop(k) for k in list(kwargs) if k in options_of(row.put)}
-    model: Any = timm.create_model(model_name, pretrained=pretrained, **kwargs)
-    plain = deepcopy(model) if pretrained else None
-    attach(model, attention, **options)
-    if plain is not None:
-        if row.graft:
-            raise GraftError(f"{variant} cannot start from {model_name}: {row.graft}")
-        start_constant(model)
-        error = relative_difference(plain, deepcopy(model), example_input(model))
-        if error > 1e-5:
-            raise GraftError(f"{variant} does not compute what {model_name} computes: {error:.3g}")
-    return model
+    return timm.create_model(
+        register(architecture, attention) + (f".{GRAFT}{tag}" if tag else ""), pretrained=pretrained, **kwargs
+    )

@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .branches import Branch
+from .branches import Branch, slots
 from .layers import DIACell
 from .layers.eager import eager
 from .layers.pooling import channel_mean
@@ -35,6 +35,8 @@ class BranchEnd(nn.Module):
         self.branch = branch
         self.drop_path = getattr(block, branch.slot)
         self._held = (block, mechanism)
+        if hasattr(block, "reparameterize"):  # of RepVGG, MobileOne and their like
+            block.reparameterize = partial(merge, block)  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def block(self) -> nn.Module:
@@ -43,6 +45,10 @@ class BranchEnd(nn.Module):
     @property
     def mechanism(self) -> Any:
         return self._held[1]
+
+    def key(self) -> str:
+        """Name of the mechanism in the block."""
+        return next(name for name, module in self.block.named_children() if module is self.mechanism)
 
     def forward(self, x: Tensor) -> Tensor:
         """What leaves a branch, B × C × H × W, B × H × W × C or B × N × C, to the same."""
@@ -90,7 +96,7 @@ class GateEnd(BranchEnd):
             norm.end = (self,)  # pyright: ignore[reportAttributeAccessIssue]
 
     def attend(self, x: Tensor) -> Tensor:
-        return x if self.in_norm(x) else self.scale(x, self._held[1].gate())
+        return x if self.in_norm(x) else self._held[1](x, self.branch.axis)
 
     def in_norm(self, x: Tensor) -> bool:
         """Whether the norm takes in the gate.
@@ -103,7 +109,7 @@ class GateEnd(BranchEnd):
         if not isinstance(x, Tensor):
             norm.ungate()
             return False
-        if norm.momentum is None or _hooked(norm) or _hooked(self):
+        if norm.momentum is None or _hooked(norm) or _hooked(self) or _hooked(self._held[1]):
             return False
         return torch.compiler.is_compiling() or eager(x)
 
@@ -117,8 +123,6 @@ class GateEnd(BranchEnd):
         norm: Any = self.block.get_submodule(self.norm)
         if type(norm) is GatedBatchNorm2d:
             norm.ungate()
-        name = next(name for name, module in self.block.named_children() if module is self.mechanism)
-        delattr(self.block, name)
         return self.drop_path
 
 
@@ -218,6 +222,27 @@ class DIAEnd(BranchEnd):
         x = self.scale(x, state[0])
         self.run.after(self.step, state, x)
         return x
+
+
+def merge(block: Any) -> None:
+    """A block's own ``reparameterize``, which drops the slot with what stands there, after gates are folded.
+
+    Raises:
+        ValueError: What stands there depends on the image.
+    """
+    for name in slots(block):
+        end = getattr(block, name)
+        if isinstance(end, GateEnd):
+            key = end.key()
+            setattr(block, name, end.fuse())
+            delattr(block, key)
+        elif isinstance(end, BranchEnd):
+            kind = type(end.mechanism).__name__
+            raise ValueError(
+                f"{type(block).__name__} cannot merge its branches: {kind} stands where they meet"
+            )
+    del block.reparameterize
+    block.reparameterize()
 
 
 class _State:

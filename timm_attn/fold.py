@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .branches import example_input
 from .ends import GatedInput, GatedNorm, GateEnd, without_mixin
+from .layers import SSIA, ConstantGate
 from .models import mechanism as row_of
 from .models import model_names, parse_name
 from .models.deployed import conv_norm_pairs, fuse_conv_norms, separate_norms
@@ -132,6 +133,9 @@ def _fold(model: nn.Module) -> tuple[nn.Module, nn.Module]:
             f"permanent, e.g. by torch.nn.utils.prune.remove(module, 'weight') ({error})"
         ) from error
     folded: Any = fuse_gates(deepcopy(original))
+    left = _foldable(folded)
+    if left:
+        raise FoldError(f"{left} of {gates} gates stand where no branch takes them in")
     changed = gates
     for path, network in _networks(folded).items():
         backbone, key = parse_name(network.pretrained_cfg["architecture"])
@@ -167,12 +171,9 @@ def _networks(model: nn.Module) -> dict[str, Any]:
     return networks
 
 
-_FOLDS = (GateEnd, GatedInput, GatedNorm, SSIANetwork)
-
-
 def _foldable(model: nn.Module) -> int:
     """Number of modules that are gone after folding."""
-    return sum(isinstance(module, _FOLDS) for module in model.modules())
+    return sum(isinstance(module, ConstantGate | SSIA) for module in model.modules())
 
 
 def fuse_gates(model: nn.Module) -> nn.Module:
@@ -188,13 +189,16 @@ def fuse_gates(model: nn.Module) -> nn.Module:
             del module.ssia  # pyright: ignore[reportAttributeAccessIssue]
             without_mixin(module)
         elif isinstance(module, GateEnd | GatedInput | GatedNorm):
+            end = module.gate_end[0] if isinstance(module, GatedInput) else module
             try:
                 left = module.fuse()
             except ValueError as error:
                 raise FoldError(f"{path}: {error}") from None
-            if path:
-                parent, _, name = path.rpartition(".")
-                setattr(model.get_submodule(parent), name, left)
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, left)
+            if isinstance(end, GateEnd):
+                delattr(end.block, end.key())
+                vars(end.block).pop("reparameterize", None)
     return model
 
 

@@ -11,6 +11,7 @@ from .branches import example_input
 from .fold import FoldError, above_bound, relative_difference
 from .models import mechanism as row_of
 from .models import model_names, parse_name
+from .models.attached import check_graft
 from .models.backbones import stock_network
 from .models.grafting import GraftError, classifier_keys, graft_description, load_stock, start_constant
 from .models.mechanisms import Mechanism
@@ -79,8 +80,7 @@ def graft(
         raise GraftError(f"{architecture} is no model of this package: name one of timm_attn.model_names()")
     backbone, key = parse_name(architecture)
     mechanism = row_of(key)
-    if mechanism.graft:
-        raise GraftError(f"{architecture} cannot be grafted: {mechanism.graft}")
+    check_graft(architecture)
     for name in _SOURCE:
         if name in kwargs:
             raise TypeError(f"graft takes no {name}={kwargs[name]!r}: it is the source's")
@@ -126,7 +126,11 @@ def _ends(state: Mapping[str, Tensor], architecture: str, backbone: str) -> tupl
     cfg: Any = timm.models.get_pretrained_cfg(architecture)
     for field in ("first_conv", "classifier"):
         # Of ResNets with a deep stem, it is the first layer of what the configuration names.
-        names = [f"{prefix}{i}weight" for prefix in classifier_keys({"classifier": getattr(cfg, field)}) for i in ("", "0.")]
+        names = [
+            f"{prefix}{i}weight"
+            for prefix in classifier_keys({"classifier": getattr(cfg, field)})
+            for i in ("", "0.")
+        ]
         found = [state[name] for name in names if name in state]
         if not found:
             raise GraftError(f"the source has no {names[0]}: give a whole {backbone}, with its classifier")

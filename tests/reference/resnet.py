@@ -9,8 +9,9 @@ from .blocks import batchnorm, branch, relu, se_gate, shortcut
 from .conam import conam
 from .dia import dia_cell
 from .fmm import fmm_merge, fmm_shortcut
+from .sem import sem_gate, spem_gate
 
-MECHANISMS = (None, "se", "dia", "asr", "asr_se", "conam", "fmm", "ssia")
+MECHANISMS = (None, "se", "dia", "asr", "asr_se", "conam", "fmm", "ssia", "sem", "spem")
 
 
 def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -94,11 +95,15 @@ def forward(
                 gate = h
                 gated = f * gate[:, :, None, None]
             elif mechanism == "asr":
-                gate = asr_gate(_generators(state, f"{name}.se"))
+                gate = asr_gate(_generators(state, f"{name}.asr"))
                 gated = f * gate[None, :, None, None]
             elif mechanism == "asr_se":
-                v = asr_gate(_generators(state, f"{name}.se"))[None, :]
-                gate = v * se_gate(state, f"{name}.se.attention", f * v[:, :, None, None])
+                v = asr_gate(_generators(state, f"{name}.asr"))[None, :]
+                gate = v * se_gate(state, f"{name}.se", f * v[:, :, None, None])
+                gated = f * gate[:, :, None, None]
+            elif mechanism in ("sem", "spem"):
+                made = sem_gate if mechanism == "sem" else spem_gate
+                gate = made(_below(state, f"{name}.{mechanism}."), f)
                 gated = f * gate[:, :, None, None]
             if mechanism == "fmm":
                 x = fmm_merge(f, fmm_shortcut(state, name, x, stride, mode, train), mode)

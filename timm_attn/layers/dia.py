@@ -9,6 +9,7 @@ block. Its hidden state, squashed by a sigmoid instead of a tanh, is the channel
 
 from typing import Any
 
+import torch
 import torch.fx
 from torch import Tensor, nn
 
@@ -54,6 +55,17 @@ class DIACell(nn.Module):
         self.x_expand = nn.Linear(hidden, 4 * channels, **dd)
         self.h_reduce = nn.Linear(channels, hidden, **dd)
         self.h_expand = nn.Linear(hidden, 4 * channels, **dd)
+
+    @torch.no_grad()
+    def start_constant(self) -> float:
+        """Set the parameters so that the gate is the same everywhere, and return it.
+
+        With the last layers at 0, i = f = o = ½ and u = 0, so that c stays 0.
+        """
+        for layer in (self.x_expand, self.h_expand):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        return 0.25
 
     def forward(self, g: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """One step: channel means g and state (h, c), each B × C, to the new (h, c)."""

@@ -13,6 +13,11 @@ class ConstantGate(nn.Module):
         """The gate, 1 × C."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale the channels of x (B × C × H × W)."""
-        return x * self.gate()[:, :, None, None]
+    def forward(self, x: Tensor, axis: int = 1) -> Tensor:
+        """Scale the channels of x: B × C × H × W, or with axis −1 B × N × C or B × H × W × C."""
+        gate = self.gate()
+        return x * (gate[:, :, None, None] if axis == 1 else gate[0])
+
+    def fuse(self) -> nn.Module:
+        """What is left of it when it is folded: nothing. The hook that timm's ``reparameterize_model`` calls."""
+        return nn.Identity()

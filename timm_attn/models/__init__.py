@@ -3,6 +3,7 @@
 from . import attached
 from .attached import (
     GRAFT,
+    graft_obstacle,
     graft_tags,
     model_names,
     parse_name,
@@ -21,6 +22,7 @@ __all__ = [
     "MECHANISMS",
     "CifarResNet",
     "attached",
+    "graft_obstacle",
     "graft_tags",
     "mechanism",
     "model_names",

@@ -25,7 +25,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, get_model_a
 from torch import Tensor, nn
 
 from .. import weights
-from ..branches import example_input
+from ..branches import branches, example_input
 from .backbones import BACKBONES, stock_network
 from .deployed import folded, fuse_state, has_norms
 from .grafting import (
@@ -92,7 +92,7 @@ def stock_model(model: Any, folded: nn.Module) -> Any:
     arguments["num_classes"] = model.num_classes
     # Both may have changed since the model was made.
     pool = get_model_args(model).get("global_pool")
-    if pool is not None and pool != arguments.get("global_pool", pool):
+    if pool is not None and pool != arguments.get("global_pool", "avg"):
         arguments["global_pool"] = pool
     stock: Any = timm.create_model(name, **arguments)
     stock.to(next(folded.parameters())).load_state_dict(folded.state_dict())
@@ -144,9 +144,17 @@ def checkpoint_filter(state_dict: dict[str, Tensor], model: Any) -> dict[str, Te
     return state_dict
 
 
+def graft_obstacle(architecture: str) -> str:
+    """Why stock weights cannot become those of a variant, or ''."""
+    backbone, key = parse_name(architecture)
+    if key == "se" and _is_cifar(backbone):
+        return "it is a control, trained from the start"
+    return mechanism(key).graft
+
+
 def check_graft(architecture: str) -> None:
     """Raise a :class:`GraftError` if stock weights cannot become those of a variant."""
-    reason = mechanism(parse_name(architecture)[1]).graft
+    reason = graft_obstacle(architecture)
     if reason:
         raise GraftError(f"{architecture} cannot be grafted: {reason}")
 
@@ -174,10 +182,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
             theirs = [c.name for c in weights.checkpoints() if _architecture(c.folded_from) == variant]
             named = f", whose weights are {' and '.join(theirs)}" if pretrained and theirs else ""
             raise ValueError(f"{variant} has no folded form of its own: folded, it is {stock}{named}")
-    # Weights that timm has under the stock network's name, and not in a file that somebody names.
-    by_timm = grafted and not any(
-        (kwargs.get("pretrained_cfg_overlay") or {}).get(key) for key in weights.SOURCES
-    )
+    by_timm = grafted and _by_timm(variant, kwargs)
     if by_timm:
         check_graft(variant)
         build = partial(build, stock_tag=_tag(variant, kwargs).removeprefix(GRAFT))
@@ -186,7 +191,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         variant,
         pretrained and not by_timm,
         pretrained_filter_fn=checkpoint_filter,
-        feature_cfg=_feature_cfg(backbone, kwargs),
+        feature_cfg=_feature_cfg(backbone, kwargs) | kwargs.pop("feature_cfg", {}),
         **kwargs,
     )
     if by_timm:
@@ -213,13 +218,30 @@ def _network(variant: str, stock_tag: str | None = None, **kwargs: Any) -> nn.Mo
         return model
     row.put(model, example_input(model, 1), **{k: v for k, v in kwargs.items() if k in options_of(row.put)})
     if stock_tag is not None:
-        start_constant(model)
+        own = [b for b in branches(model, example_input(model, 1)) if b.before] if key == "se" else []
+        start_constant(model, own)
     return model
 
 
-def _tag(variant: str, kwargs: dict[str, Any]) -> str:
+def _given(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that a model is created with; at least its tag."""
     cfg: Any = kwargs.get("pretrained_cfg") or timm.models.get_pretrained_cfg(variant)
-    return str(cfg if isinstance(cfg, str) else cfg.get("tag") if isinstance(cfg, dict) else cfg.tag)
+    return {"tag": cfg} if isinstance(cfg, str) else cfg if isinstance(cfg, dict) else cfg.to_dict()
+
+
+def _tag(variant: str, kwargs: dict[str, Any]) -> str:
+    return str(_given(variant, kwargs).get("tag"))
+
+
+def _by_timm(variant: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a graft is from timm's weights of the stock network, and not from a file or repository of another."""
+    if any((kwargs.get("pretrained_cfg_overlay") or {}).get(source) for source in weights.SOURCES):
+        return False
+    given = _given(variant, kwargs)
+    registered = default_cfgs[variant].cfgs.get(str(given["tag"]))
+    if registered is None or len(given) == 1:
+        return registered is not None
+    return all(given.get(source) == getattr(registered, source) for source in (*weights.SOURCES, "source"))
 
 
 def _feature_cfg(backbone: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -239,7 +261,7 @@ def _graft_cfgs(variant: str) -> dict[str, dict[str, Any]]:
     backbone, key = _VARIANTS[variant]
     row = mechanism(key)
     # Of SE networks, which ASR with SE on top grows from, timm has too few checkpoints.
-    if _is_cifar(backbone) or row.graft or row.stock(backbone) != (backbone, {}):
+    if _is_cifar(backbone) or graft_obstacle(variant) or row.stock(backbone) != (backbone, {}):
         return {}
     stock: Any = timm.models.get_pretrained_cfg(backbone)
     fields = {k: v for k, v in stock.to_dict().items() if k not in ("architecture", "tag", "url")}

@@ -10,6 +10,7 @@ import torch
 from timm.layers import EcaModule, SEModule
 from torch import Tensor, nn
 
+from ..branches import Branch
 from ..ends import BranchEnd, GatedInput, GatedNorm, GateEnd, scale_parameters
 from ..layers import ConAM
 
@@ -19,12 +20,18 @@ class GraftError(ValueError):
 
 
 @torch.no_grad()
-def start_constant(model: nn.Module) -> None:
+def start_constant(model: nn.Module, own_places: Iterable[Branch] = ()) -> None:
     """Let the gates of a network with stock weights start as constants that other parameters undo, in place.
+
+    Args:
+        own_places: Branches that end in attention which is new, in timm's own place for it.
 
     Raises:
         GraftError: A gate cannot be made constant, or nothing undoes it; the network is then half changed.
     """
+    for branch in own_places:
+        block: Any = model.get_submodule(branch.block)
+        _undo(branch.block, BranchEnd(block, branch, block.get_submodule(branch.before)))
     for path, module in model.named_modules():
         if isinstance(module, BranchEnd):
             _undo(path, module)

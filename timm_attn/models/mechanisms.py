@@ -277,9 +277,7 @@ def get_se(model: Any) -> Callable[..., nn.Module]:
 
 MECHANISMS = {
     "": Mechanism(_plain, PAPERS["resnet"], name=str, graft="it is the stock network", control=True),
-    "se": Mechanism(
-        _se, PAPERS["se"], stock=_se_stock, fuses=True, control=True
-    ),
+    "se": Mechanism(_se, PAPERS["se"], stock=_se_stock, fuses=True, control=True),
     "dia": Mechanism(_dia, PAPERS["dia"], fuses=True),
     "asr": Mechanism(_asr, PAPERS["asr"], stock=_asr_stock, folds=True),
     "asr_se": Mechanism(_asr, PAPERS["asr_se"], stock=_asr_se_stock, folds=True, resnets=True),

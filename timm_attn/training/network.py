@@ -15,8 +15,8 @@ from torch import nn
 
 from ..errors import UserError
 from ..graft import graft
+from ..models import graft_obstacle, model_names, parse_name, register_name
 from ..models import mechanism as row_of
-from ..models import model_names, parse_name, register_name
 from ..weights import CONFIG, WeightsError, fetch_folder, read_config, read_folder
 from .augment import derive_seed
 from .data import Split
@@ -156,7 +156,7 @@ def _initial(
         if model in model_names():
             backbone, key = parse_name(model)
             stock, _ = row_of(key).stock_network(backbone, arguments)
-            if not row_of(key).graft:
+            if not graft_obstacle(model):
                 fix += f", or graft from a {stock} with --init graft:"
                 fix += source if architecture == stock else "SOURCE (of ASR and SSIA, the folded form is one)"
         raise UserError(f"{source} is a {architecture}, not a {model}: {fix}")
