@@ -130,7 +130,7 @@ def narrow(architecture: str, **kwargs) -> nn.Module:
     backbone = BACKBONES[parse_name(architecture)[0]]
     stages = len(backbone.layers)
     small = {"channels": [8, 16, 24, 32][:stages], "layers": [2, 1, 2, 1][:stages], "num_classes": 10}
-    if architecture.startswith("resnext"):  # as many groups need as many channels, and a multiple of them
+    if "next50" in architecture:  # as many groups need as many channels, and a multiple of them
         small["channels"] = [64] * stages
     if not backbone.cifar:
         small["pretrained_cfg_overlay"] = {"input_size": (3, 64, 64), "pool_size": (2, 2)}

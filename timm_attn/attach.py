@@ -1,5 +1,6 @@
 """Puts a mechanism into a network of timm, or of anybody, without touching the network's keys."""
 
+import warnings
 from copy import deepcopy
 from typing import Any
 
@@ -57,7 +58,8 @@ def attach(model: nn.Module, mechanism: str, images: Tensor | None = None, **opt
     given = example_input(model, 1) if images is None else images
     if row.folds and not given.is_meta and mechanism != "ssia":
         trial = deepcopy(model)
-        _put(trial, row, given, options)
+        with warnings.catch_warnings(action="ignore"):
+            _put(trial, row, given, options)
         try:
             fold(trial, given)
         except FoldError as error:

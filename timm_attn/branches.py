@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from timm.models import get_model_traits
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .affine import scaling_parameters
 
@@ -73,7 +72,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def branches(model: nn.Module, images: Any) -> list[Branch]:
+def branches(model: nn.Module, images: Any, repeated: bool = False) -> list[Branch]:
     """The ends of a network's residual branches in running order, by one pass in eval mode.
 
     The pass runs on the meta device, without arithmetic, where the network can.
@@ -82,11 +81,10 @@ def branches(model: nn.Module, images: Any) -> list[Branch]:
         model: Left as it is.
         images: What it is called with: B × C × H × W.
 
-    Returns:
-        A slot that is passed more than once in a forward pass, or never, is not among them.
+        repeated: Whether slots that are passed more than once in a forward pass are among them.
     """
     found = _probe(model, images)
-    return [branch for branch, calls in found.values() if calls == 1 and branch]
+    return [branch for branch, calls in found.values() if branch and (calls == 1 or repeated)]
 
 
 def runs(found: list[Branch]) -> list[list[Branch]]:
@@ -115,24 +113,50 @@ def _standing(model: nn.Module) -> Iterator[list[tuple[str, str, nn.Module]]]:
             setattr(block, name, None)
 
 
+@contextmanager
+def _leaves(model: nn.Module, device: torch.device | None) -> Iterator[dict[int, str]]:
+    """Stand-ins for all parameters and buffers, which autograd follows, and their names by ``id``.
+
+    A module or a parameter may be in several places, with which ``torch.func.functional_call`` does not cope.
+    """
+    # Statistics of a norm layer have no gradient; frozen norms hold their affine in buffers, too.
+    fixed = ("running_mean", "running_var")
+    names = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    places = [
+        (store, name, tensor)
+        for module in model.modules()
+        for store in (module._parameters, module._buffers)
+        for name, tensor in store.items()
+        if tensor is not None
+    ]
+    leaves: dict[int, Tensor] = {}
+    for _, name, tensor in places:
+        leaf = tensor.detach() if device is None else torch.empty_like(tensor, device=device)
+        leaves.setdefault(id(tensor), leaf.requires_grad_(leaf.is_floating_point() and name not in fixed))
+    try:
+        for store, name, tensor in places:
+            store[name] = leaves[id(tensor)]
+        yield {id(leaves[key]): name for key, name in names.items()}
+    finally:
+        for store, name, tensor in places:
+            store[name] = tensor
+
+
 def _probe(model: nn.Module, images: Any) -> dict[Any, tuple[Branch | None, int]]:
     def run(device: torch.device | None) -> dict[Any, tuple[Branch | None, int]]:
-        tensors, names = {}, {}
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            leaf = tensor.detach() if device is None else torch.empty_like(tensor, device=device)
-            # Statistics of a norm layer have no gradient; frozen norms hold their affine in buffers, too.
-            if leaf.is_floating_point() and not name.endswith(("running_mean", "running_var")):
-                leaf = leaf.requires_grad_()
-                names[id(leaf)] = name
-            tensors[name] = leaf
         found: dict[Any, tuple[Branch | None, int]] = {}
-        with _standing(model) as standing, evaluating(model), torch.enable_grad():
+        with (
+            _standing(model) as standing,
+            evaluating(model),
+            _leaves(model, device) as names,
+            torch.enable_grad(),
+        ):
             hooks = [
                 slot.register_forward_pre_hook(_watch(model, path, name, names, found))
                 for path, name, slot in standing
             ]
             try:
-                functional_call(model, tensors, (images if device is None else images.to(device),))
+                model(images if device is None else images.to(device))
             finally:
                 for hook in hooks:
                     hook.remove()
@@ -156,7 +180,7 @@ def _watch(model: nn.Module, path: str, name: str, names: dict[int, str], found:
 
     def hook(slot: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]
-        _, calls = found.get((path, name), (None, 0))
+        before, calls = found.get((path, name), (None, 0))
         branch = None
         if isinstance(x, Tensor) and x.dim() in (3, 4):
             axis, leaves = scaling_parameters(x, names)
@@ -165,6 +189,11 @@ def _watch(model: nn.Module, path: str, name: str, names: dict[int, str], found:
             channels, size = x.shape[axis], x[0].numel()
             tokens = _prefix(model, path, x.shape[1]) if x.dim() == 3 and axis == -1 else 0
             branch = Branch(path, name, channels, axis, size // channels, tokens, whole)
+            if calls and branch == before:  # one gate serves both if both take it in
+                affine = {*whole, *before.affine} if whole and before.affine else ()
+                branch = replace(branch, affine=tuple(sorted(affine)))
+            elif calls:
+                branch = None
         found[path, name] = branch, calls + 1
 
     return hook

@@ -5,6 +5,7 @@ row.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -93,8 +94,8 @@ def _like(model: nn.Module) -> dict[str, Any]:
     return {"device": parameter.device, "dtype": parameter.dtype}
 
 
-def _found(model: nn.Module, images: Any) -> list[Branch]:
-    found = branches(model, images)
+def _found(model: nn.Module, images: Any, repeated: bool = False) -> list[Branch]:
+    found = branches(model, images, repeated)
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no residual branch that ends in a slot for stochastic depth "
@@ -136,10 +137,9 @@ def on_branches(key: str, layer: Callable[..., nn.Module]) -> Put:
     options = [p for p in options if p.kind is not p.VAR_KEYWORD]
 
     def put(model: nn.Module, images: Any, **given: Any) -> None:
-        ends = [(b, key, layer(b.channels, **given, **_like(model))) for b in _found(model, images)]
-        constant = all(isinstance(module, ConstantGate) for _, _, module in ends)
-        if constant:
-            _check_affine(model, [branch for branch, _, _ in ends])
+        constant = isinstance(layer, type) and issubclass(layer, ConstantGate)
+        found = _taking_gates(model, images) if constant else _found(model, images)
+        ends = [(b, key, layer(b.channels, **given, **_like(model))) for b in found]
         _stand(model, ends, GateEnd if constant else BranchEnd)
 
     keyword_only = [p.replace(kind=p.KEYWORD_ONLY) for p in options]
@@ -147,14 +147,28 @@ def on_branches(key: str, layer: Callable[..., nn.Module]) -> Put:
     return put
 
 
-def _check_affine(model: nn.Module, found: list[Branch]) -> None:
-    """Raise a ValueError if a gate at the end of one of these branches would not fold."""
+def _taking_gates(model: nn.Module, images: Any) -> list[Branch]:
+    """The branches that end in what takes in a constant gate.
+
+    Raises:
+        ValueError: There are none.
+    """
+    found = _found(model, images, repeated=True)
+    taking = [branch for branch in found if branch.affine]
     stuck = [f"{branch.block}.{branch.slot}" for branch in found if not branch.affine]
-    if stuck:
+    name = type(model).__name__
+    if not taking:
         raise ValueError(
-            f"{len(stuck)} of {len(found)} residual branches of {type(model).__name__} end in nothing that takes "
-            f"in a constant gate, such as {stuck[0]}: give asr where='norms'"
+            f"the residual branches of {name} end in nothing that takes in a constant gate (such as {stuck[0]}): "
+            "asr takes where='norms' there"
         )
+    if stuck:
+        warnings.warn(
+            f"{len(stuck)} of {len(found)} residual branches of {name} get no gate, as they end in nothing that "
+            f"takes it in, such as {stuck[0]}",
+            stacklevel=4,
+        )
+    return taking
 
 
 def _asr(
@@ -169,18 +183,21 @@ def _asr(
     check_choice("ASR where", where, ("branches", "norms"))
     make = partial(ASR, delta=delta, generator=generator, reduction=reduction, **_like(model))
     if where == "branches":
-        return on_branches("asr", lambda channels, **_: make(channels))(model, images)
-    norms = [m for m in model.modules() if isinstance(m, NORMS) and _affine(m)]
+        ends = [(b, "asr", make(b.channels)) for b in _taking_gates(model, images)]
+        return _stand(model, ends, GateEnd)
+    norms = norm_layers(model)
     if not norms:
         raise ValueError(f"{type(model).__name__} has no norm layer with a weight for each channel")
-    gates = [make(norm.weight.shape[0]) for norm in norms]  # pyright: ignore
+    gates = [make(norm.weight.shape[0]) for norm in norms]
     for norm, gate in zip(norms, gates, strict=True):
         norm.asr, norm.gated_by = gate.train(norm.training), "asr"  # pyright: ignore
         norm.__class__ = mixed(GatedNorm, type(norm))
 
 
-def _affine(norm: Any) -> bool:
-    return getattr(norm, "weight", None) is not None and norm.weight.dim() == 1
+def norm_layers(model: nn.Module) -> list[Any]:
+    """The norm layers of a network that have a weight for each channel."""
+    norms: list[Any] = [module for module in model.modules() if isinstance(module, NORMS)]
+    return [norm for norm in norms if norm.weight is not None and norm.weight.dim() == 1]
 
 
 def _asr_stock(backbone: str, *, attention: Any = None) -> tuple[str, dict[str, Any]]:

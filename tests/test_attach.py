@@ -1,0 +1,437 @@
+"""Mechanisms in networks of other families: timm's own small ones, which its authors made for tests."""
+
+import gc
+import weakref
+from copy import deepcopy
+
+import pytest
+import timm
+import torch
+from reference.dia import dia_cell
+from timm.utils import reparameterize_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import timm_attn
+from timm_attn.branches import branches, example_input, runs
+from timm_attn.ends import BranchEnd, DIAEnd, GatedBatchNorm2d, mixed
+from timm_attn.fold import BOUNDS, relative_difference
+from timm_attn.layers import ASR, DIACell
+from timm_attn.models.grafting import GraftError, start_constant
+from timm_attn.models.mechanisms import MECHANISMS
+
+SMALL = {"depth": 3, "embed_dim": 48, "num_heads": 2, "img_size": 64}
+#: name: arguments that make it small. Maps, tokens, NHWC, windows, sums of branches, SE inside and at the end.
+FAMILIES = {
+    "test_convnext": {},
+    "test_convnext2": {},
+    "mobilenetv4_conv_small_035": {},
+    "mobilenetv3_small_050": {},
+    "test_byobnet": {},
+    "test_vit": {},
+    "test_vit2": {},
+    "deit3_small_patch16_224": SMALL,
+    "swin_tiny_patch4_window7_224": {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "img_size": 56},
+    "maxvit_rmlp_pico_rw_256": {"img_size": 64},
+    "seresnet18": {"layers": [2, 1, 1, 1], "channels": [16, 32, 32, 32]},
+    "repvgg_a0": {},
+    "mobileone_s0": {},
+    "caformer_s18": {},
+    "levit_128s": {},
+    "cait_xxs24_224": {"depth": 2, "embed_dim": 48, "num_heads": 2, "img_size": 64},
+    "coat_tiny": {"img_size": 64},
+    "resmlp_12_224": {"img_size": 64},
+}
+MAPS = ("test_convnext", "test_vit", "swin_tiny_patch4_window7_224", "mobilenetv3_small_050")
+
+
+def build(name: str, **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {**FAMILIES.get(name, {}), **kwargs}
+    if "img_size" not in sizes and not timm.get_pretrained_cfg(name).fixed_input_size:
+        sizes["pretrained_cfg_overlay"] = {"input_size": (3, 64, 64)}
+    return timm.create_model(name, num_classes=7, **sizes)
+
+
+@torch.no_grad()
+def shaken(model: nn.Module) -> nn.Module:
+    """Random affines, statistics and gates: a fresh network hides bugs."""
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and tensor.dim() <= 1 and tensor.numel() > 1:
+            noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+            tensor.copy_(noise + 0.5 if "bias" not in name and "mean" not in name else noise - 0.5)
+    for module in model.modules():
+        if isinstance(module, ASR):
+            for parameter in module.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def images(model: nn.Module, batch: int = 3) -> torch.Tensor:
+    x = example_input(model, batch)
+    return x + torch.arange(batch)[:, None, None, None]
+
+
+# ------------------------------------------------------------------------------------------ in and out again
+
+ASR_WHERE = [(name, "branches") for name in FAMILIES]
+ASR_WHERE += [(name, "norms") for name in FAMILIES]
+
+
+@pytest.mark.parametrize(("name", "where"), ASR_WHERE)
+def test_asr_keeps_the_stock_keys_and_folds_into_them(name, where):
+    stock = build(name).double()
+    keys = set(stock.state_dict())
+    model = shaken(timm_attn.attach(stock, "asr", where=where, delta=2))
+    assert model is stock and keys < set(model.state_dict())
+    assert all(".asr" in key for key in set(model.state_dict()) - keys)
+    gates = [module.gate() for module in model.modules() if isinstance(module, ASR)]
+    assert gates and torch.cat([gate.flatten() for gate in gates]).std() > 0.05
+    x = images(model)
+    folded = timm_attn.fold(model, x)
+    assert set(folded.state_dict()) == keys
+    plain = build(name).double().eval()
+    assert type(folded) is type(plain)
+    assert {type(m) for m in folded.modules()} == {type(m) for m in plain.modules()}
+    plain.load_state_dict(folded.state_dict(), strict=True)
+    assert torch.equal(plain(x), folded(x))
+    assert relative_difference(model, plain, x) <= BOUNDS[torch.float64]
+    # The gates do something: without them it is another network.
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in keys})
+    assert relative_difference(model, plain, x) > 1e-3
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_ssia_acts_in_training_only(name):
+    stock = build(name)
+    keys = set(stock.state_dict())
+    plain = deepcopy(stock).train()
+    model: nn.Module = timm_attn.attach(stock, "ssia").train()
+    x = images(model)
+    torch.manual_seed(1)
+    theirs = plain(x)
+    torch.manual_seed(1)
+    ours = model(x)
+    assert torch.equal(ours, theirs)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for key, p in model.named_parameters() if key.startswith("ssia."))
+    same = [
+        torch.equal(dict(model.named_parameters())[key].grad, p.grad)
+        for key, p in plain.named_parameters()
+        if p.grad is not None
+    ]
+    assert not all(same)  # the auxiliary loss reaches the stages
+    folded = timm_attn.fold(model, x)
+    assert set(folded.state_dict()) == keys and type(folded) is type(plain)
+
+
+class ByHand(nn.Module):
+    """DIA at the end of a branch of tokens, in other words."""
+
+    def __init__(self, state: dict, memory: dict, prefix: int) -> None:
+        super().__init__()
+        self.state, self.memory, self.prefix = state, memory, prefix
+
+    def forward(self, x):
+        g = x[:, self.prefix :].sum(1) / (x.shape[1] - self.prefix)
+        h, c = self.memory.get("state", (torch.zeros_like(g), torch.zeros_like(g)))
+        h, c = self.memory["state"] = dia_cell(g, h, c, self.state)
+        return torch.einsum("bnc,bc->bnc", x, h)
+
+
+def test_dia_on_a_vit_is_one_cell_that_reads_the_patches():
+    model = shaken(timm_attn.attach(build("deit3_small_patch16_224").double(), "dia"))
+    cells = [m for m in model.modules() if isinstance(m, DIACell)]
+    assert len(cells) == 1 and model.num_prefix_tokens == 1
+    state = model.state_dict()
+    own = {k.removeprefix("blocks.0.dia1."): v for k, v in state.items() if ".dia" in k}
+    plain = build("deit3_small_patch16_224").double().eval()
+    plain.load_state_dict({k: v for k, v in state.items() if ".dia" not in k})
+    memory: dict = {}
+    for block in plain.blocks:
+        block.drop_path1, block.drop_path2 = (ByHand(own, memory, 1) for _ in range(2))
+    x = images(model)
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "swin_tiny_patch4_window7_224", "mobilenetv3_small_050"])
+def test_dia_has_a_cell_for_each_run(name):
+    model = build(name)
+    found = runs(branches(model, example_input(model, 1)))
+    timm_attn.attach(model, "dia")
+    assert [m.channels for m in model.modules() if isinstance(m, DIACell)] == [
+        run[0].channels for run in found
+    ]
+    assert sum(isinstance(m, DIAEnd) for m in model.modules()) == sum(map(len, found))
+
+
+@pytest.mark.parametrize("mechanism", ["se", "eca", "cbam", "sem", "spem"])
+@pytest.mark.parametrize("name", MAPS)
+def test_any_attention_stands_at_the_ends(name, mechanism):
+    model = shaken(build(name))
+    keys, x = set(model.state_dict()), images(model)
+    plain = deepcopy(model)
+    timm_attn.attach(model, mechanism)
+    assert keys < set(model.state_dict())
+    assert all(f".{mechanism}" in key or f"_{mechanism}" in key for key in set(model.state_dict()) - keys)
+    assert relative_difference(plain, model.eval(), x) > 1e-6
+    model.train()(x).square().sum().backward()
+    assert all(p.grad is not None for key, p in model.named_parameters() if key not in keys)
+
+
+def test_attention_leaves_the_class_token_alone():
+    model = build("deit3_small_patch16_224").eval()
+    end = timm_attn.attach(model, "se").blocks[0].drop_path1
+    x = torch.randn(2, 17, 48)
+    out = end(x)
+    assert torch.equal(out[:, 0], x[:, 0]) and not torch.allclose(out[:, 1:], x[:, 1:])
+    expected = end.mechanism(x[:, 1:].transpose(1, 2).reshape(2, 48, 4, 4)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(out[:, 1:], expected)
+
+
+# --------------------------------------------------------------------------------------------------- grafting
+
+STARTS = [(name, key) for name in MAPS for key in ("asr", "dia", "sem", "spem", "ssia", "se", "eca")]
+
+
+@pytest.mark.parametrize(("name", "mechanism"), STARTS)
+def test_a_mechanism_can_start_without_a_change(name, mechanism):
+    model = shaken(build(name))
+    plain = deepcopy(model)
+    timm_attn.attach(model, mechanism)
+    if name == "test_vit" and mechanism in ("sem", "spem", "se", "eca"):  # the class token has no gate
+        with pytest.raises(GraftError, match="leaves the class token as it is"):
+            start_constant(model)
+        return
+    start_constant(model)
+    x = images(model)
+    assert relative_difference(plain, model.eval(), x) <= 1e-5
+    model.train()(x).square().sum().backward()
+    own = [p for key, p in model.named_parameters() if key not in plain.state_dict()]
+    assert own and any(p.grad is not None and p.grad.abs().sum() > 0 for p in own)
+
+
+# ------------------------------------------------------------------------------------------------ what it meets
+
+
+@pytest.mark.parametrize("mechanism", ["asr", "dia"])
+@pytest.mark.parametrize("name", MAPS)
+def test_compiled_exported_and_checkpointed(name, mechanism):
+    model = shaken(timm_attn.attach(build(name).double(), mechanism))
+    x = images(model)
+    expected = model(x)
+    compiled = torch.compile(deepcopy(model), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), expected)
+    torch.compiler.reset()
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    torch.testing.assert_close(program.module()(x[:2]), model(x[:2]))
+    model.train()
+    copy = deepcopy(model)
+    copy.set_grad_checkpointing()
+    for network in (model, copy):
+        torch.manual_seed(0)
+        network(x).square().sum().backward()
+    for (key, p), q in zip(model.named_parameters(), copy.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q[1].grad, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_gates_on_norms_are_compiled_copied_and_pickled_as_weights(tmp_path):
+    model = shaken(timm_attn.attach(build("mobilenetv3_small_050").double(), "asr", where="norms"))
+    x = images(model)
+    expected = model(x)
+    torch.testing.assert_close(deepcopy(model)(x), expected)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
+    torch.compiler.reset()
+    torch.save(model, tmp_path / "whole.pt")
+    torch.testing.assert_close(torch.load(tmp_path / "whole.pt", weights_only=False)(x), expected)
+    with pytest.raises(TypeError, match="cannot assign"):  # and nothing is lost in silence
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0"])
+def test_timm_merges_branches_after_their_gates(name):
+    model = shaken(timm_attn.attach(build(name).double(), "asr"))
+    x = images(model, 2)
+    merged = reparameterize_model(model)
+    assert not any(isinstance(m, ASR | BranchEnd) for m in merged.modules())
+    assert relative_difference(model, merged, x) <= 1e-9
+    attached = timm_attn.attach(build(name), "dia")
+    with pytest.raises(ValueError, match="cannot merge its branches: DIACell stands where they meet"):
+        reparameterize_model(attached)
+
+
+def test_no_state_of_dia_outlives_its_graph():
+    model = timm_attn.attach(build("test_convnext"), "dia").train()
+    alive = weakref.WeakSet()
+
+    def watch(module, args, output):
+        alive.update(t for t in output)
+
+    for module in model.modules():
+        if isinstance(module, DIACell):
+            module.register_forward_hook(watch)
+    loss = model(images(model)).sum()
+    assert len(alive) > 0
+    loss.backward()
+    del loss
+    gc.collect()
+    assert len(alive) == 0
+    with torch.no_grad():
+        model.eval()(images(model))
+    assert len(alive) == 0
+
+
+def test_a_reentrant_checkpoint_is_refused():
+    model = timm_attn.attach(build("test_vit"), "dia").train()
+    x = images(model)
+    tokens = model.patch_embed(x)
+    tokens = model._pos_embed(tokens)
+    for block in model.blocks:
+        tokens = checkpoint(block, tokens, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        tokens.sum().backward()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_gate_in_a_norm_is_the_gate_after_it(training):
+    model = shaken(timm_attn.attach(build("seresnet18").double(), "asr")).train(training)
+    other = deepcopy(model)
+    gated = [m for m in other.modules() if isinstance(m, GatedBatchNorm2d)]
+    assert len(gated) == 5
+    for norm in gated:
+        norm.ungate()
+    x = images(model)
+    a, b = model(x), other(x)
+    torch.testing.assert_close(a, b)
+    for loss in (a.square().sum(), b.square().sum()):
+        loss.backward()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+# -------------------------------------------------------------------------------------------------- registered
+
+
+def test_every_network_of_timm_can_be_had_by_name():
+    model = timm_attn.create_model("test_vit3", attention="dia", num_classes=4, reduction=8)
+    assert model.pretrained_cfg["architecture"] == "test_vit3_dia" and timm.is_model("test_vit3_dia")
+    again = timm.create_model("test_vit3_dia", num_classes=4, reduction=8)
+    again.load_state_dict(model.state_dict(), strict=True)
+    assert timm_attn.create_model("test_vit3", num_classes=4).pretrained_cfg["architecture"] == "test_vit3"
+    folded = timm_attn.fold(shaken(timm_attn.create_model("test_convnext", attention="asr")))
+    assert folded.pretrained_cfg["architecture"] == "test_convnext"
+    with pytest.raises(ValueError, match="conam is for timm's ResNets"):
+        timm_attn.create_model("test_vit", attention="conam")
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_patch16_224", "mobilenetv4_conv_small"])
+@pytest.mark.parametrize("mechanism", ["asr", "dia", "ssia"])
+def test_feature_maps_are_those_of_the_stock_network(name, mechanism):
+    sizes = {"img_size": 64} if name.startswith("vit") else {}
+    stock = timm.create_model(name, features_only=True, **sizes)
+    model = timm.create_model(f"{name}_{mechanism}", features_only=True, **sizes)
+    x = torch.randn(1, 3, 64, 64)
+    assert model.feature_info.channels() == stock.feature_info.channels()
+    assert model.feature_info.reduction() == stock.feature_info.reduction()
+    shapes = [tuple(f.shape) for f in model.eval()(x)]
+    assert shapes == [tuple(f.shape) for f in stock.eval()(x)]
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+
+def quantised() -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(2, 2)))
+
+
+class Wrapped(nn.parallel.DistributedDataParallel):
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
+@pytest.mark.parametrize(
+    ("make", "mechanism", "options", "error", "message"),
+    [
+        (lambda: build("test_vit"), "sea", {}, ValueError, "no mechanism 'sea': name one of se, dia, asr"),
+        (lambda: build("test_vit"), "", {}, ValueError, "no mechanism"),
+        (
+            lambda: build("test_vit"),
+            "fmm",
+            {},
+            ValueError,
+            "fmm is for timm's ResNets, .* VisionTransformer is none",
+        ),
+        (
+            lambda: build("test_vit"),
+            "asr",
+            {"detla": 2},
+            TypeError,
+            "asr takes no detla: its options are delta",
+        ),
+        (lambda: build("test_vit"), "asr", {"delta": 0}, ValueError, "ASR delta must be at least 1, got 0"),
+        (lambda: timm.create_model("vgg11"), "dia", {}, ValueError, "no residual branch .* where='norms'"),
+        (
+            lambda: timm.create_model("vgg11"),
+            "asr",
+            {"where": "norms"},
+            ValueError,
+            "no norm layer with a weight",
+        ),
+        (lambda: timm.create_model("mixer_s32_224"), "asr", {}, ValueError, "takes in a constant gate"),
+        (
+            lambda: timm_attn.attach(build("test_vit"), "dia"),
+            "asr",
+            {},
+            ValueError,
+            "has DIACell at .* already",
+        ),
+        (lambda: timm.create_model("resnet20_ssia"), "asr", {}, ValueError, "already: take a fresh network"),
+        (
+            lambda: torch.compile(build("test_vit")),
+            "asr",
+            {},
+            ValueError,
+            "is compiled: attach to the network",
+        ),
+        (Wrapped, "asr", {}, ValueError, r"wraps a network: attach to that \(.module\)"),
+        (quantised, "asr", {}, ValueError, "is quantised .*: attach, train and fold before"),
+        (lambda: torch.fx.symbolic_trace(nn.Linear(2, 2)), "asr", {}, ValueError, "recorded graph"),
+        (nn.ReLU, "asr", {}, ValueError, "has no parameters"),
+        (dict, "asr", {}, TypeError, "attach needs a network, got dict"),
+        (
+            lambda: nn.Linear(3, 3),
+            "asr",
+            {},
+            ValueError,
+            r"does not take images \(1, 3, 224, 224\) .*images=",
+        ),
+        (
+            lambda: nn.Conv2d(3, 4, 1),
+            "ssia",
+            {},
+            ValueError,
+            "ssia needs a network of timm .* Conv2d lacks one",
+        ),
+    ],
+)
+def test_what_cannot_be_says_why_in_one_line_and_changes_nothing(make, mechanism, options, error, message):
+    model = make()
+    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    before = {path: (type(m), list(vars(m))) for path, m in modules.items()}
+    with pytest.raises(error, match=message) as caught:
+        timm_attn.attach(model, mechanism, **options)
+    assert "\n" not in str(caught.value)
+    after = dict(model.named_modules()) if modules else {}
+    assert {path: (type(m), list(vars(m))) for path, m in after.items()} == before
+
+
+def test_it_attaches_on_the_meta_device():
+    model = timm_attn.attach(timm.create_model("test_vit", device="meta"), "asr")
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_an_own_class_keeps_its_name_for_the_eye():
+    assert mixed(BranchEnd, nn.Linear).__name__ == "BranchEndLinear"
+    assert {"asr", "dia", "ssia", "sem", "spem", "conam", "fmm"} < set(MECHANISMS)
