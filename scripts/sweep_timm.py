@@ -1,4 +1,4 @@
-"""Goes over timm's architectures: what attaches to them, folds out again and exports; one row of a table each.
+"""Goes over timm's architectures: what attaches, folds out again and exports; one row of a table each.
 
     python scripts/sweep_timm.py docs/timm_sweep.csv
 

@@ -61,6 +61,8 @@ def shaken(model: nn.Module) -> nn.Module:
         if tensor.is_floating_point() and tensor.dim() <= 1 and tensor.numel() > 1:
             noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
             tensor.copy_(noise + 0.5 if "bias" not in name and "mean" not in name else noise - 0.5)
+        elif tensor.is_floating_point() and not tensor.count_nonzero():  # a classifier that starts at zero
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
     for module in model.modules():
         if isinstance(module, ASR):
             for parameter in module.parameters():
@@ -76,7 +78,7 @@ def images(model: nn.Module, batch: int = 3) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------ in and out again
 
 ASR_WHERE = [(name, "branches") for name in FAMILIES]
-ASR_WHERE += [(name, "norms") for name in FAMILIES]
+ASR_WHERE += [(name, "norms") for name in FAMILIES if name != "resmlp_12_224"]
 
 
 @pytest.mark.parametrize(("name", "where"), ASR_WHERE)

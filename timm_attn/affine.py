@@ -32,19 +32,21 @@ def _kind(node: Any) -> str:
     return re.sub(r"Backward\d*$", "", node.name()).lstrip("_")
 
 
-def scaling_parameters(x: Tensor, names: dict[int, str]) -> tuple[int, list[str]]:
+def scaling_parameters(x: Tensor, names: dict[int, str], skipped: str | None = None) -> tuple[int, list[str]]:
     """Axis of the channels of x, and the leaves that scale them when each is scaled along its first axis.
 
     Args:
         x: B × C × H × W, B × N × C or B × H × W × C, as a network has computed it from leaves.
         names: Names of the leaves, by their ``id``.
+        skipped: Name of one that is not to be chosen.
 
     Returns:
         −1 or 1; and the names of leaves such that x is multiplied by v along that axis if they are, for
         every positive v. None of them if there is no such choice.
     """
     axis = -1 if x.dim() == 3 or _channels_last(x) else 1
-    chosen = _nearest(x.grad_fn, x.shape[axis])
+    skip = next((key for key, name in names.items() if name == skipped), None)
+    chosen = _nearest(x.grad_fn, x.shape[axis], skip)
     if not chosen or _degree(x.grad_fn, {id(leaf) for leaf in chosen}) != 1:
         return axis, []
     return axis, [names[id(leaf)] for leaf in chosen if id(leaf) in names]
@@ -75,12 +77,12 @@ def _width(node: Any) -> int | None:
     return None if node is None else node.variable.shape[0]
 
 
-def _leaf(node: Any, channels: int) -> Any:
+def _leaf(node: Any, channels: int, skip: int | None) -> Any:
     """The parameter that a node gives in another shape or times a constant, if it has one row a channel."""
     while node is not None:
         if _kind(node) == _LEAF:
             fits = node.variable.dim() and channels in (node.variable.shape[0], node.variable.numel())
-            return node.variable if fits else None
+            return node.variable if fits and id(node.variable) != skip else None
         sources = [source for source in _inputs(node) if source is not None]
         if len(sources) != 1 or not (_PASS.fullmatch(_kind(node)) or _kind(node) in ("Mul", "Div")):
             return None
@@ -88,7 +90,7 @@ def _leaf(node: Any, channels: int) -> Any:
     return None
 
 
-def _nearest(node: Any, channels: int) -> list[Any]:
+def _nearest(node: Any, channels: int, skip: int | None) -> list[Any]:
     """The last parameters that every summand of a node went through, or none."""
     if node is None:
         return []
@@ -96,32 +98,33 @@ def _nearest(node: Any, channels: int) -> list[Any]:
     if kind in _LAYER:
         _, *places = _LAYER[kind]
         given = [sources[place] for place in places if place < len(sources) and sources[place] is not None]
-        leaves = [_leaf(source, channels) for source in given]
-        gains = [_gain(source, channels) for source in given]
+        leaves = [_leaf(source, channels, skip) for source in given]
+        gains = [_gain(source, channels, skip) for source in given]
         leaves = [gain if leaf is None else leaf for leaf, gain in zip(leaves, gains, strict=True)]
         return leaves if leaves and all(leaf is not None for leaf in leaves) else []
     if kind in ("Mul", "Div"):
         for source in sources:
-            leaf = _leaf(source, channels)
+            leaf = _leaf(source, channels, skip)
             if leaf is not None and (kind == "Mul" or source is sources[0]):
                 return [leaf]
-        return next((found for source in sources if (found := _nearest(source, channels))), [])
+        return next((found for source in sources if (found := _nearest(source, channels, skip))), [])
     if kind in ("Add", "Sub"):
         sources = [source for source in sources if source is not None]  # Sums often start from the number 0.
         parts = [
-            [leaf] if (leaf := _leaf(s, channels)) is not None else _nearest(s, channels) for s in sources
+            [leaf] if (leaf := _leaf(s, channels, skip)) is not None else _nearest(s, channels, skip)
+            for s in sources
         ]
         return list({id(leaf): leaf for part in parts for leaf in part}.values()) if all(parts) else []
-    return _nearest(sources[0], channels) if _PASS.fullmatch(kind) else []
+    return _nearest(sources[0], channels, skip) if _PASS.fullmatch(kind) else []
 
 
-def _gain(node: Any, channels: int) -> Any:
+def _gain(node: Any, channels: int, skip: int | None) -> Any:
     """The gain of a standardised weight, which a scale of the weight itself would not survive."""
     while node is not None and _PASS.fullmatch(_kind(node)):
         node = _inputs(node)[0]
     if node is None or _kind(node) not in _LAYER:
         return None
-    return _leaf(_inputs(node)[1], channels)
+    return _leaf(_inputs(node)[1], channels, skip)
 
 
 def _degree(root: Any, chosen: set[int]) -> int | None:
@@ -152,7 +155,7 @@ def _power(node: Any, powers: list[int | None], chosen: set[int]) -> int | None:
         summands = {power for power, source in zip(powers, sources, strict=True) if source is not None}
         return summands.pop() if len(summands) == 1 else None
     if kind == "Mul":
-        return sum(powers)  # pyright: ignore[reportArgumentType]
+        return sum(power or 0 for power in powers)
     if kind == "Div":
         return powers[0] if not any(powers[1:]) else None
     if kind in _LAYER:

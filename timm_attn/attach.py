@@ -31,13 +31,13 @@ def attach(model: nn.Module, mechanism: str, images: Tensor | None = None, **opt
 
     Args:
         model: A network of timm, or one that holds blocks of timm.
-        mechanism: ``asr``, ``dia``, ``ssia``, ``sem``, ``spem``; on ResNets also ``conam`` and ``fmm``; or a name
-            of timm's ``create_attn``, such as ``se``, ``eca`` and ``cbam``. All but ``ssia``, ``conam`` and ``fmm``
-            stand at the ends of residual branches; of tokens, they read the patches.
+        mechanism: ``asr``, ``dia``, ``ssia``, ``sem``, ``spem``; on ResNets also ``conam`` and ``fmm``; or a
+            name of timm's ``create_attn``, such as ``se``, ``eca`` and ``cbam``. All but ``ssia``, ``conam``
+            and ``fmm`` stand at the ends of residual branches; of tokens, they read the patches.
         images: B × C × H × W that the network takes, if it is not called with images of the size that its
             ``pretrained_cfg`` names.
-        options: Of the mechanism's layer. ``asr`` takes ``where="norms"`` besides, for a gate on every norm layer
-            in place of the ends of branches.
+        options: Of the mechanism's layer. ``asr`` takes ``where="norms"`` besides, for a gate on every norm
+            layer in place of the ends of branches.
 
     Returns:
         The network.
@@ -75,8 +75,8 @@ def _put(model: nn.Module, row: Any, images: Tensor, options: dict[str, Any]) ->
         raise
     except Exception as error:  # whatever a network raises on images that it was not made for
         raise ValueError(
-            f"{type(model).__name__} does not take images {tuple(images.shape)} ({type(error).__name__}: {error}): "
-            "give what it takes as images="
+            f"{type(model).__name__} does not take images {tuple(images.shape)} "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}): give what it takes as images="
         ) from error
 
 
@@ -114,8 +114,8 @@ def create_model(
 
     Args:
         model_name: Of timm or this package.
-        attention: As for :func:`attach`. The variant of the two, such as ``resnet50_dia``, is registered with timm
-            if it is not yet.
+        attention: As for :func:`attach`. The variant of the two, such as ``resnet50_dia``, is registered
+            with timm if it is not yet.
         pretrained: Load timm's weights of the stock network; the mechanism starts so that it changes nothing.
         kwargs: Of the mechanism, and of ``timm.create_model``.
 

@@ -35,6 +35,7 @@ class Branch:
         prefix: Of the tokens, how many of the first are no patches (class token, registers).
         affine: Names, from the block, of the parameters and buffers whose channels scale those of the
             branch and nothing else; empty if there are none.
+        scaled: Of a branch that ends in a LayerScale, the parameters that would scale it without.
         before: Name of the attention module that ends the branch; ``affine`` scales what that is given.
     """
 
@@ -45,6 +46,7 @@ class Branch:
     pixels: int
     prefix: int = 0
     affine: tuple[str, ...] = field(default=(), compare=False)
+    scaled: tuple[str, ...] = field(default=(), compare=False)
     before: str = ""
 
     @property
@@ -94,7 +96,7 @@ def runs(found: list[Branch]) -> list[list[Branch]]:
 
 @contextmanager
 def _standing(model: nn.Module) -> Iterator[list[tuple[str, str, nn.Module]]]:
-    """Slots and attention modules as (path of the block, name, module); what is None is an identity meanwhile."""
+    """Slots and attention as (path of the block, name, module); what is None is an identity meanwhile."""
     found, empty = [], []
     for path, block in model.named_modules():
         names = slots(block)
@@ -122,14 +124,14 @@ def _leaves(model: nn.Module, device: torch.device | None) -> Iterator[dict[int,
     # Statistics of a norm layer have no gradient; frozen norms hold their affine in buffers, too.
     fixed = ("running_mean", "running_var")
     names = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
-    places = [
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
         (store, name, tensor)
         for module in model.modules()
         for store in (module._parameters, module._buffers)
         for name, tensor in store.items()
         if tensor is not None
     ]
-    leaves: dict[int, Tensor] = {}
+    leaves: dict[int, Any] = {}
     for _, name, tensor in places:
         leaf = tensor.detach() if device is None else torch.empty_like(tensor, device=device)
         leaves.setdefault(id(tensor), leaf.requires_grad_(leaf.is_floating_point() and name not in fixed))
@@ -184,11 +186,12 @@ def _watch(model: nn.Module, path: str, name: str, names: dict[int, str], found:
         branch = None
         if isinstance(x, Tensor) and x.dim() in (3, 4):
             axis, leaves = scaling_parameters(x, names)
-            own = [leaf.removeprefix(prefix) for leaf in leaves if leaf.startswith(prefix)]
-            whole = tuple(sorted(own)) if len(own) == len(leaves) else ()
+            whole = _within(prefix, leaves)
             channels, size = x.shape[axis], x[0].numel()
             tokens = _prefix(model, path, x.shape[1]) if x.dim() == 3 and axis == -1 else 0
-            branch = Branch(path, name, channels, axis, size // channels, tokens, whole)
+            scaled = scaling_parameters(x, names, leaves[0])[1] if len(leaves) == 1 else []
+            inner = _within(prefix, scaled)
+            branch = Branch(path, name, channels, axis, size // channels, tokens, whole, inner)
             if calls and branch == before:  # one gate serves both if both take it in
                 affine = {*whole, *before.affine} if whole and before.affine else ()
                 branch = replace(branch, affine=tuple(sorted(affine)))
@@ -197,6 +200,12 @@ def _watch(model: nn.Module, path: str, name: str, names: dict[int, str], found:
         found[path, name] = branch, calls + 1
 
     return hook
+
+
+def _within(prefix: str, names: list[str]) -> tuple[str, ...]:
+    """Names from a block; none if one of them is outside."""
+    within = all(name.startswith(prefix) for name in names)
+    return tuple(sorted(name.removeprefix(prefix) for name in names)) if within else ()
 
 
 def _prefix(model: nn.Module, path: str, tokens: int) -> int:

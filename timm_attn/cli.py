@@ -18,11 +18,12 @@ from tyro.extras import SubcommandApp
 
 from .errors import UserError
 from .fold import FoldError, NothingToFold, above_bound, example_input, fold, verify_fold
-from .models import MECHANISMS, graft_tags, model_names, parse_name, stock_model
+from .models import MECHANISMS, graft_tags, model_names, parse_name, register, stock_model
 from .models import mechanism as row_of
 from .training import Recipe, load_model, resume_seeds, train_seeds, validate
 from .training import resume as resume_run
 from .training import train as train_run
+from .training.network import check_model
 from .training.recipe_file import recipe_arguments
 from .training.run import is_run, save_model
 from .training.seeds import is_seeds
@@ -39,6 +40,7 @@ def train(
     model: Positional[str | None] = None,
     /,
     recipe: str | None = None,
+    attention: str | None = None,
     resume: Path | None = None,
     out: Path | None = None,
     seeds: tuple[int, ...] = (),
@@ -52,6 +54,7 @@ def train(
         model: Model name, e.g. resnet20_dia.
         recipe: Name of a recipe of the package, or a YAML file with any of the options below; options on the
             command line override it.
+        attention: A mechanism to put into the model, any of timm's: asr, dia, ssia, sem, spem, se, eca, ….
         resume: Go on with this run folder. Takes no other argument but --data, where the data lies now.
         out: Run folder to make; runs/<model>_<data>_s<seed> by default.
         seeds: Train once with each of these, in seed-<seed> of the run folder.
@@ -59,12 +62,18 @@ def train(
     if recipe is not None:
         raise UserError("give --recipe once")  # main() has put the fields of the first into the options
     if resume is not None:
-        if model is not None or out is not None or seeds or options != Recipe(data=options.data):
+        if model is not None or attention or out is not None or seeds or options != Recipe(data=options.data):
             raise UserError("--resume goes on with the recipe of the run: it takes --data and nothing else")
         run = resume
     else:
         if model is None:
             raise UserError("name a model to train, e.g. `timm-attn train resnet20_dia --data digits`")
+        if attention is not None:
+            check_model(model)
+            try:
+                model = register(model, attention)
+            except ValueError as error:
+                raise UserError(str(error)) from None
         data = Path(options.data).name or "data"
         run = out or Path("runs") / f"{model}_{data}{'' if seeds else f'_s{options.seed}'}"
     try:
@@ -168,20 +177,22 @@ def validate_command(
 
 
 @app.command(name="fold")
-def fold_command(source: Positional[str], /, out: Path | None = None) -> None:
+def fold_command(source: Positional[str], /, out: Path | None = None, layer_scale: bool = False) -> None:
     """Write a model's deployed form: the plain network, or the same one with norms fused.
 
     Args:
         source: A run folder, a hub folder or a model name with pretrained weights.
         out: Folder to write; <run>/folded by default, of a hub folder or a name there is none.
+        layer_scale: Multiply LayerScales into the layers before them, too, and write model.pt2, a program of
+            torch.export, as no name of timm's stands for such a network.
     """
     model = load_model(source)
     try:
-        folded = fold(model)
+        folded = fold(model, layer_scale=layer_scale)
     except NothingToFold as reason:
         console.print(str(reason))
         return
-    stock = stock_model(model, folded)
+    stock: Any = folded if layer_scale else stock_model(model, folded)
     images = example_input(model, 8)
     report = verify_fold(model, stock, images)
     excess = above_bound(report.max_relative, images.dtype)
@@ -194,7 +205,12 @@ def fold_command(source: Positional[str], /, out: Path | None = None) -> None:
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, or remove it")
     out.mkdir(parents=True, exist_ok=True)
-    save_model(stock, out, list(model.pretrained_cfg.get("label_names") or []))
+    if layer_scale:
+        from .publish.deploy import write_program
+
+        write_program(stock, out / "model.pt2")
+    else:
+        save_model(stock, out, list(model.pretrained_cfg.get("label_names") or []))
     table = Table("", "architecture", "parameters", "multiply-adds", "bytes")
     for i, (name, network) in enumerate((("as it was", model), ("folded", stock))):
         costs = (report.parameters[i], report.multiply_adds[i], report.bytes[i])
@@ -299,7 +315,7 @@ def list_command(
 
     Args:
         pattern: Shell pattern of names, e.g. '*dia*'.
-        mechanism: Only these: plain, se, dia, asr, asr_se, conam, fmm, ssia.
+        mechanism: Only these: plain, se, dia, asr, asr_se, conam, fmm, ssia, sem, spem.
         data: Only weights trained on this data set, e.g. uoft-cs/cifar10.
         weights: Only weights, no architectures without.
     """

@@ -2,6 +2,7 @@
 
 import threading
 import weakref
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -30,13 +31,13 @@ class BranchEnd(nn.Module):
     #: Whether tokens that are no patches are scaled like the others.
     all_tokens = False
 
-    def __init__(self, block: nn.Module, branch: Branch, mechanism: nn.Module) -> None:
+    def __init__(self, block: Any, branch: Branch, mechanism: nn.Module) -> None:
         super().__init__()
         self.branch = branch
         self.drop_path = getattr(block, branch.slot)
         self._held = (block, mechanism)
         if hasattr(block, "reparameterize"):  # of RepVGG, MobileOne and their like
-            block.reparameterize = partial(merge, block)  # pyright: ignore[reportAttributeAccessIssue]
+            block.reparameterize = partial(merge, block)
 
     @property
     def block(self) -> nn.Module:
@@ -60,7 +61,7 @@ class BranchEnd(nn.Module):
         return self.on_map(self._held[1], x)
 
     def on_map(self, module: nn.Module, x: Tensor) -> Tensor:
-        """A module on a map B × C × H × W; of tokens, on the patches, as a column where they are no square."""
+        """A module on a map B × C × H × W; of tokens, on the patches, a column where they are no square."""
         if self.branch.axis == 1:
             return module(x)
         if x.dim() == 4:
@@ -90,10 +91,10 @@ class GateEnd(BranchEnd):
     def __init__(self, block: nn.Module, branch: Branch, mechanism: nn.Module) -> None:
         super().__init__(block, branch, mechanism)
         self.norm = next(iter({name.rpartition(".")[0] for name in branch.affine}), "")
-        norm = block.get_submodule(self.norm)
+        norm: Any = block.get_submodule(self.norm)
         if type(norm) is nn.BatchNorm2d and len(branch.affine) == 2 and norm.track_running_stats:
             norm.__class__ = GatedBatchNorm2d
-            norm.end = (self,)  # pyright: ignore[reportAttributeAccessIssue]
+            vars(norm)["end"] = (self,)
 
     def attend(self, x: Tensor) -> Tensor:
         return x if self.in_norm(x) else self._held[1](x, self.branch.axis)
@@ -114,7 +115,7 @@ class GateEnd(BranchEnd):
         return torch.compiler.is_compiling() or eager(x)
 
     def fuse(self) -> nn.Module | None:
-        """Multiply the gate into the branch; what stood in the slot. timm's ``reparameterize_model`` calls it.
+        """Multiply the gate into the branch; what stood in the slot. ``reparameterize_model`` calls it.
 
         Raises:
             ValueError: No parameters of the branch scale its channels.
@@ -161,7 +162,7 @@ def _reduce(self: Any, protocol: Any) -> Any:
 
 
 def _new(mixin: type, cls: type) -> Any:
-    made = mixed(mixin, cls)
+    made: Any = mixed(mixin, cls)
     return made.__new__(made)
 
 
@@ -317,20 +318,26 @@ def scale_parameters(block: nn.Module, branch: Branch, gate: Tensor) -> None:
         raise ValueError(
             f"{branch.block or 'the network'}.{branch.slot} ends in nothing that takes in a gate"
         )
+    scale(block, branch.affine, gate, branch.channels)
+
+
+def scale(block: nn.Module, names: Sequence[str], gate: Tensor, channels: int) -> None:
+    """Multiply parameters, or buffers, of a block along their first axis, in place."""
     v = gate.detach().double().flatten()
     with torch.no_grad():
-        for name in branch.affine:
-            tensor = block.get_submodule(name.rpartition(".")[0]).__getattr__(name.rpartition(".")[2])
+        for name in names:
+            path, _, own = name.rpartition(".")
+            tensor: Any = getattr(block.get_submodule(path), own)
             shape = tensor.shape if tensor.numel() == v.numel() else (-1, *[1] * (tensor.dim() - 1))
             # The parameters keep their identity, so that optimisers and EMA copies that hold them stay valid.
-            tensor.copy_(tensor.double() * v.to(tensor.device).expand(branch.channels).reshape(shape))
+            tensor.copy_(tensor.double() * v.to(tensor.device).expand(channels).reshape(shape))
 
 
 class GatedNorm:
     """Mixed into a norm layer: its weight and bias are its own times the gate of its child ``gated_by``.
 
-    The class of the layer is exchanged, so its keys stay. What replaces norm layers (``convert_sync_batchnorm``)
-    must come first; it raises TypeError here.
+    The class of the layer is exchanged, so its keys stay. What replaces norm layers, such as
+    ``convert_sync_batchnorm``, must come first; it raises TypeError here.
     """
 
     gated_by: str

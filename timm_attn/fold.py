@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from .branches import example_input
-from .ends import GatedInput, GatedNorm, GateEnd, without_mixin
+from .branches import branches, example_input
+from .ends import GatedInput, GatedNorm, GateEnd, scale, without_mixin
 from .layers import SSIA, ConstantGate
 from .models import mechanism as row_of
 from .models import model_names, parse_name
@@ -64,7 +64,7 @@ class FoldReport:
     separate_norms: tuple[str, ...]
 
 
-def fold(model: nn.Module, inputs: Inputs | None = None) -> nn.Module:
+def fold(model: nn.Module, inputs: Inputs | None = None, layer_scale: bool = False) -> nn.Module:
     """Make the deployed form of a model of this package, or of one that holds such, and compare the two.
 
     Gates that do not depend on the image go into the norm layer before them (ASR), and what acts in
@@ -80,6 +80,9 @@ def fold(model: nn.Module, inputs: Inputs | None = None) -> nn.Module:
         inputs: Images B × C × H × W in the model's dtype, or a tuple or dictionary of the arguments that the
             model takes. Compared besides two fixed random images of the size in ``pretrained_cfg``; needed
             where the model does not take these.
+        layer_scale: Multiply LayerScales (https://arxiv.org/abs/2103.17239), of ConvNeXt and DeiT-3 for
+            example, into the layers before them, too. What is left is the network that timm makes with
+            ``ls_init_value=None`` or ``init_values=None``.
 
     Returns:
         The folded model in eval mode.
@@ -90,7 +93,7 @@ def fold(model: nn.Module, inputs: Inputs | None = None) -> nn.Module:
             holds no tensor; or the model cannot be copied, as it is pruned by hooks.
         FoldError: max|Δlogit| ÷ max|logit| is above :data:`BOUNDS`, or an output is not finite.
     """
-    original, folded = _fold(model)
+    original, folded = _fold(model, layer_scale, inputs)
     if inputs is not None:
         _check_inputs(model, inputs)
         inputs = tree_map_only(Tensor, Tensor.cpu, inputs)
@@ -113,7 +116,9 @@ def above_bound(error: float, dtype: torch.dtype) -> str:
     return f"max|Δlogit| / max|logit| = {error:.3g}, allowed {BOUNDS[dtype]:g}"
 
 
-def _fold(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+def _fold(
+    model: nn.Module, layer_scale: bool = False, inputs: Inputs | None = None
+) -> tuple[nn.Module, nn.Module]:
     """Copies of a model in eval mode, as it is and folded.
 
     On the CPU: Apple's GPUs have no float64, and others round fp32 convolutions to TF32, by more than the
@@ -137,6 +142,9 @@ def _fold(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     if left:
         raise FoldError(f"{left} of {gates} gates stand where no branch takes them in")
     changed = gates
+    if layer_scale:
+        images = inputs if isinstance(inputs, Tensor) else example_input(folded, 1)
+        changed += fuse_layer_scales(folded, images.to(_device(folded)))
     for path, network in _networks(folded).items():
         backbone, key = parse_name(network.pretrained_cfg["architecture"])
         mechanism, was = row_of(key), original.get_submodule(path)
@@ -159,6 +167,36 @@ def _fold(model: nn.Module) -> tuple[nn.Module, nn.Module]:
             "has norms left to fuse"
         )
     return original, folded
+
+
+def fuse_layer_scales(model: nn.Module, images: Tensor) -> int:
+    """Multiply every LayerScale that ends a residual branch into the layer before it, in place.
+
+    Returns the number of those.
+    """
+    count = 0
+    for branch in branches(model, images):
+        block: Any = model.get_submodule(branch.block)
+        path, _, name = "".join(branch.affine).rpartition(".")
+        owner: Any = block.get_submodule(path)
+        if len(branch.affine) != 1 or not branch.scaled or name not in _LAYER_SCALES:
+            continue
+        scale(block, branch.scaled, getattr(owner, name), branch.channels)
+        if path:
+            parent, _, child = path.rpartition(".")
+            setattr(block.get_submodule(parent), child, nn.Identity())
+        else:
+            setattr(block, name, None)
+        count += 1
+    return count
+
+
+#: What timm calls a LayerScale: a module's gamma, or a parameter of the block, which may be None.
+_LAYER_SCALES = ("gamma", "gamma_1", "gamma_2")
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _networks(model: nn.Module) -> dict[str, Any]:

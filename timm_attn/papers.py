@@ -137,8 +137,8 @@ PAPERS["sem"] = Paper(
     2022,
     "2209.05680",
     "Three channel attentions in every block, between which a switch decides.",
-    claim="ResNet-164 on CIFAR-10: 94.95 % against 93.39 %; on CIFAR-100: 76.76 % against 74.30 % (the authors' "
-    "code).",
+    claim="ResNet-164 on CIFAR-10: 94.95 % against 93.39 %; on CIFAR-100: 76.76 % against 74.30 % (the "
+    "authors' code).",
 )
 PAPERS["spem"] = Paper(
     "SPEM: Self-adaptive Pooling Enhanced Attention Module for Image Recognition",

@@ -19,5 +19,5 @@ class ConstantGate(nn.Module):
         return x * (gate[:, :, None, None] if axis == 1 else gate[0])
 
     def fuse(self) -> nn.Module:
-        """What is left of it when it is folded: nothing. The hook that timm's ``reparameterize_model`` calls."""
+        """What is left when it is folded: nothing. The hook that timm's ``reparameterize_model`` calls."""
         return nn.Identity()

@@ -1,7 +1,7 @@
 """SEM: three channel attentions, between which a switch decides.
 
-Paper: "Switchable Self-attention Module", Zhong, Wen, Qin https://arxiv.org/abs/2209.05680. The formula is that
-of the authors' code (https://github.com/Qrange-group/SEM, MIT).
+Paper: "Switchable Self-attention Module", Zhong, Wen, Qin https://arxiv.org/abs/2209.05680. The formula is
+that of the authors' code (https://github.com/Qrange-group/SEM, MIT).
 """
 
 import math

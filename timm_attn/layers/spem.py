@@ -1,7 +1,7 @@
 """SPEM: channel attention on a learnt mixture of each channel's largest and smallest value.
 
-Paper: "SPEM: Self-adaptive Pooling Enhanced Attention Module for Image Recognition", Zhong, Wen, Qin, MMM 2023
-https://arxiv.org/abs/2208.10322. The formula is that of the authors' code
+Paper: "SPEM: Self-adaptive Pooling Enhanced Attention Module for Image Recognition", Zhong, Wen, Qin,
+MMM 2023 https://arxiv.org/abs/2208.10322. The formula is that of the authors' code
 (https://github.com/Qrange-group/SPEM, MIT).
 """
 

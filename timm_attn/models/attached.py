@@ -16,6 +16,7 @@ The layers' classes say what the options mean. timm files a model under the last
 """
 
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -234,7 +235,7 @@ def _tag(variant: str, kwargs: dict[str, Any]) -> str:
 
 
 def _by_timm(variant: str, kwargs: dict[str, Any]) -> bool:
-    """Whether a graft is from timm's weights of the stock network, and not from a file or repository of another."""
+    """Whether a graft is from timm's weights of the stock network, and not from another file."""
     if any((kwargs.get("pretrained_cfg_overlay") or {}).get(source) for source in weights.SOURCES):
         return False
     given = _given(variant, kwargs)
@@ -333,6 +334,8 @@ def register(backbone: str, key: str) -> str:
         return name
     if not timm.is_model(backbone):
         raise ValueError(f"timm has no network {backbone!r}")
+    if name == backbone:
+        raise ValueError(f"{key} is for timm's ResNets, and {backbone} is none")
     if timm.is_model(name):
         raise ValueError(f"{name} is a network already: timm.create_model({name!r})")
     _VARIANTS[name] = (backbone, key)
@@ -343,10 +346,12 @@ def register(backbone: str, key: str) -> str:
 
 def register_name(architecture: str) -> bool:
     """Register ``<backbone>_<mechanism>`` if it is such a name; whether there is a network of this name."""
-    for key in sorted(filter(None, MECHANISMS), key=len, reverse=True):
+    keys = sorted(filter(None, MECHANISMS), key=len, reverse=True)
+    for key in (*keys, architecture.rpartition("_")[2]):
         backbone = architecture.removesuffix(f"_{key}")
         if not timm.is_model(architecture) and backbone != architecture and timm.is_model(backbone):
-            register(backbone, key)
+            with suppress(ValueError):  # a mechanism that there is not
+                register(backbone, key)
     return timm.is_model(architecture)
 
 

@@ -73,8 +73,8 @@ def _equal_patches(layer: ConAM) -> float:
     """
     if layer.patch_size is not None:
         raise GraftError(
-            f"ConAM with patch_size={layer.patch_size} cannot be grafted: the number of patches depends on the "
-            "image, so no scale undoes their weights. Use grid"
+            f"ConAM with patch_size={layer.patch_size} cannot be grafted: the number of patches depends on "
+            "the image, so no scale undoes their weights. Use grid"
         )
     nn.init.zeros_(layer.fc2.weight)
     nn.init.constant_(layer.fc2.bias, layer.fc2.bias.shape[0] ** -0.5)

@@ -1,7 +1,7 @@
 """The table of mechanisms: how each is put into a network.
 
-Attaching, registration, the command line, cards and tests read the table; see CONTRIBUTING.md for how to add a
-row.
+Attaching, registration, the command line, cards and tests read the table; see CONTRIBUTING.md for how to add
+a row.
 """
 
 import inspect
@@ -24,8 +24,8 @@ from .backbones import BACKBONES, paper_se
 from .resnet_only import put_conam, put_fmm, residual_blocks
 from .ssia import put_ssia
 
-#: A network, images that it takes, and the mechanism's options as keyword-only parameters; changes the network
-#: or, if it raises, leaves it as it is.
+#: A network, images that it takes, and the mechanism's options as keyword-only parameters; changes the
+#: network or, if it raises, leaves it as it is.
 Put = Callable[..., None]
 
 NORMS = (
@@ -159,13 +159,13 @@ def _taking_gates(model: nn.Module, images: Any) -> list[Branch]:
     name = type(model).__name__
     if not taking:
         raise ValueError(
-            f"the residual branches of {name} end in nothing that takes in a constant gate (such as {stuck[0]}): "
-            "asr takes where='norms' there"
+            f"the residual branches of {name} end in nothing that takes in a constant gate (such as "
+            f"{stuck[0]}): asr takes where='norms' there"
         )
     if stuck:
         warnings.warn(
-            f"{len(stuck)} of {len(found)} residual branches of {name} get no gate, as they end in nothing that "
-            f"takes it in, such as {stuck[0]}",
+            f"{len(stuck)} of {len(found)} residual branches of {name} get no gate, as they end in nothing "
+            f"that takes it in, such as {stuck[0]}",
             stacklevel=4,
         )
     return taking

@@ -126,8 +126,8 @@ def put_conam(model: nn.Module, places: list[tuple[Any, ConAM]]) -> None:
         block.conam = conam
 
 
-def put_fmm(blocks: list[Any], mode: str, pin_bias: bool) -> None:
-    """Let blocks multiply. Where the last norm or γ starts at zero, so does the branch's part in the product."""
+def put_fmm(blocks: list[Any], mode: str, pin_bias: Any) -> None:
+    """Let blocks multiply. Where the last γ starts at zero, the branch's factor starts constant."""
     made = []
     for block in blocks:
         norm = last_norm(block)

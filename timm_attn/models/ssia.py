@@ -17,11 +17,14 @@ class SSIANetwork:
     In eval mode the network is the stock one.
     """
 
+    ssia: Any
+
     def forward(self, x: Tensor) -> Any:
         """Logits; what is attached to them acts in the backward pass."""
         if self.training and isinstance(self.ssia, SSIA):
-            x, features = self.forward_intermediates(x)
-            return self.ssia(self.forward_head(x), features[-self.ssia.stages :])
+            x, features = self.forward_intermediates(x)  # pyright: ignore[reportCallIssue]
+            stages: Any = self.ssia.stages
+            return self.ssia(self.forward_head(x), features[-stages:])
         return super().forward(x)  # pyright: ignore[reportCallIssue]
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
