@@ -18,6 +18,8 @@ def tables() -> dict[str, str]:
     return {
         "comparison": comparison(),
         "parameters": parameters(),
+        "sweep": sweep(),
+        "cost of attach": cost_of_attach(),
         "inference": inference(compiled="0"),
         "compiled": inference(compiled="1"),
         "training speed": training_speed(),
@@ -73,13 +75,68 @@ def parameters() -> str:
     """Parameters of the registered models with 1000 (CIFAR: 10) classes."""
     with (ROOT / "tests" / "parameter_counts.csv").open(newline="") as stream:
         counts = {row["model"]: f"{int(row['parameters']):,}" for row in csv.DictReader(stream)}
-    names = ["", "_se", "_dia", "_asr", "_asr_se", "_conam", "fmm", "_ssia"]
+    names = ["", "_se", "_dia", "_asr", "_asr_se", "_conam", "fmm", "_ssia", "_sem", "_spem"]
     rows = []
     for name in names:
         models = [f"fmmnet{d}" if name == "fmm" else f"resnet{d}{name}" for d in (20, 56, 50, 101)]
         label = "`fmmnet<depth>`" if name == "fmm" else f"`resnet<depth>{name}`"
         rows.append([label, *(counts.get(model, "timm's") for model in models)])
     return _table(["model", "depth 20", "56", "50", "101"], rows)
+
+
+def sweep() -> str:
+    """What works on timm's architectures."""
+    with (RESULTS / "timm_sweep.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    tried = [row for row in rows if row["seconds"]]
+
+    def share(rows: list[dict], good: list[dict]) -> str:
+        return f"{len(good):,} of {len(rows):,}"
+
+    modules = {row["module"] for row in tried}
+    ends = [row for row in rows if int(row["folding"] or 0)]
+    verified = {row["module"] for row in tried if row["asr_where"] == "branches"}
+    folding = [row for row in ends if row["module"] in verified]
+    norms = [row for row in rows if row in ends or int(row["norms"] or 0)]
+    once = [row for row in rows if int(row["once"] or 0)]
+    exact = [row for row in tried if row["asr_error"] and float(row["asr_error"]) <= 1e-5]
+    worst = max(float(row["asr_error"]) for row in exact)
+    return _table(
+        [
+            "",
+            "architectures",
+            f"tried with weights: the {len(tried)} smallest of {len(modules)} module files",
+        ],
+        [
+            [
+                "ASR at the ends of branches, folds",
+                share(rows, folding),
+                share(tried, [row for row in exact if row["asr_where"] == "branches"]),
+            ],
+            [
+                f"ASR there or on norms, folds (worst max\\|Δlogit\\| ÷ max\\|logit\\| {worst:.0e})",
+                share(rows, norms),
+                share(tried, exact),
+            ],
+            ["DIA, exports", share(rows, once), share(tried, [row for row in tried if row["dia"] == "yes"])],
+            ["SSIA, trains and folds", "", share(tried, [row for row in tried if row["ssia"] == "yes"])],
+        ],
+    )
+
+
+def cost_of_attach() -> str:
+    """Time of networks with attached mechanisms over that of block classes made for them."""
+    with (RESULTS / "cost_of_attach.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    cases = sorted({(row["pass"], row["precision"]) for row in rows})
+    ratios = {(row["network"], row["pass"], row["precision"]): row["ratio"] for row in rows}
+    return _table(
+        ["attached ÷ block classes", *(f"{kind}, {precision}" for kind, precision in cases)],
+        (
+            [f"`{name}`", *(ratios[name, *case] for case in cases)]
+            for name in dict.fromkeys(r["network"] for r in rows)
+        ),
+    )
 
 
 def inference(compiled: str) -> str:

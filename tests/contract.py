@@ -40,7 +40,7 @@ class Case:
 
     @property
     def stages(self) -> int:
-        return 3 if self.cifar else 4
+        return len(BACKBONES[parse_name(self.name)[0]].layers)
 
     def build(self, **kwargs):
         return narrow(self.name, **kwargs) if self.small else timm.create_model(self.name, **kwargs)

@@ -19,6 +19,9 @@ OTHERS = [
     *("repvgg_a0", "repvgg_a2", "repvgg_b0", "mobileone_s0", "mobileone_s1", "starnet_s1", "mambaout_femto"),
 ]
 COUNTS = {
+    ("resnext101_8x32d_dia", 100): 33_006_020,
+    ("resnet50_cifar", 10): 23_520_842,
+    ("resnet50_cifar_conam", 10): 23_563_198,
     ("resnet50_sem", 1000): 28_163_678,
     ("resnet50_spem", 1000): 25_617_480,
     ("resnet164_sem", 100): 1_970_104,
@@ -156,6 +159,7 @@ def test_pinned_biases_stay_where_they_are():
 
 def test_every_mechanism_is_on_every_backbone():
     cifar = [f"resnet{depth}" for depth in (20, 32, 44, 56, 110, 164)]
+    cifar += ["resnext101_8x32d", "resnet18_cifar", "resnet50_cifar"]
     own = {"_dia", "_asr", "_ssia", "_sem", "_spem"}
     own |= {f"_{key}" for key, row in MECHANISMS.items() if not (row.name or row.control or row.resnets)}
     resnets = [*IMAGENET, "resnet26t", "resnet50d", *cifar]

@@ -7,7 +7,7 @@ from . import models
 from .attach import attach, create_model
 from .fold import FoldError, FoldReport, NothingToFold, fold, verify_fold
 from .graft import graft
-from .models import model_names, register_folder
+from .models import model_names, register, register_folder
 from .models.grafting import GraftError
 from .version import __version__
 from .weights import WeightsError
@@ -25,6 +25,7 @@ __all__ = [
     "graft",
     "model_names",
     "models",
+    "register",
     "register_folder",
     "verify_fold",
 ]

@@ -250,7 +250,7 @@ def _feature_cfg(backbone: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     if not kwargs.get("features_only"):
         return {}
     if _is_cifar(backbone):
-        return {"out_indices": (0, 1, 2, 3)}
+        return {"out_indices": tuple(range(len(BACKBONES[backbone].layers) + 1))}
     if backbone in BACKBONES and BACKBONES[backbone].layers:
         return {}
     stock = timm.create_model(backbone, features_only=True, device="meta")
@@ -277,7 +277,7 @@ def _cfg(backbone: str) -> dict[str, Any]:
     return {
         "num_classes": 10,
         "input_size": (3, 32, 32),
-        "pool_size": (8, 8),
+        "pool_size": (32 >> len(BACKBONES[backbone].layers) - 1,) * 2,
         "crop_pct": 1.0,
         "mean": CIFAR_MEAN,
         "std": CIFAR_STD,

@@ -1,6 +1,6 @@
 """The table of stock networks of which variants are registered."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,11 +20,13 @@ class Backbone:
         layers: Blocks in each stage; of ResNets only.
         bottleneck: Whether these are bottlenecks.
         cifar: It is this package's, for small images; timm has the others.
+        args: Further arguments of this package's class.
     """
 
     layers: tuple[int, ...] = ()
     bottleneck: bool = False
     cifar: bool = False
+    args: dict[str, Any] = field(default_factory=dict)
 
 
 BACKBONES = {
@@ -43,6 +45,18 @@ BACKBONES = {
     "resnet56": Backbone((9, 9, 9), cifar=True),
     "resnet110": Backbone((18, 18, 18), cifar=True),
     "resnet164": Backbone((18, 18, 18), bottleneck=True, cifar=True),
+    # That of DIANet's authors, https://github.com/gbup-group/DIANet
+    "resnext101_8x32d": Backbone(
+        (11, 11, 11),
+        bottleneck=True,
+        cifar=True,
+        args={"channels": (32, 64, 128), "cardinality": 8},
+    ),
+    # Those of ConAM's authors, https://github.com/1ZimingYuan/ConAM
+    "resnet18_cifar": Backbone((2, 2, 2, 2), cifar=True, args={"channels": (64, 128, 256, 512)}),
+    "resnet50_cifar": Backbone(
+        (3, 4, 6, 3), bottleneck=True, cifar=True, args={"channels": (64, 128, 256, 512)}
+    ),
     **dict.fromkeys(
         (
             "regnetx_008",
@@ -90,4 +104,4 @@ def stock_network(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modu
     if se or block_args.get("attn_layer") == "se":
         block_args["attn_layer"] = paper_se
     block = Bottleneck if spec.bottleneck else BasicBlock
-    return CifarResNet(block, **{"layers": spec.layers, **kwargs}, block_args=block_args)
+    return CifarResNet(block, **{"layers": spec.layers, **spec.args, **kwargs}, block_args=block_args)
