@@ -1,6 +1,13 @@
-"""Write tests/parameter_counts.csv: the parameters of every registered model, with its own classes."""
+"""Write tests/parameter_counts.csv: the parameters of registered models, with their own classes.
+
+    python scripts/count_parameters.py [PATTERN]
+
+With a shell pattern of names, only these are counted anew.
+"""
 
 import csv
+import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import timm
@@ -9,9 +16,21 @@ import timm_attn
 
 TABLE = Path(__file__).parents[1] / "tests" / "parameter_counts.csv"
 
-with TABLE.open("w", newline="") as stream:
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["model", "classes", "parameters"])
+
+def main(pattern: str = "*") -> None:
+    with TABLE.open(newline="") as stream:
+        known = {row["model"]: list(row.values()) for row in csv.DictReader(stream)}
+    rows = []
     for name in timm_attn.model_names():
-        model = timm.create_model(name, device="meta")
-        writer.writerow([name, model.num_classes, sum(p.numel() for p in model.parameters())])
+        if fnmatch(name, pattern):
+            model = timm.create_model(name, device="meta")
+            known[name] = [name, model.num_classes, sum(p.numel() for p in model.parameters())]
+        rows += [known[name]] if name in known else []
+    with TABLE.open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["model", "classes", "parameters"])
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

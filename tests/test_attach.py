@@ -215,6 +215,25 @@ def test_a_mechanism_can_start_without_a_change(name, mechanism):
     assert own and any(p.grad is not None and p.grad.abs().sum() > 0 for p in own)
 
 
+# ------------------------------------------------------------------------------------------------ LayerScale
+
+
+@pytest.mark.parametrize("attention", [None, "asr", "dia"])
+@pytest.mark.parametrize("name", ["test_convnext", "deit3_small_patch16_224"])
+def test_layer_scales_fold_into_the_layers_before_them(name, attention):
+    model = build(name).double()
+    gammas = [key for key in model.state_dict() if "gamma" in key]
+    model = shaken(timm_attn.attach(model, attention) if attention else model)
+    x = images(model)
+    folded = timm_attn.fold(model, x, layer_scale=True)
+    own = {key for key in folded.state_dict() if ".dia" in key}
+    assert gammas and set(folded.state_dict()) - own == set(build(name).state_dict()) - set(gammas)
+    assert relative_difference(model, folded, x) <= BOUNDS[torch.float64]
+    assert set(timm_attn.fold(model, x).state_dict()) >= set(gammas) if attention == "asr" else True
+    with pytest.raises(timm_attn.NothingToFold):
+        timm_attn.fold(folded, x, layer_scale=True)
+
+
 # ------------------------------------------------------------------------------------------------ what it meets
 
 

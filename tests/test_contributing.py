@@ -43,7 +43,8 @@ def test_the_mechanism_of_the_guide_passes_the_contract(tmp_path):
     def fresh(code):
         return run_code(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{code}", cwd=tmp_path)
 
-    result = fresh("import runpy\nrunpy.run_path('scripts/count_parameters.py')")
+    one = "sys.argv[1:] = ['resnext50_32x4d_scale']"
+    result = fresh(f"import runpy\n{one}\nrunpy.run_path('scripts/count_parameters.py', run_name='__main__')")
     assert result.returncode == 0, result.stderr
     files = [f"tests/test_{name}.py" for name in ("contract", "models", "networks", "fold")]
     kinds = "resnet20_scale and not (compile or export or onnx or script) or resnet50_scale and (gradients or features)"
