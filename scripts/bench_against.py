@@ -1,7 +1,7 @@
 """Times this checkout's networks against those of another one, in turn, in one run.
 
     git worktree add /tmp/before COMMIT
-    python scripts/bench_against.py /tmp/before --out docs/cost_of_attach.csv
+    python scripts/bench_against.py /tmp/before --out hub/results/cost_of_attach.csv
 
 Each checkout has a process of its own that waits while the other computes. A ratio is the median time of this
 checkout ÷ that of the other.
@@ -11,12 +11,13 @@ import argparse
 import csv
 import itertools
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from timm_attn.training.run import hardware
 
 HERE = Path(__file__).resolve().parents[1]
 #: Network, batch size, side of the images.
@@ -100,7 +101,7 @@ def main() -> None:
                 times[i].append(float(ask(pair[i], "step")))
         before, now = (1000 * statistics.median(series) for series in times)
         figures = (round(before, 1), round(now, 1), round(now / before, 3))
-        row = (name, precision, kind, batch, size, arguments.rounds, *figures, platform.processor())
+        row = (name, precision, kind, batch, size, arguments.rounds, *figures, hardware())
         rows.append(dict(zip(FIELDS, row, strict=True)))
         print(rows[-1], flush=True)
     with arguments.out.open("w", newline="") as stream:

@@ -1,12 +1,11 @@
 """Times networks with their LayerScales folded into the layers before them against those without, in turn.
 
-    python scripts/bench_layer_scale.py hub/results/layer_scale.csv
+python scripts/bench_layer_scale.py hub/results/layer_scale.csv
 """
 
 import csv
 import itertools
 import os
-import platform
 import statistics
 import sys
 import time
@@ -17,8 +16,12 @@ import torch
 
 import timm_attn
 from timm_attn.branches import example_input
+from timm_attn.training.run import hardware
 
-FIELDS = ("network", "precision", "batch", "rounds", "before_ms", "folded_ms", "ratio", "logit_difference", "machine")
+FIELDS = (
+    *("network", "precision", "batch", "rounds"),
+    *("before_ms", "folded_ms", "ratio", "logit_difference", "machine"),
+)
 ROUNDS, BATCH = 15, 8
 
 
@@ -47,7 +50,7 @@ def main() -> None:
                     times[i].append(took)
         before, after = (1000 * statistics.median(series) for series in times)
         figures = (round(before, 1), round(after, 1), round(after / before, 3), f"{difference:.1e}")
-        row = (name, precision, BATCH, ROUNDS, *figures, platform.processor())
+        row = (name, precision, BATCH, ROUNDS, *figures, hardware())
         rows.append(dict(zip(FIELDS, row, strict=True)))
         print(rows[-1], flush=True)
     with open(sys.argv[1], "w", newline="") as stream:

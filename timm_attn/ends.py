@@ -34,7 +34,7 @@ class BranchEnd(nn.Module):
     def __init__(self, block: Any, branch: Branch, mechanism: nn.Module) -> None:
         super().__init__()
         self.branch = branch
-        self.drop_path = getattr(block, branch.slot)
+        self.inner = getattr(block, branch.slot)
         self._held = (block, mechanism)
         if hasattr(block, "reparameterize"):  # of RepVGG, MobileOne and their like
             block.reparameterize = partial(merge, block)
@@ -54,7 +54,7 @@ class BranchEnd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What leaves a branch, B × C × H × W, B × H × W × C or B × N × C, to the same."""
         x = self.attend(x)
-        return x if self.drop_path is None else self.drop_path(x)
+        return x if self.inner is None else self.inner(x)
 
     def attend(self, x: Tensor) -> Tensor:
         """The mechanism on what leaves the branch."""
@@ -124,7 +124,7 @@ class GateEnd(BranchEnd):
         norm: Any = self.block.get_submodule(self.norm)
         if type(norm) is GatedBatchNorm2d:
             norm.ungate()
-        return self.drop_path
+        return self.inner
 
 
 class GatedInput:
@@ -213,6 +213,16 @@ class DIAEnd(BranchEnd):
     ) -> None:
         super().__init__(block, branch, mechanism)
         self.run, self.step = run, step
+        self.norm = (
+            branch.affine[0].rpartition(".")[0] if len(branch.affine) == 2 and not branch.before else ""
+        )
+
+    def may_overwrite(self, x: Tensor) -> bool:
+        """Whether x can take the product, which saves memory: only the slot has what the norm has made."""
+        norm = self._held[0].get_submodule(self.norm)
+        if torch.is_grad_enabled() or not isinstance(norm, nn.BatchNorm2d) or _hooked(norm) or _hooked(self):
+            return False
+        return eager(x)
 
     def attend(self, x: Tensor) -> Tensor:
         if self.branch.axis == 1:
@@ -220,7 +230,10 @@ class DIAEnd(BranchEnd):
         else:
             g = x[:, self.branch.prefix :].mean(1) if x.dim() == 3 else x.mean((1, 2))
         state = self._held[1](g, *self.run.before(self.step, g))
-        x = self.scale(x, state[0])
+        if self.may_overwrite(x) and x.dtype == state[0].dtype:
+            x = x.mul_(state[0][:, :, None, None])
+        else:
+            x = self.scale(x, state[0])
         self.run.after(self.step, state, x)
         return x
 

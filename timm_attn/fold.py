@@ -177,10 +177,10 @@ def fuse_layer_scales(model: nn.Module, images: Tensor) -> int:
     count = 0
     for branch in branches(model, images):
         block: Any = model.get_submodule(branch.block)
-        path, _, name = "".join(branch.affine).rpartition(".")
-        owner: Any = block.get_submodule(path)
-        if len(branch.affine) != 1 or not branch.scaled or name not in _LAYER_SCALES:
+        path, _, name = branch.affine[0].rpartition(".") if len(branch.affine) == 1 else ("", "", "")
+        if not branch.scaled or name not in _LAYER_SCALES:
             continue
+        owner: Any = block.get_submodule(path)
         scale(block, branch.scaled, getattr(owner, name), branch.channels)
         if path:
             parent, _, child = path.rpartition(".")

@@ -116,7 +116,7 @@ def _stand(model: nn.Module, ends: Sequence[tuple[Branch, str, nn.Module]], make
         if make is GateEnd and branch.before:
             attention: Any = block.get_submodule(branch.before)
             attention.__class__ = mixed(GatedInput, type(attention))
-            attention.gate_end, end.drop_path = (end,), None
+            attention.gate_end, end.inner = (end,), None
         else:
             setattr(block, branch.slot, end.train(block.training))
 
