@@ -189,6 +189,8 @@ def main() -> None:
                 print(f"{number} of {len(names)} looked at", file=sys.stderr, flush=True)
     write(arguments.out, rows)
     chosen = [] if arguments.survey else [row for row in smallest(rows) if not row.get("seconds")]
+    tried = {row["module"] for row in rows if row.get("seconds")}
+    chosen.sort(key=lambda row: (row["module"] in tried, int(row["parameters"])))
     for number, row in enumerate(chosen):
         try_out(row)
         print(f"{number + 1} of {len(chosen)}: {[row.get(f) for f in FIELDS]}", file=sys.stderr, flush=True)
