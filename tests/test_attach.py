@@ -169,6 +169,11 @@ def test_dia_has_a_cell_for_each_run(name):
     assert sum(isinstance(m, DIAEnd) for m in model.modules()) == sum(map(len, found))
 
 
+def test_dia_where_a_block_takes_patches_for_images():
+    model = timm_attn.attach(timm.create_model("mobilevit_xxs"), "dia").eval()
+    assert model(torch.randn(2, 3, 128, 128)).shape == (2, 1000)
+
+
 @pytest.mark.parametrize("mechanism", ["se", "eca", "cbam", "sem", "spem"])
 @pytest.mark.parametrize("name", MAPS)
 def test_any_attention_stands_at_the_ends(name, mechanism):

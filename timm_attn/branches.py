@@ -32,6 +32,7 @@ class Branch:
         channels: Width C of what leaves the branch.
         axis: Its axis of channels: 1 of B × C × H × W, −1 of B × N × C or B × H × W × C.
         pixels: H · W, or the number of tokens N.
+        rows: Its first size B: a block may take the patches of an image for images.
         prefix: Of the tokens, how many of the first are no patches (class token, registers).
         affine: Names, from the block, of the parameters and buffers whose channels scale those of the
             branch and nothing else; empty if there are none.
@@ -44,6 +45,7 @@ class Branch:
     channels: int
     axis: int
     pixels: int
+    rows: int = 1
     prefix: int = 0
     affine: tuple[str, ...] = field(default=(), compare=False)
     scaled: tuple[str, ...] = field(default=(), compare=False)
@@ -90,8 +92,8 @@ def branches(model: nn.Module, images: Any, repeated: bool = False) -> list[Bran
 
 
 def runs(found: list[Branch]) -> list[list[Branch]]:
-    """Neighbours of equal width and pixels: what one recurrent cell can serve."""
-    return [list(run) for _, run in groupby(found, lambda b: (b.channels, b.pixels - b.prefix))]
+    """Neighbours of equal sizes: what one recurrent cell can serve."""
+    return [list(run) for _, run in groupby(found, lambda b: (b.channels, b.pixels - b.prefix, b.rows))]
 
 
 @contextmanager
@@ -191,7 +193,7 @@ def _watch(model: nn.Module, path: str, name: str, names: dict[int, str], found:
             tokens = _prefix(model, path, x.shape[1]) if x.dim() == 3 and axis == -1 else 0
             scaled = scaling_parameters(x, names, leaves[0])[1] if len(leaves) == 1 else []
             inner = _within(prefix, scaled)
-            branch = Branch(path, name, channels, axis, size // channels, tokens, whole, inner)
+            branch = Branch(path, name, channels, axis, size // channels, x.shape[0], tokens, whole, inner)
             if calls and branch == before:  # one gate serves both if both take it in
                 affine = {*whole, *before.affine} if whole and before.affine else ()
                 branch = replace(branch, affine=tuple(sorted(affine)))
