@@ -10,11 +10,7 @@ from safetensors.torch import save
 
 import timm_attn
 
-NAMES = [
-    f"{backbone}_{mechanism}"
-    for backbone in IMAGENET
-    for mechanism in ("dia", "asr", "conam", "ssia", "sem", "spem")
-]
+NAMES = [f"{backbone}_{mechanism}" for backbone in IMAGENET for mechanism in ("dia", "asr", "conam", "ssia")]
 SMALL = {"channels": [32, 32, 64, 64], "layers": [2, 1, 1, 1]}
 SCRIPT = f"""
 import sys, timm, timm_attn, torch
