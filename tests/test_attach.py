@@ -351,6 +351,8 @@ def test_every_network_of_timm_can_be_had_by_name():
     assert folded.pretrained_cfg["architecture"] == "test_convnext"
     with pytest.raises(ValueError, match="conam is for timm's ResNets"):
         timm_attn.create_model("test_vit", attention="conam")
+    with pytest.raises(ValueError, match="ASR has attention='se' on top in ResNets only"):
+        timm_attn.create_model("test_vit", attention="asr_se")
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_patch16_224", "mobilenetv4_conv_small"])

@@ -112,10 +112,9 @@ class ConAM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Weight the patches of x (B × C × H × W)."""
         scale = 1 + self.confidence(x)
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript knows this question alone)
-            if eager(x) and x.shape[2] % scale.shape[1] == 0 and x.shape[3] % scale.shape[2] == 0:
-                # The same there, in one pass.
-                return x * F.interpolate(scale[:, None], x.shape[2:], mode="nearest-exact")
+        if eager(x) and x.shape[2] % scale.shape[1] == 0 and x.shape[3] % scale.shape[2] == 0:
+            # The same there, in one pass.
+            return x * F.interpolate(scale[:, None], x.shape[2:], mode="nearest-exact")
         rows = nearest_patch(x.shape[2], scale.shape[1], x.device)
         columns = nearest_patch(x.shape[3], scale.shape[2], x.device)
         return x * scale[:, rows[:, None], columns][:, None]

@@ -28,8 +28,6 @@ MODES: dict[str, tuple[bool, float | None]] = {
 @torch.fx.wrap
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """a · b, outside of float16's range if need be."""
-    if torch.jit.is_scripting():  # which cannot compile what follows
-        return a * b
     # The product of two maps leaves float16's range long before either of them does.
     if a.dtype == torch.float16 and torch.is_autocast_enabled(a.device.type):
         a, b = a.float(), b.float()

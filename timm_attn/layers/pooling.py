@@ -30,10 +30,9 @@ class _ChannelMean(torch.autograd.Function):
 
 def channel_mean(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Mean of a map (B × C × H × W) over its pixels: B × C, in the map's dtype or another."""
-    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript knows this question alone)
-        if eager(x):
-            if x.requires_grad and not x.is_contiguous():
-                return _ChannelMean.apply(x, dtype or x.dtype)  # pyright: ignore[reportReturnType]
-            return x.mean((2, 3), dtype=dtype)
+    if eager(x):
+        if x.requires_grad and not x.is_contiguous():
+            return _ChannelMean.apply(x, dtype or x.dtype)  # pyright: ignore[reportReturnType]
+        return x.mean((2, 3), dtype=dtype)
     # A graph may be quantised, and quantised maps of one pixel have no mean without keepdim.
     return x.mean((2, 3), keepdim=True, dtype=dtype).flatten(1)

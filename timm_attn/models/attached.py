@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .. import weights
 from ..branches import branches, example_input
-from .backbones import BACKBONES, stock_network
+from .backbones import BACKBONES, spec_of, stock_network
 from .deployed import folded, fuse_state, has_norms
 from .grafting import (
     GraftError,
@@ -148,7 +148,7 @@ def checkpoint_filter(state_dict: dict[str, Tensor], model: Any) -> dict[str, Te
 def graft_obstacle(architecture: str) -> str:
     """Why stock weights cannot become those of a variant, or ''."""
     backbone, key = parse_name(architecture)
-    if key == "se" and _is_cifar(backbone):
+    if key == "se" and spec_of(backbone).cifar:
         return "it is a control, trained from the start"
     return mechanism(key).graft
 
@@ -158,10 +158,6 @@ def check_graft(architecture: str) -> None:
     reason = graft_obstacle(architecture)
     if reason:
         raise GraftError(f"{architecture} cannot be grafted: {reason}")
-
-
-def _is_cifar(backbone: str) -> bool:
-    return backbone in BACKBONES and BACKBONES[backbone].cifar
 
 
 def _architecture(checkpoint: str | None) -> str:
@@ -249,9 +245,9 @@ def _feature_cfg(backbone: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """How timm takes feature maps from the stock network."""
     if not kwargs.get("features_only"):
         return {}
-    if _is_cifar(backbone):
+    if spec_of(backbone).cifar:
         return {"out_indices": tuple(range(len(BACKBONES[backbone].layers) + 1))}
-    if backbone in BACKBONES and BACKBONES[backbone].layers:
+    if spec_of(backbone).layers:
         return {}
     stock = timm.create_model(backbone, features_only=True, device="meta")
     return {"out_indices": tuple(stock.feature_info.out_indices), "feature_cls": "getter"}  # pyright: ignore
@@ -262,7 +258,7 @@ def _graft_cfgs(variant: str) -> dict[str, dict[str, Any]]:
     backbone, key = _VARIANTS[variant]
     row = mechanism(key)
     # Of SE networks, which ASR with SE on top grows from, timm has too few checkpoints.
-    if _is_cifar(backbone) or graft_obstacle(variant) or row.stock(backbone) != (backbone, {}):
+    if spec_of(backbone).cifar or graft_obstacle(variant) or row.stock(backbone) != (backbone, {}):
         return {}
     stock: Any = timm.models.get_pretrained_cfg(backbone)
     fields = {k: v for k, v in stock.to_dict().items() if k not in ("architecture", "tag", "url")}
@@ -270,7 +266,7 @@ def _graft_cfgs(variant: str) -> dict[str, dict[str, Any]]:
 
 
 def _cfg(backbone: str) -> dict[str, Any]:
-    if not _is_cifar(backbone):
+    if not spec_of(backbone).cifar:
         stock: Any = timm.models.get_pretrained_cfg(backbone)
         sources = ("architecture", "tag", "url", "hf_hub_id", "custom_load")
         return {k: v for k, v in stock.to_dict().items() if k not in sources}

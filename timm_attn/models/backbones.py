@@ -90,6 +90,11 @@ BACKBONES = {
 }
 
 
+def spec_of(name: str) -> Backbone:
+    """A row of the table; of a network that has none, what is true of timm's others."""
+    return BACKBONES.get(name, Backbone())
+
+
 #: timm would round the SE paper's hidden width C / 16 up to a multiple of 8: too wide for 16 to 64 channels.
 paper_se = partial(SEModule, rd_ratio=1 / 16, rd_divisor=1)
 
@@ -97,7 +102,7 @@ paper_se = partial(SEModule, rd_ratio=1 / 16, rd_divisor=1)
 def stock_network(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A stock network by its row's name, or any of timm's; of the CIFAR networks, also ``<name>_se``."""
     backbone, se, _ = name.partition("_se")
-    spec = BACKBONES.get(backbone, Backbone())
+    spec = spec_of(backbone)
     if not spec.cifar:
         return timm.model_entrypoint(name)(pretrained=pretrained, **kwargs)
     block_args = dict(kwargs.pop("block_args", None) or {})

@@ -20,7 +20,7 @@ from ..ends import BranchEnd, DIAEnd, DIARun, GatedInput, GatedNorm, GateEnd, mi
 from ..layers import ASR, SEM, SPEM, ConAM, ConstantGate, DIACell
 from ..layers.options import check_choice, check_flag, check_whole
 from ..papers import PAPERS, TIMM, Paper
-from .backbones import BACKBONES, paper_se
+from .backbones import paper_se, spec_of
 from .resnet_only import put_conam, put_fmm, residual_blocks
 from .ssia import put_ssia
 
@@ -50,7 +50,7 @@ class Mechanism:
         stock: Name and further arguments of the network that it is put into, from the backbone's name and
             options as keyword-only parameters.
         name: A backbone's name to the model's; by default ``<backbone>_<key of the row>``.
-        graft: False if no parameters of it make it compute what the stock network computes, with the reason.
+        graft: Why no parameters of it make it compute what the stock network computes, or ''.
         folds: Nothing of it is left after :func:`timm_attn.fold`, another attention on top aside.
         fuses: It depends on the image; on ResNets its folded form (``folded=True``) is the same network with
             norms fused into convolutions.
@@ -204,11 +204,12 @@ def _asr_stock(backbone: str, *, attention: Any = None) -> tuple[str, dict[str, 
     """The network with the attention on top, which stays when the gate is folded."""
     if attention is None:
         return backbone, {}
-    if not BACKBONES[backbone].layers:
+    spec = spec_of(backbone)
+    if not spec.layers:
         raise ValueError(f"ASR has attention={attention!r} on top in ResNets only")
     if attention == "se":
-        name = f"{backbone}_se" if BACKBONES[backbone].cifar else backbone.replace("resne", "seresne")
-        if BACKBONES[backbone].cifar or timm.is_model(name):
+        name = f"{backbone}_se" if spec.cifar else backbone.replace("resne", "seresne")
+        if spec.cifar or timm.is_model(name):
             return name, {}
     return backbone, {"block_args": {"attn_layer": attention}}
 
@@ -279,17 +280,11 @@ def _plain(model: nn.Module, images: Any) -> None:
 
 
 def _se_stock(backbone: str) -> tuple[str, dict[str, Any]]:
-    cifar = backbone in BACKBONES and BACKBONES[backbone].cifar
-    return f"{backbone}_se" if cifar else backbone, {}
+    return f"{backbone}_se" if spec_of(backbone).cifar else backbone, {}
 
 
 def _se(model: nn.Module, images: Any) -> None:
-    on_branches("se", lambda channels, **like: get_se(model)(channels, **like))(model, images)
-
-
-def get_se(model: Any) -> Callable[..., nn.Module]:
-    """timm's SE, on this package's networks for small images with the paper's hidden width."""
-    return paper_se if hasattr(model, "cifar_stem") else SEModule
+    on_branches("se", paper_se if hasattr(model, "cifar_stem") else SEModule)(model, images)
 
 
 MECHANISMS = {
