@@ -19,7 +19,7 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 import timm_attn
-from timm_attn.models import BACKBONES, MECHANISMS, CifarResNet, model_names, parse_name
+from timm_attn.models import BACKBONES, MECHANISMS, CifarResNet, CifarResNetV2, model_names, parse_name
 from timm_attn.models.resnet_only import last_conv, last_norm
 from timm_attn.training.run import read_lines
 
@@ -49,7 +49,10 @@ def found(things: Iterable) -> list:
 
 
 #: Parameters of timm's ResNets and of the CIFAR ResNets without any attention.
-STOCK = re.compile(r"(conv1|bn1|fc|layer\d+\.\d+\.(conv\d|bn\d|downsample\.\d))\.\w+")
+STOCK = re.compile(
+    r"(conv1|bn1|fc|stem\.conv|norm|head\.fc|"
+    r"(layer\d+|stages\.\d+\.blocks)\.\d+\.(conv\d|bn\d|norm\d|downsample\.(\d|conv)))\.\w+"
+)
 
 
 @torch.no_grad()
@@ -78,34 +81,36 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             normal(parameter, parameter.numel() ** -0.5)  # more would saturate its softmax
         else:
             normal(parameter, 1.0 if parameter.ndim < 2 else 2.0 / parameter.shape[1] ** 0.5)
-    if isinstance(model, ResNet):
+    if isinstance(model, ResNet | CifarResNetV2):
         _calibrate(model, g)
     return model
 
 
-def _calibrate(model: ResNet, g: torch.Generator) -> None:
+def _calibrate(model: ResNet | CifarResNetV2, g: torch.Generator) -> None:
     """Statistics of noise, and branches as small as the network is deep, lest it amplifies rounding."""
     for info in model.feature_info[1:]:
         stage = model.get_submodule(info["module"])
+        stage = getattr(stage, "blocks", stage)
         for block in stage:
-            norm = last_norm(block)
             if not hasattr(block, "fmm"):
-                norm.weight.mul_(len(stage) ** -0.5)
+                last = last_conv(block) if isinstance(model, CifarResNetV2) else last_norm(block)
+                last.weight.mul_(len(stage) ** -0.5)
                 continue
+            norm = last_norm(block)
             if isinstance(norm, nn.Identity):  # the last convolution, which starts at zero, has no norm
                 nn.init.normal_(
                     last_conv(block).weight, std=last_conv(block).weight[0].numel() ** -0.5, generator=g
                 )
             else:
                 norm.weight.div_(len(stage))
-            for factor in (norm, block.fmm.norm if block.downsample is None else block.downsample[-1]):
+            for factor in block.factor_norms():
                 if hasattr(factor, "bias"):
                     factor.bias.add_(1)  # a product of factors about 0 vanishes
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
     training = model.training
-    size = 32 if isinstance(model, CifarResNet) else 64
+    size = 32 if isinstance(model, CifarResNet | CifarResNetV2) else 64
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     model.train()(noise(8, first.in_channels, size, g).to(first.weight))
     for norm in norms:
@@ -137,9 +142,8 @@ def narrow(architecture: str, **kwargs) -> nn.Module:
     return timm.create_model(architecture, **{**small, **kwargs})
 
 
-def small_names(mechanism: str) -> list[str]:
-    """One architecture of every block type, in both layouts, of a row of the table of mechanisms."""
-    backbones = ("resnet20", "resnet164", "resnet18", "resnet50")
+def small_names(mechanism: str, backbones: Sequence[str] = ("resnet20", "resnet50")) -> list[str]:
+    """One architecture of both block types and both layouts, of a row of the table of mechanisms."""
     if mechanism in ("sem", "spem"):  # which stand where others do, with no code of their own for blocks
         backbones = backbones[:1]
     found = {parse_name(name): name for name in model_names()}

@@ -9,6 +9,7 @@ from forked import run_code
 from helpers import IMAGENET, MECHANISMS, narrow, parameters, python, randomise
 
 import timm_attn
+from timm_attn.models.backbones import Backbone
 
 #: Of other families, written out like IMAGENET.
 OTHERS = [
@@ -20,6 +21,10 @@ OTHERS = [
 ]
 COUNTS = {
     ("resnext101_8x32d_dia", 100): 33_006_020,
+    ("preresnet164", 100): 1_726_388,
+    ("preresnet164_dia", 100): 1_961_364,
+    ("wrn52_4_dia", 100): 12_298_516,
+    ("wrn28_10", 100): 36_536_884,
     ("resnet50_cifar", 10): 23_520_842,
     ("resnet50_cifar_conam", 10): 23_563_198,
     ("resnet50_sem", 1000): 28_163_678,
@@ -96,7 +101,11 @@ WRONG_OPTIONS = [
     ("resnet18_conam", {"patch_size": 0}, "ConAM patch_size must be at least 1, got 0"),
     ("resnet20_conam", {"patch_size": (0, 0, 0), "grid": 4}, r"grid=4 and patch_size=\(0, 0, 0\)"),
     ("resnet20_asr", {"where": "stem"}, "ASR where must be one of branches, norms, got 'stem'"),
-    ("vit_tiny_patch16_224_asr", {"attention": "se"}, "ASR has attention='se' on top in ResNets only"),
+    (
+        "vit_tiny_patch16_224_asr",
+        {"attention": "se"},
+        "ASR has attention='se' on top in blocks of timm's ResNet only",
+    ),
     ("fmmnet20", {"mode": "sum"}, "FMM mode must be one of bn, sigmoid, gate, raw, got 'sum'"),
     ("fmmnet20", {"mode": "raw", "pin_bias": True}, "pin_bias needs an FMM mode"),
     ("resnet20_ssia", {"target": "first"}, "one of channel, last, spatial, got 'first'"),
@@ -161,11 +170,14 @@ def test_every_mechanism_is_on_every_backbone():
     cifar = [f"resnet{depth}" for depth in (20, 32, 44, 56, 110, 164)]
     cifar += ["resnext101_8x32d", "resnet18_cifar", "resnet50_cifar"]
     own = {"_dia", "_asr", "_ssia", "_sem", "_spem"}
-    own |= {f"_{key}" for key, row in MECHANISMS.items() if not (row.name or row.control or row.resnets)}
+    own |= {f"_{key}" for key, row in MECHANISMS.items() if row.on(Backbone()) and not row.name}
     resnets = [*IMAGENET, "resnet26t", "resnet50d", *cifar]
+    preact = ["preresnet164", "wrn52_4", "wrn28_10"]
     expected = {b + m for b in resnets for m in own | {"_asr_se", "_conam"}}
-    expected |= {b + m for b in cifar for m in ("", "_se")} | {b + m for b in OTHERS for m in own}
+    expected |= {b + m for b in preact for m in own | {"_conam"}}
+    expected |= {b + m for b in cifar + preact for m in ("", "_se")} | {b + m for b in OTHERS for m in own}
     expected |= {b.replace("resn", "fmmn") for b in resnets}
+    expected |= {"prefmmnet164", "wrn52_4_fmm", "wrn28_10_fmm"}
     # Other tests register names of their own.
     assert {name for name in timm_attn.model_names() if not name.startswith("test_")} == expected
     assert expected <= set(timm.list_models())

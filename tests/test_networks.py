@@ -3,12 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SMALL, narrow, randomise
+from helpers import narrow, randomise, small_names
+from reference import preact
 from reference.resnet import MECHANISMS, forward
 
+import timm_attn
 from timm_attn.ends import DIARun, GateEnd
+from timm_attn.fold import relative_difference
 from timm_attn.layers import ASR, FMM, ConAM
+from timm_attn.layers.fmm import MODES as FMM_MODES
 from timm_attn.models import BACKBONES, parse_name
+from timm_attn.models import MECHANISMS as TABLE
 from timm_attn.models.resnet_only import _ConAMBlock
 
 
@@ -37,7 +42,10 @@ def check_network(architecture: str, size: int = 64, patches=None, **kwargs) -> 
     torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("architecture", SMALL)
+EVERY_BLOCK = ("resnet20", "resnet164", "resnet18", "resnet50")
+
+
+@pytest.mark.parametrize("architecture", [name for key in TABLE for name in small_names(key, EVERY_BLOCK)])
 def test_network_is_the_papers(architecture):
     mechanism = parse_name(architecture)[1] or None
     if mechanism not in MECHANISMS:
@@ -191,3 +199,46 @@ def test_the_gate_in_the_norm_trains_as_the_gate_after_it():
         results.append([*(p.grad for p in model.parameters()), *statistics])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kwargs"),
+    [
+        ("preresnet164", {}),
+        ("preresnet164_dia", {}),
+        ("wrn52_4_dia", {}),
+        ("preresnet164_conam", {}),
+        ("wrn28_10_conam", {}),
+        ("prefmmnet164", {}),
+        *(("wrn28_10_fmm", {"mode": mode}) for mode in FMM_MODES),
+    ],
+)
+def test_preactivation_network_is_the_papers(architecture, kwargs):
+    torch.manual_seed(0)
+    model = randomise(narrow(architecture, **kwargs).double()).eval()
+    x = torch.randn(3, 3, 1, 1, dtype=torch.float64) + torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    expected = preact.forward(model.state_dict(), x, mechanism=parse_name(architecture)[1], **kwargs)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("architecture", ["preresnet164_dia", "wrn28_10_fmm"])
+def test_preactivation_networks_fuse_the_norms_that_close_their_branches(architecture):
+    model = randomise(narrow(architecture).double()).eval()
+    folded = timm_attn.fold(model)
+    built = narrow(architecture, folded=True).double().eval()
+    built.load_state_dict(folded.state_dict())
+    assert not any("dia_norm" in key or "fmm_branch_norm" in key for key in built.state_dict())
+    assert relative_difference(model, built, torch.randn(2, 3, 32, 32).double()) < 1e-10
+
+
+@pytest.mark.parametrize("architecture", ["preresnet164_dia", "wrn52_4_asr", "wrn28_10_conam"])
+def test_preactivation_networks_are_grafted(architecture):
+    sizes = {"channels": [8, 16, 24], "layers": [2, 1, 2]}
+    stock = randomise(narrow(parse_name(architecture)[0]).double()).eval()
+    variant = timm_attn.graft(architecture, stock, **sizes)  # compares them
+    variant.train()(torch.randn(4, 3, 32, 32).double()).square().sum().backward()
+    new = {k: p for k, p in variant.named_parameters() if k not in dict(stock.named_parameters())}
+    # In training mode a new norm normalises; the cell's weights on the state see zeros in first blocks.
+    assert new and all(p.grad is not None for p in new.values())
+    assert any(p.grad.abs().sum() > 0 for p in new.values())

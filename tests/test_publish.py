@@ -117,6 +117,8 @@ def test_interrupted_at_any_request_and_run_again_it_ends_in_the_same_state(hub,
     methods = [method for method, _ in server.requests]
     stopped = 0
     for n, method in enumerate(methods, 1):
+        if n > 4 and not {*methods[n - 5 : n]} - {"GET", "HEAD"}:
+            continue  # one more file is read, like those before it
         for applied in (False, True)[: 1 + (method in ("POST", "PUT"))]:  # reading has no effect
             organisation = f"org{n}{'a' if applied else 'b'}"
             server.tokens[TOKEN]["orgs"][organisation] = "write"
@@ -138,7 +140,7 @@ def test_interrupted_at_any_request_and_run_again_it_ends_in_the_same_state(hub,
             assert server.files(f"{organisation}/{NAME}", "v1") == files and done.tag == "v1"
             assert entry(folder.parent).revision == done.revision
             shutil.rmtree(folder.parent)
-    assert stopped >= len(methods)
+    assert stopped >= len(methods) / 2
 
 
 def test_a_dry_run_asks_for_nothing(hub, server, capsys):

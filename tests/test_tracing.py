@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import SMALL, narrow, noise, randomise
+from helpers import MECHANISMS, narrow, noise, randomise, small_names
 from torch.ao.quantization import QConfigMapping, default_qconfig
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -19,7 +19,7 @@ from timm_attn.layers.conam import nearest_patch
 from timm_attn.layers.dia import update
 from timm_attn.models import parse_name
 
-NAMES = [name for name in SMALL if parse_name(name)[0] in ("resnet20", "resnet18")]
+NAMES = [name for key in MECHANISMS for name in small_names(key, ("resnet20", "resnet18"))]
 SHALLOW = {"resnet20": [2, 1, 1], "resnet18": [2, 1, 1, 1]}
 
 

@@ -204,15 +204,22 @@ class DIAEnd(BranchEnd):
     Args:
         run: Hands the state from step to step.
         step: Which one of them, from 0.
+        new_norm: The branch's affine is that of a norm which is applied here, before the cell reads the map.
     """
 
     all_tokens = True
 
     def __init__(
-        self, block: nn.Module, branch: Branch, mechanism: DIACell, run: "DIARun", step: int
+        self,
+        block: nn.Module,
+        branch: Branch,
+        mechanism: DIACell,
+        run: "DIARun",
+        step: int,
+        new_norm: bool = False,
     ) -> None:
         super().__init__(block, branch, mechanism)
-        self.run, self.step = run, step
+        self.run, self.step, self.new_norm = run, step, new_norm
         self.norm = (
             branch.affine[0].rpartition(".")[0] if len(branch.affine) == 2 and not branch.before else ""
         )
@@ -225,6 +232,8 @@ class DIAEnd(BranchEnd):
         return eager(x)
 
     def attend(self, x: Tensor) -> Tensor:
+        if self.new_norm:
+            x = self._held[0].get_submodule(self.norm)(x)
         if self.branch.axis == 1:
             g = channel_mean(x)
         else:

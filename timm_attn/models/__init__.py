@@ -13,7 +13,7 @@ from .attached import (
     stock_model,
 )
 from .backbones import BACKBONES
-from .cifar import CifarResNet
+from .cifar import CifarResNet, CifarResNetV2
 from .mechanisms import MECHANISMS, mechanism
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "GRAFT",
     "MECHANISMS",
     "CifarResNet",
+    "CifarResNetV2",
     "attached",
     "graft_obstacle",
     "graft_tags",

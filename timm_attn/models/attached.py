@@ -1,6 +1,6 @@
 """timm entry points: the mechanisms of one table on the backbones of another.
 
-DIA     https://arxiv.org/abs/1905.10671   ``<backbone>_dia``    ``reduction``, ``dia_light``
+DIA     https://arxiv.org/abs/1905.10671   ``<backbone>_dia``    ``reduction``, ``dia_light``, ``norm``
 ASR     https://arxiv.org/abs/2304.06345   ``<backbone>_asr``    ``delta``, ``generator``, ``reduction``,
                                                                ``where``, ``attention`` (of ResNets);
                                                                ``_asr_se`` has SE on top
@@ -17,7 +17,7 @@ The layers' classes say what the options mean. timm files a model under the last
 
 import warnings
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ _VARIANTS = {
     _name(backbone, key): (backbone, key)
     for backbone, spec in BACKBONES.items()
     for key, row in MECHANISMS.items()
-    if (spec.cifar or not row.control) and (spec.layers or not row.resnets)
+    if row.on(spec)
 }
 
 
@@ -211,7 +211,7 @@ def _network(variant: str, stock_tag: str | None = None, **kwargs: Any) -> nn.Mo
     if name != backbone:  # what the attention on top adds is no part of the backbone
         plain = {k: v for k, v in kwargs.items() if k not in row.options and k != "block_args"}
         model.stock_keys &= set(stock_network(backbone, **{**plain, "device": "meta"}).state_dict())
-    if (row.control and name != backbone) or not key:
+    if not key or (key == "se" and name != backbone):
         return model
     row.put(model, example_input(model, 1), **{k: v for k, v in kwargs.items() if k in options_of(row.put)})
     if stock_tag is not None:
@@ -245,9 +245,10 @@ def _feature_cfg(backbone: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """How timm takes feature maps from the stock network."""
     if not kwargs.get("features_only"):
         return {}
-    if spec_of(backbone).cifar:
-        return {"out_indices": tuple(range(len(BACKBONES[backbone].layers) + 1))}
-    if spec_of(backbone).layers:
+    spec = spec_of(backbone)
+    if spec.cifar:
+        return {"out_indices": tuple(range(len(spec.layers) + 1)), "flatten_sequential": spec.preact}
+    if spec.layers:
         return {}
     stock = timm.create_model(backbone, features_only=True, device="meta")
     return {"out_indices": tuple(stock.feature_info.out_indices), "feature_cls": "getter"}  # pyright: ignore
@@ -260,25 +261,32 @@ def _graft_cfgs(variant: str) -> dict[str, dict[str, Any]]:
     # Of SE networks, which ASR with SE on top grows from, timm has too few checkpoints.
     if spec_of(backbone).cifar or graft_obstacle(variant) or row.stock(backbone) != (backbone, {}):
         return {}
+    tag, has_weights, fields = _stock_cfg(backbone)
+    fields = {k: v for k, v in fields.items() if k not in ("architecture", "tag", "url")}
+    return {f"{variant}.{GRAFT}{tag}": fields} if has_weights else {}
+
+
+@cache
+def _stock_cfg(backbone: str) -> tuple[str, bool, dict[str, Any]]:
+    """timm's default tag of a network, whether it has weights, and its configuration."""
     stock: Any = timm.models.get_pretrained_cfg(backbone)
-    fields = {k: v for k, v in stock.to_dict().items() if k not in ("architecture", "tag", "url")}
-    return {f"{variant}.{GRAFT}{stock.tag}": fields} if stock.has_weights else {}
+    return stock.tag, stock.has_weights, stock.to_dict()
 
 
 def _cfg(backbone: str) -> dict[str, Any]:
-    if not spec_of(backbone).cifar:
-        stock: Any = timm.models.get_pretrained_cfg(backbone)
+    spec = spec_of(backbone)
+    if not spec.cifar:
         sources = ("architecture", "tag", "url", "hf_hub_id", "custom_load")
-        return {k: v for k, v in stock.to_dict().items() if k not in sources}
+        return {k: v for k, v in _stock_cfg(backbone)[2].items() if k not in sources}
     return {
         "num_classes": 10,
         "input_size": (3, 32, 32),
-        "pool_size": (32 >> len(BACKBONES[backbone].layers) - 1,) * 2,
+        "pool_size": (32 >> len(spec.layers) - 1,) * 2,
         "crop_pct": 1.0,
         "mean": CIFAR_MEAN,
         "std": CIFAR_STD,
-        "first_conv": "conv1",
-        "classifier": "fc",
+        "first_conv": "stem.conv" if spec.preact else "conv1",
+        "classifier": "head.fc" if spec.preact else "fc",
         "license": "apache-2.0",
         "interpolation": "bilinear",
     }

@@ -9,7 +9,7 @@ from timm.layers import SEModule
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
-from .cifar import CifarResNet
+from .cifar import CifarResNet, CifarResNetV2
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,17 @@ class Backbone:
     """A stock network.
 
     Attributes:
-        layers: Blocks in each stage; of ResNets only.
+        layers: Blocks in each stage; of ResNets only, pre-activation ones among them.
         bottleneck: Whether these are bottlenecks.
         cifar: It is this package's, for small images; timm has the others.
+        preact: Its blocks begin with norm and activation.
         args: Further arguments of this package's class.
     """
 
     layers: tuple[int, ...] = ()
     bottleneck: bool = False
     cifar: bool = False
+    preact: bool = False
     args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -57,6 +59,12 @@ BACKBONES = {
     "resnet50_cifar": Backbone(
         (3, 4, 6, 3), bottleneck=True, cifar=True, args={"channels": (64, 128, 256, 512)}
     ),
+    # Those of DIANet's and FMMNet's authors, https://github.com/gbup-group/DIANet
+    "preresnet164": Backbone(
+        (18, 18, 18), bottleneck=True, cifar=True, preact=True, args={"channels": (64, 128, 256)}
+    ),
+    "wrn52_4": Backbone((8, 8, 8), cifar=True, preact=True, args={"channels": (64, 128, 256)}),
+    "wrn28_10": Backbone((4, 4, 4), cifar=True, preact=True, args={"channels": (160, 320, 640)}),
     **dict.fromkeys(
         (
             "regnetx_008",
@@ -105,8 +113,11 @@ def stock_network(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modu
     spec = spec_of(backbone)
     if not spec.cifar:
         return timm.model_entrypoint(name)(pretrained=pretrained, **kwargs)
+    kwargs = {"layers": spec.layers, **spec.args, **kwargs}
+    if spec.preact:
+        return CifarResNetV2(basic=not spec.bottleneck, **kwargs)
     block_args = dict(kwargs.pop("block_args", None) or {})
     if se or block_args.get("attn_layer") == "se":
         block_args["attn_layer"] = paper_se
     block = Bottleneck if spec.bottleneck else BasicBlock
-    return CifarResNet(block, **{"layers": spec.layers, **spec.args, **kwargs}, block_args=block_args)
+    return CifarResNet(block, **kwargs, block_args=block_args)

@@ -1,14 +1,20 @@
 """ResNets for 32×32 images, made of timm's blocks.
 
-Paper: "Deep Residual Learning for Image Recognition", section 4.2, https://arxiv.org/abs/1512.03385, with
-1×1 convolutions on the shortcuts that change shape (the paper's option B).
+Papers: "Deep Residual Learning for Image Recognition", section 4.2, https://arxiv.org/abs/1512.03385, with
+1×1 convolutions on the shortcuts that change shape (the paper's option B); "Identity Mappings in Deep
+Residual Networks", https://arxiv.org/abs/1603.05027; "Wide Residual Networks",
+https://arxiv.org/abs/1605.07146.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
+from timm.layers import create_conv2d
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnetv2 import ResNetV2
 from torch import Tensor, nn
 
 
@@ -127,3 +133,65 @@ class CifarResNet(ResNet):
         if prune_head or last < len(names):
             self.reset_classifier(0, "")
         return take
+
+
+class CifarResNetV2(ResNetV2):
+    """Pre-activation blocks after a 3×3 stem, in three stages at strides 1, 2 and 4; wide ResNets too.
+
+    Convolutions have no bias. The shortcuts that change shape see the activated map, as in timm and in wide
+    ResNets.
+
+    Args:
+        layers: Number of blocks in each stage.
+        channels: Width of what each stage gives.
+        basic: Blocks of two 3×3 convolutions, and not bottlenecks.
+        stem_chs: Width of the stem.
+        kwargs: Of timm's ResNetV2. ``output_stride``, ``stem_type`` and ``preact`` have no meaning here.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        channels: Sequence[int],
+        basic: bool = False,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        stem_chs: int = 16,
+        norm_layer: Any = nn.BatchNorm2d,
+        conv_layer: Any = create_conv2d,
+        zero_init_last: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        for name in ("output_stride", "stem_type", "preact"):
+            if name in kwargs:
+                raise TypeError(f"{name}={kwargs[name]!r} has no meaning for a pre-activation CIFAR ResNet")
+        super().__init__(
+            list(layers),
+            channels=tuple(channels),
+            num_classes=num_classes,
+            in_chans=in_chans,
+            stem_chs=stem_chs,
+            basic=basic,
+            bottle_ratio=1.0 if basic else 0.25,
+            norm_layer=norm_layer,
+            conv_layer=conv_layer,
+            **kwargs,
+        )
+        like = {name: kwargs.get(name) for name in ("device", "dtype")}
+        self.stem = nn.Sequential(OrderedDict(conv=conv_layer(in_chans, stem_chs, 3, **like)))
+        self.cifar_stem = True
+        for i, info in enumerate(self.feature_info):
+            info["reduction"] = 2 ** max(i - 1, 0)
+        self.init_weights(zero_init_last)
+
+    def _taken(self, indices: int | list[int] | None) -> list[int]:
+        # timm's class counts five maps, whatever the number of stages.
+        return feature_take_indices(len(self.feature_info), indices)[0]
+
+    def forward_intermediates(self, x: Tensor, indices: int | list[int] | None = None, **kwargs: Any) -> Any:
+        """timm's ``ResNetV2.forward_intermediates`` for a stem (index 0) and the stages."""
+        return super().forward_intermediates(x, self._taken(indices), **kwargs)
+
+    def prune_intermediate_layers(self, indices: int | list[int] = 1, **kwargs: Any) -> list[int]:
+        """Drop what comes after the last feature map asked for; returns the indices kept."""
+        return super().prune_intermediate_layers(self._taken(indices), **kwargs)

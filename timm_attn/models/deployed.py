@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from timm.models.resnet import BasicBlock, Bottleneck
+from timm.models.resnetv2 import PreActBasic, PreActBottleneck
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -24,6 +25,9 @@ def conv_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
             paths += pairwise(f"{prefix}{name}" for name, _ in module.named_children())
         elif isinstance(module, BasicBlock | Bottleneck):
             paths += [(f"{prefix}conv{i}", f"{prefix}bn{i}") for i in (1, 2, 3)]
+        elif isinstance(module, PreActBasic | PreActBottleneck):
+            last = f"{prefix}conv{3 if isinstance(module, PreActBottleneck) else 2}"
+            paths += [(last, f"{prefix}{name}") for name in ("dia_norm", "fmm_branch_norm")]
         else:  # a network's stem, also where timm has taken its stages out to collect their feature maps
             stem = modules.get(f"{prefix}conv1")
             last = f".{len(stem) - 1}" if isinstance(stem, nn.Sequential) else ""

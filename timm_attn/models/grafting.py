@@ -11,7 +11,7 @@ from timm.layers import EcaModule, SEModule
 from torch import Tensor, nn
 
 from ..branches import Branch
-from ..ends import BranchEnd, GatedInput, GatedNorm, GateEnd, scale_parameters
+from ..ends import BranchEnd, DIAEnd, GatedInput, GatedNorm, GateEnd, scale_parameters
 from ..layers import ConAM
 
 
@@ -46,6 +46,9 @@ def start_constant(model: nn.Module, own_places: Iterable[Branch] = ()) -> None:
 
 def _undo(path: str, end: BranchEnd) -> None:
     layer = end.mechanism
+    if isinstance(end, DIAEnd) and end.new_norm:
+        norm: Any = end.block.get_submodule(end.norm)
+        norm.running_var.fill_(1 - norm.eps)  # with which it changes nothing in eval mode
     if isinstance(end, GateEnd):
         gate = layer.gate()
     elif hasattr(layer, "start_constant"):

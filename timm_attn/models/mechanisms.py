@@ -7,7 +7,7 @@ a row.
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,8 @@ from ..ends import BranchEnd, DIAEnd, DIARun, GatedInput, GatedNorm, GateEnd, mi
 from ..layers import ASR, SEM, SPEM, ConAM, ConstantGate, DIACell
 from ..layers.options import check_choice, check_flag, check_whole
 from ..papers import PAPERS, TIMM, Paper
-from .backbones import paper_se, spec_of
+from .backbones import Backbone, paper_se, spec_of
+from .cifar import CifarResNetV2
 from .resnet_only import put_conam, put_fmm, residual_blocks
 from .ssia import put_ssia
 
@@ -54,8 +55,7 @@ class Mechanism:
         folds: Nothing of it is left after :func:`timm_attn.fold`, another attention on top aside.
         fuses: It depends on the image; on ResNets its folded form (``folded=True``) is the same network with
             norms fused into convolutions.
-        resnets: It exists on timm's ResNets and the CIFAR ResNets only.
-        control: It is registered for CIFAR backbones only, since timm has the others.
+        on: On which rows of the table of backbones it is registered.
     """
 
     put: Put
@@ -65,8 +65,7 @@ class Mechanism:
     graft: str = ""
     folds: bool = False
     fuses: bool = False
-    resnets: bool = False
-    control: bool = False
+    on: Callable[[Backbone], bool] = lambda backbone: True
 
     @property
     def options(self) -> dict[str, Any]:
@@ -205,8 +204,8 @@ def _asr_stock(backbone: str, *, attention: Any = None) -> tuple[str, dict[str, 
     if attention is None:
         return backbone, {}
     spec = spec_of(backbone)
-    if not spec.layers:
-        raise ValueError(f"ASR has attention={attention!r} on top in ResNets only")
+    if not _has_se(spec):
+        raise ValueError(f"ASR has attention={attention!r} on top in blocks of timm's ResNet only")
     if attention == "se":
         name = f"{backbone}_se" if spec.cifar else backbone.replace("resne", "seresne")
         if spec.cifar or timm.is_model(name):
@@ -218,7 +217,14 @@ def _asr_se_stock(backbone: str) -> tuple[str, dict[str, Any]]:
     return _asr_stock(backbone, attention="se")
 
 
-def _dia(model: nn.Module, images: Any, *, reduction: int | None = None, dia_light: bool = False) -> None:
+def _dia(
+    model: nn.Module,
+    images: Any,
+    *,
+    reduction: int | None = None,
+    dia_light: bool = False,
+    norm: bool | None = None,
+) -> None:
     check_flag("dia_light", dia_light)
     if dia_light and reduction is not None:
         raise ValueError(f"dia_light is a reduction of its own: leave out reduction={reduction}")
@@ -227,14 +233,24 @@ def _dia(model: nn.Module, images: Any, *, reduction: int | None = None, dia_lig
         light, full = (16, 4) if hasattr(model, "cifar_stem") else (64, 20)
         reduction = light if dia_light else full
     check_whole("DIA reduction", reduction)
-    made = [(run, DIACell(run[0].channels, reduction, **_like(model))) for run in runs(_found(model, images))]
+    if norm is None:
+        norm = isinstance(model, CifarResNetV2)  # where the authors' branches would end in a convolution
+    check_flag("DIA norm", norm)
+    found = _found(model, images)
+    if norm and any(branch.axis != 1 for branch in found):
+        raise ValueError(f"DIA norm=True needs maps B × C × H × W, and {type(model).__name__} has others")
+    made = [(run, DIACell(run[0].channels, reduction, **_like(model))) for run in runs(found)]
     for run, cell in made:
         first = model.get_submodule(run[0].block)
         setattr(first, _free_name(first, "dia" + run[0].suffix), cell.train(first.training))
         shared = DIARun(len(run))
         for step, branch in enumerate(run):
             block = model.get_submodule(branch.block)
-            end = DIAEnd(block, branch, cell, shared, step)
+            if norm:
+                name = _free_name(block, "dia_norm" + branch.suffix)
+                setattr(block, name, nn.BatchNorm2d(branch.channels, **_like(model)).train(block.training))
+                branch = replace(branch, affine=(f"{name}.weight", f"{name}.bias"), before="")
+            end = DIAEnd(block, branch, cell, shared, step, norm)
             setattr(block, branch.slot, end.train(block.training))
 
 
@@ -280,27 +296,45 @@ def _plain(model: nn.Module, images: Any) -> None:
 
 
 def _se_stock(backbone: str) -> tuple[str, dict[str, Any]]:
-    return f"{backbone}_se" if spec_of(backbone).cifar else backbone, {}
+    spec = spec_of(backbone)
+    return f"{backbone}_se" if spec.cifar and _has_se(spec) else backbone, {}
 
 
 def _se(model: nn.Module, images: Any) -> None:
     on_branches("se", paper_se if hasattr(model, "cifar_stem") else SEModule)(model, images)
 
 
+def _fmm_name(backbone: str) -> str:
+    return backbone.replace("resn", "fmmn") if "resn" in backbone else f"{backbone}_fmm"
+
+
+def _cifar(backbone: Backbone) -> bool:  # timm has the others
+    return backbone.cifar
+
+
+def _resnet(backbone: Backbone) -> bool:
+    return bool(backbone.layers)
+
+
+def _has_se(backbone: Backbone) -> bool:
+    """Whether timm's blocks have a place for attention on top."""
+    return bool(backbone.layers) and not backbone.preact
+
+
 MECHANISMS = {
-    "": Mechanism(_plain, PAPERS["resnet"], name=str, graft="it is the stock network", control=True),
-    "se": Mechanism(_se, PAPERS["se"], stock=_se_stock, fuses=True, control=True),
+    "": Mechanism(_plain, PAPERS["resnet"], name=str, graft="it is the stock network", on=_cifar),
+    "se": Mechanism(_se, PAPERS["se"], stock=_se_stock, fuses=True, on=_cifar),
     "dia": Mechanism(_dia, PAPERS["dia"], fuses=True),
     "asr": Mechanism(_asr, PAPERS["asr"], stock=_asr_stock, folds=True),
-    "asr_se": Mechanism(_asr, PAPERS["asr_se"], stock=_asr_se_stock, folds=True, resnets=True),
-    "conam": Mechanism(_conam, PAPERS["conam"], fuses=True, resnets=True),
+    "asr_se": Mechanism(_asr, PAPERS["asr_se"], stock=_asr_se_stock, folds=True, on=_has_se),
+    "conam": Mechanism(_conam, PAPERS["conam"], fuses=True, on=_resnet),
     "fmm": Mechanism(
         _fmm,
         PAPERS["fmm"],
-        name=lambda backbone: backbone.replace("resn", "fmmn"),
+        name=_fmm_name,
         graft="a product of feature maps cannot represent the sum x + F(x)",
         fuses=True,
-        resnets=True,
+        on=_resnet,
     ),
     "ssia": Mechanism(_ssia, PAPERS["ssia"], folds=True),
     "sem": Mechanism(on_branches("sem", SEM), PAPERS["sem"], fuses=True),
