@@ -23,12 +23,14 @@ from typing import Any
 
 import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_model_args, register_model
+from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
 from torch import Tensor, nn
 
 from .. import weights
 from ..branches import branches, example_input
 from .backbones import BACKBONES, spec_of, stock_network
 from .deployed import folded, fuse_state, has_norms
+from .features import feature_maps
 from .grafting import (
     GraftError,
     classifier_keys,
@@ -242,7 +244,7 @@ def _by_timm(variant: str, kwargs: dict[str, Any]) -> bool:
 
 
 def _feature_cfg(backbone: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """How timm takes feature maps from the stock network."""
+    """How timm takes feature maps from the stock network, so that their keys are the same."""
     if not kwargs.get("features_only"):
         return {}
     spec = spec_of(backbone)
@@ -250,8 +252,13 @@ def _feature_cfg(backbone: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {"out_indices": tuple(range(len(spec.layers) + 1)), "flatten_sequential": spec.preact}
     if spec.layers:
         return {}
-    stock = timm.create_model(backbone, features_only=True, device="meta")
-    return {"out_indices": tuple(stock.feature_info.out_indices), "feature_cls": "getter"}  # pyright: ignore
+    stock: Any = timm.create_model(backbone, features_only=True, device="meta")
+    names = {key.partition(".")[0] for key in stock_network(backbone, device="meta").state_dict()}
+    cfg = {"out_indices": tuple(stock.feature_info.out_indices), "feature_cls": type(stock)}
+    if isinstance(stock, FeatureDictNet):
+        return {**cfg, "flatten_sequential": not {name for name, _ in stock.named_children()} <= names}
+    known = isinstance(stock, FeatureGetterNet | FeatureHookNet)
+    return cfg if known else {**cfg, "feature_cls": feature_maps}
 
 
 def _graft_cfgs(variant: str) -> dict[str, dict[str, Any]]:

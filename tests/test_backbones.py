@@ -1,0 +1,58 @@
+"""Inside other people's networks: what docs/attach.md shows, and the keys of feature maps."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import timm_attn
+
+PAGE = (Path(__file__).parents[1] / "docs" / "attach.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+OPTIONAL = ("segmentation_models_pytorch", "transformers")
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n")[0])
+def test_the_page_runs(block):
+    needed = [name for name in OPTIONAL if name in block]
+    if needed and not importlib.util.find_spec(needed[0]):
+        pytest.skip(f"{needed[0]} is not installed")
+    names = {}
+    exec(compile(block, "docs/attach.md", "exec"), names)
+    if "folded" in names:
+        assert not any(isinstance(m, timm_attn.layers.ASR) for m in names["folded"].modules())
+    if "network" in names:
+        assert any(isinstance(m, timm_attn.layers.ASR) for m in names["network"].modules()) == (
+            "FasterRCNN" not in block
+        )
+
+
+#: One of each class that timm has for feature maps.
+SIZES = {
+    "resnet18": {},
+    "convnext_atto": {},
+    "vit_tiny_patch16_224": {"img_size": 64},
+    "mobilenetv4_conv_small": {},
+    "efficientnet_b0": {},
+}
+
+
+@pytest.mark.parametrize("indices", [None, (1, 2)])
+@pytest.mark.parametrize("name", SIZES)
+def test_feature_maps_are_those_of_the_stock_network(name, indices):
+    options = SIZES[name] | ({} if indices is None else {"out_indices": indices})
+    stock = timm.create_model(name, features_only=True, **options).eval()
+    x = torch.randn(1, 3, 64, 64)
+    for mechanism in ("dia", "ssia", "asr"):
+        model = timm.create_model(f"{name}_{mechanism}", features_only=True, **options).eval()
+        assert model.feature_info.channels() == stock.feature_info.channels()
+        assert model.feature_info.reduction() == stock.feature_info.reduction()
+        assert set(model.state_dict()) >= set(stock.state_dict())
+        assert [f.shape for f in model(x)] == [f.shape for f in stock(x)]
+    folded = timm_attn.fold(model, x)
+    stock.load_state_dict(folded.state_dict(), strict=True)
+    for a, b in zip(stock(x), folded(x), strict=True):
+        assert torch.equal(a, b)
