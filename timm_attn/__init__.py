@@ -6,6 +6,7 @@ Importing this package registers its models, so that ``timm.create_model("resnet
 from . import models
 from .attach import attach, create_model
 from .fold import FoldError, FoldReport, NothingToFold, fold, verify_fold
+from .freeze import FreezeReport, freeze
 from .graft import graft
 from .models import model_names, register, register_folder
 from .models.grafting import GraftError
@@ -15,6 +16,7 @@ from .weights import WeightsError
 __all__ = [
     "FoldError",
     "FoldReport",
+    "FreezeReport",
     "GraftError",
     "NothingToFold",
     "WeightsError",
@@ -22,6 +24,7 @@ __all__ = [
     "attach",
     "create_model",
     "fold",
+    "freeze",
     "graft",
     "model_names",
     "models",

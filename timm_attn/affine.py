@@ -165,3 +165,53 @@ def _power(node: Any, powers: list[int | None], chosen: set[int]) -> int | None:
         power = powers[given] + powers[weight]  # pyright: ignore[reportOptionalOperand]
         return power if all(powers[place] == power for place in bias if sources[place] is not None) else None
     return powers[0] if _PASS.fullmatch(kind) else None
+
+
+def consumers(roots: list[Any]) -> dict[Any, list[tuple[Any, int]]]:
+    """Which nodes read each node of the graph of some outputs, and at which place."""
+    found: dict[Any, list[tuple[Any, int]]] = {}
+    waiting, known = list(roots), set(roots)
+    while waiting:
+        node = waiting.pop()
+        for place, source in enumerate(_inputs(node)):
+            if source is None:
+                continue
+            found.setdefault(source, []).append((node, place))
+            if source not in known:
+                known.add(source)
+                waiting.append(source)
+    return found
+
+
+def reading_weights(
+    node: Any, channels: int, readers: dict[Any, list[tuple[Any, int]]]
+) -> list[tuple[Any, int]]:
+    """The weights that a node's channels are multiplied by next, if every reader of it is a layer.
+
+    Args:
+        node: Of a map with this many channels.
+        readers: From :func:`consumers`.
+
+    Returns:
+        Leaves, with their number of groups: O × C / groups (× kernel). To scale them by v along their inputs
+        is to scale the map. None of them if something else reads the map.
+    """
+    found = []
+    for reader, place in readers.get(node, []):
+        kind = _kind(reader)
+        if kind in ("Convolution", "Addmm", "Mm", "Linear") and place == _LAYER[kind][0]:
+            weight = _inputs(reader)[_LAYER[kind][1]]
+            while weight is not None and _kind(weight) in ("T", "Transpose"):
+                weight = _inputs(weight)[0]
+            groups = reader._saved_groups if kind == "Convolution" else 1
+            if weight is None or _kind(weight) != _LEAF or weight.variable.shape[1] * groups != channels:
+                return []
+            found.append((weight.variable, groups))
+        elif _PASS.fullmatch(kind) and place == 0:
+            beyond = reading_weights(reader, channels, readers)
+            if not beyond:
+                return []
+            found += beyond
+        else:
+            return []
+    return found

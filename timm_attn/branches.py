@@ -118,7 +118,7 @@ def _standing(model: nn.Module) -> Iterator[list[tuple[str, str, nn.Module]]]:
 
 
 @contextmanager
-def _leaves(model: nn.Module, device: torch.device | None) -> Iterator[dict[int, str]]:
+def leaves_of(model: nn.Module, device: torch.device | None) -> Iterator[dict[int, str]]:
     """Stand-ins for all parameters and buffers, which autograd follows, and their names by ``id``.
 
     A module or a parameter may be in several places, with which ``torch.func.functional_call`` does not cope.
@@ -152,7 +152,7 @@ def _probe(model: nn.Module, images: Any) -> dict[Any, tuple[Branch | None, int]
         with (
             _standing(model) as standing,
             evaluating(model),
-            _leaves(model, device) as names,
+            leaves_of(model, device) as names,
             torch.enable_grad(),
         ):
             hooks = [

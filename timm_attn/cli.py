@@ -224,6 +224,97 @@ def fold_command(source: Positional[str], /, out: Path | None = None, layer_scal
     )
 
 
+@app.command(name="freeze")
+def freeze_command(
+    source: Positional[str],
+    /,
+    data: str,
+    out: Path,
+    budget: float = 0.1,
+    all: bool = False,
+    keep: tuple[str, ...] = (),
+    recover: int = 0,
+    images: int = 10_000,
+    split: str | None = None,
+    batch_size: int = 128,
+    lr: float = 0.01,
+    precision: Literal["no", "bf16", "fp16"] = "no",
+    workers: int = 2,
+) -> None:
+    """Turn channel gates (SE, ECA, DIA …) into constants, as many as a budget of top-1 allows.
+
+    The means come from the training split, where there is one. One half of the images decides which gates
+    go, the other half gives the figures.
+
+    Args:
+        source: A run folder, a hub folder, a model name with pretrained weights, or hf-hub:ORG/NAME.
+        data: A folder of parquet files or images, a Hugging Face dataset id, or digits.
+        out: Folder to write, which timm loads as local-dir:FOLDER.
+        budget: Points of top-1 that may be lost. Less than one standard error is never told from no loss.
+        all: Freeze every gate, whatever it costs.
+        keep: Shell patterns of gates that stay, e.g. 'layer3.*'.
+        recover: Steps of distillation from the original, by SGD on the training split; resumed where they
+            stopped.
+        images: Most images of the split.
+        split: Split to measure on; test by default, validation where there is no test.
+        batch_size: Images per batch.
+        lr: Peak learning rate of the distillation.
+        precision: Of the distillation: no (fp32), bf16 or fp16.
+        workers: Processes that decode larger images.
+    """
+    from .training.freezing import freeze_trained
+
+    recipe = Recipe(
+        data=data,
+        eval_split=split,
+        batch_size=batch_size,
+        workers=workers,
+        lr=lr,
+        weight_decay=0.0,
+        warmup_epochs=0.0,
+        precision=precision,
+    )
+    report = freeze_trained(
+        source, recipe, out, budget, all, keep, recover, images, console.print, console.is_terminal
+    )
+    table = Table(
+        *("gate", "kind", "channels", "due to the image", "between classes", "KL alone", "ms"),
+        Column("", overflow="fold"),
+    )
+    for gate in report.gates:
+        table.add_row(
+            gate.path,
+            gate.kind,
+            f"{gate.channels:,}",
+            *(f"{100 * share:.0f} %" for share in (gate.image_share, gate.class_share)),
+            f"{gate.kl:.4f}",
+            f"{gate.milliseconds:.2f}",
+            f"frozen, {gate.where}" if gate.frozen else f"stays: {gate.where}",
+        )
+    console.print(table)
+    for path, reason in report.unknown.items():
+        console.print(f"{path}: {reason}")
+    totals = Table("", "top-1", "same class", "KL", f"ms, batch of {report.batch_size}", "parameters")
+    for name, figures in (("original", report.before), ("frozen", report.after)):
+        totals.add_row(
+            name,
+            f"{figures.top1:.2f}",
+            f"{figures.agreement:.2f} %",
+            f"{figures.kl:.4f}",
+            f"{figures.milliseconds:.1f}",
+            f"{figures.parameters:,}",
+        )
+    console.print(totals)
+    if not report.frozen:
+        console.print(f"no gate goes within {budget:g} points; nothing is written")
+        return
+    console.print(
+        f"{report.frozen} of {len(report.gates)} gates are constants; figures of {report.images[2]:,} images "
+        f"that decided nothing. timm.create_model('local-dir:{out}', pretrained=True) is a "
+        f"{report.model.pretrained_cfg['architecture']}"  # pyright: ignore
+    )
+
+
 @app.command
 def export(
     run: Positional[Path],

@@ -51,6 +51,16 @@ class BranchEnd(nn.Module):
         """Name of the mechanism in the block."""
         return next(name for name, module in self.block.named_children() if module is self.mechanism)
 
+    def replace(self, mechanism: nn.Module | None) -> None:
+        """Put another mechanism here, or leave what stood in the slot."""
+        block, key = self.block, self.key()
+        if mechanism is None:
+            delattr(block, key)
+            setattr(block, self.branch.slot, self.inner)
+        else:
+            setattr(block, key, mechanism)
+            self._held = (block, mechanism)
+
     def forward(self, x: Tensor) -> Tensor:
         """What leaves a branch, B × C × H × W, B × H × W × C or B × N × C, to the same."""
         x = self.attend(x)

@@ -1,6 +1,6 @@
 """The networks. Importing this package registers them with timm."""
 
-from . import attached
+from . import attached, frozen
 from .attached import (
     GRAFT,
     graft_obstacle,
@@ -23,6 +23,7 @@ __all__ = [
     "CifarResNet",
     "CifarResNetV2",
     "attached",
+    "frozen",
     "graft_obstacle",
     "graft_tags",
     "mechanism",

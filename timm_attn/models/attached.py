@@ -190,7 +190,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         variant,
         pretrained and not by_timm,
         pretrained_filter_fn=checkpoint_filter,
-        feature_cfg=_feature_cfg(backbone, kwargs) | kwargs.pop("feature_cfg", {}),
+        feature_cfg=feature_cfg(backbone, kwargs) | kwargs.pop("feature_cfg", {}),
         **kwargs,
     )
     if by_timm:
@@ -243,7 +243,7 @@ def _by_timm(variant: str, kwargs: dict[str, Any]) -> bool:
     return all(given.get(source) == getattr(registered, source) for source in (*weights.SOURCES, "source"))
 
 
-def _feature_cfg(backbone: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+def feature_cfg(backbone: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """How timm takes feature maps from the stock network, so that their keys are the same."""
     if not kwargs.get("features_only"):
         return {}

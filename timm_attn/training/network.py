@@ -190,6 +190,29 @@ def _take_classes(
     network.reset_classifier(len(names))
 
 
+def load_teacher(source: str, names: list[str], student: Any, recipe: Recipe) -> nn.Module:
+    """The network that a run learns from, in eval mode.
+
+    Raises:
+        UserError: It has other classes, or reads images another way.
+    """
+    teacher: Any = timm.create_model(source_name(source), pretrained=True).eval().requires_grad_(False)
+    known = list(map(composed, teacher.pretrained_cfg.get("label_names") or []))
+    if teacher.num_classes != len(names) or (known and known != names):
+        raise UserError(
+            f"the teacher {source} has the classes {some(known) if known else teacher.num_classes}, not "
+            f"{some(names)}: name one of the same classes"
+        )
+    for field in ("mean", "std"):
+        theirs, ours = (tuple(net.pretrained_cfg[field]) for net in (teacher, student))
+        if theirs != ours:
+            raise UserError(
+                f"the teacher {source} reads images with {field} {theirs}, the run with {ours}: "
+                f"give --{field}"
+            )
+    return teacher.to(memory_format=torch.channels_last) if recipe.channels_last else teacher
+
+
 def source_name(source: str) -> str:
     """timm's name for weights: a model name, a run or hub folder, ``hf-hub:`` or ``local-dir:``.
 

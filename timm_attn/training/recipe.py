@@ -27,6 +27,9 @@ class Recipe:
     epochs: int = 30
     """Passes over the training split."""
 
+    epoch_steps: int | None = None
+    """Optimiser steps that count as an epoch. By default a pass over the training split."""
+
     batch_size: int = 128
     """Images per optimiser step, over all processes. An incomplete last batch is dropped."""
 
@@ -39,6 +42,10 @@ class Recipe:
     init: str | None = None
     """Start from these weights: a name with a tag, a run or hub folder, `hf-hub:ORG/NAME`, or `graft:` and
     the stock network to graft from (`graft:resnet50.a1_in1k`). The classifier may have other classes."""
+
+    teacher: str | None = None
+    """Train towards what this network says of the images, and not towards their labels: named like `init`,
+    of the same classes."""
 
     freeze: Literal["nothing", "backbone"] = "nothing"
     """`backbone` trains the classifier and the attention only."""
@@ -209,6 +216,7 @@ class Recipe:
             self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
         for name in ("smoothing", "drop_path", "val_fraction"):
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._check("epoch_steps", self.epoch_steps is None or self.epoch_steps >= 1, "at least 1")
         self._check("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "in [0, 1)")
         self._check("img_size", self.img_size is None or self.img_size >= 8, "at least 8 pixels")
         self._check("mean", self.mean is None or all(map(math.isfinite, self.mean)), "finite")

@@ -25,7 +25,7 @@ from . import checkpoint, curves
 from .augment import seed_everything
 from .batches import Batch, Batches, Shard
 from .evaluation import evaluate, sum_dtype
-from .network import freeze_backbone
+from .network import freeze_backbone, load_teacher
 from .optim import learning_rate, make_criterion, make_mixup, make_optimizer, make_scheduler
 from .progress import Bar
 from .recipe import Recipe
@@ -69,7 +69,7 @@ class Trainer:
         self.batches = Batches(splits.train, recipe, config, shard)
         self.eval_batches = Batches(splits.eval, recipe, config, shard)
         self.test_batches = Batches(splits.test, recipe, config, shard) if splits.test else None
-        self.steps = self.batches.steps
+        self.steps = recipe.epoch_steps or self.batches.steps
         if recipe.sync_bn:
             if device.type != "cuda":
                 raise UserError("--sync-bn needs GPUs: PyTorch has no SyncBatchNorm for CPUs")
@@ -87,6 +87,9 @@ class Trainer:
         self.aux_scales = [b for key, b in self.network.named_buffers() if key.endswith("aux_scale")]
         self.mixup = make_mixup(recipe, len(splits.train.label_names))
         self.criterion = make_criterion(recipe, mixed=self.mixup is not None).to(device)
+        self.teacher = None
+        if recipe.teacher is not None:
+            self.teacher = load_teacher(recipe.teacher, splits.train.label_names, network, recipe).to(device)
         self.trained = [p for p in self.network.parameters() if p.requires_grad]
         agc = model_parameters(self.network, exclude_head=True)
         self.clipped = [p for p in agc if p.requires_grad] if recipe.clip_mode == "agc" else self.trained
@@ -230,7 +233,7 @@ class Trainer:
             last = part == parts - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 logits = self.model(images)  # prepared by Accelerate: autocast inside, float32 outside
-                loss = self.criterion(logits, targets)
+                loss = self._loss(logits, images, targets)
                 self.accelerator.backward(loss / parts)
             total += loss.detach() / parts
             correct = (logits.detach().argmax(1) == labels).sum()
@@ -253,6 +256,13 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.network, self.step + 1)
         return total, norm
+
+    def _loss(self, logits: Tensor, images: Tensor, targets: Tensor) -> Tensor:
+        if self.teacher is None:
+            return self.criterion(logits, targets)
+        with torch.no_grad(), self.accelerator.autocast():
+            wanted = self.teacher(images).float().log_softmax(1)
+        return nn.functional.kl_div(logits.log_softmax(1), wanted, reduction="batchmean", log_target=True)
 
     def _reduce(self, tensor: Tensor) -> list[float]:
         """Sum over all processes."""

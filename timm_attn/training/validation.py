@@ -8,7 +8,7 @@ from timm.data import resolve_model_data_config
 from ..errors import UserError
 from ..weights import WeightsError, without_tokens
 from .batches import Batches, Shard
-from .data import load_split
+from .data import Split, load_split
 from .evaluation import evaluate
 from .labels import match_classes
 from .network import source_name
@@ -37,6 +37,42 @@ def load_model(name: str) -> Any:
         raise UserError(f"cannot load {name}: {type(error).__name__}: {reason}") from None
 
 
+def evaluation_split(model: Any, recipe: Recipe, config: dict[str, Any]) -> Split:
+    """The split that a recipe's data is evaluated on, with a model's classes.
+
+    Args:
+        model: With a configuration.
+        recipe: Data, split, columns.
+        config: timm's data configuration of the model.
+
+    Raises:
+        UserError: The data cannot be used, or its classes are not the model's.
+    """
+    height, width = config["input_size"][1:]
+    split = load_split(
+        recipe.data,
+        "eval",
+        recipe.eval_split,
+        (width, height),
+        recipe.image_column,
+        recipe.label_column,
+        skip_corrupt=recipe.on_corrupt == "skip",
+        config=recipe.data_config,
+        revision=recipe.data_revision,
+    )
+    names = model.pretrained_cfg.get("label_names")
+    if not names and not split.named:
+        names = [str(i) for i in range(model.num_classes)]
+    if names:
+        match_classes(split, list(names))
+    elif model.num_classes != len(split.label_names):
+        raise UserError(
+            f"the model has {model.num_classes} classes without names, {recipe.data} has "
+            f"{len(split.label_names)}: choose data with the same classes"
+        )
+    return split
+
+
 @own_accelerate_state()
 def validate(model: Any, recipe: Recipe, show: bool = False) -> dict[str, float]:
     """Measure a model on the evaluation split of a recipe's data; see :func:`evaluate` for the figures.
@@ -51,29 +87,8 @@ def validate(model: Any, recipe: Recipe, show: bool = False) -> dict[str, float]
     """
     accelerator = make_accelerator(recipe.precision)
     config: dict[str, Any] = resolve_model_data_config(model)
-    height, width = config["input_size"][1:]
     with accelerator.local_main_process_first():
-        split = load_split(
-            recipe.data,
-            "eval",
-            recipe.eval_split,
-            (width, height),
-            recipe.image_column,
-            recipe.label_column,
-            skip_corrupt=recipe.on_corrupt == "skip",
-            config=recipe.data_config,
-            revision=recipe.data_revision,
-        )
-    names = model.pretrained_cfg.get("label_names")
-    if not names and not split.named:
-        names = [str(i) for i in range(model.num_classes)]
-    if names:
-        match_classes(split, list(names))
-    elif model.num_classes != len(split.label_names):
-        raise UserError(
-            f"the model has {model.num_classes} classes without names, {recipe.data} has "
-            f"{len(split.label_names)}: choose data with the same classes"
-        )
+        split = evaluation_split(model, recipe, config)
     model = model.to(accelerator.device)
     shard = Shard(accelerator.device, accelerator.process_index, accelerator.num_processes)
     figures = evaluate(model, Batches(split, recipe, config, shard), accelerator, show)

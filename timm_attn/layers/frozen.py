@@ -1,0 +1,24 @@
+"""A gate that has become a constant, where no layer takes it in."""
+
+import torch
+from torch import Tensor, nn
+
+
+class FrozenGate(nn.Module):
+    """x times one constant for each channel.
+
+    Args:
+        channels: Width C of the map.
+        axis: Of the channels: 1 of B × C × H × W, −1 of B × N × C or B × H × W × C.
+    """
+
+    gate: Tensor
+
+    def __init__(self, channels: int, axis: int = 1, device=None, dtype=None) -> None:
+        super().__init__()
+        self.axis = axis
+        self.register_buffer("gate", torch.ones(channels, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale the channels of x."""
+        return x * (self.gate[:, None, None] if self.axis == 1 else self.gate)

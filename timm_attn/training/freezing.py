@@ -1,0 +1,190 @@
+"""Freezing gates with the data and the trainer of the command line."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import replace_file
+from ..freeze import Figures, FreezeReport, freeze
+from .batches import Batches, Shard
+from .data import Split, load_split
+from .images import DataError
+from .labels import match_classes
+from .loop import resume, train
+from .progress import track
+from .recipe import Recipe
+from .run import hardware, is_run, save_model
+from .setup import make_accelerator, own_accelerate_state
+from .validation import evaluation_split, load_model
+
+REPORT, PICTURE = "freeze.json", "freeze.png"
+#: Images for the means, from the training split.
+MEANS = 4096
+
+
+def freeze_trained(
+    source: str,
+    recipe: Recipe,
+    out: Path,
+    budget: float = 0.1,
+    every: bool = False,
+    keep: Sequence[str] = (),
+    steps: int = 0,
+    most: int = 10_000,
+    say: Callable[[str], None] = lambda text: None,
+    show: bool = False,
+) -> FreezeReport:
+    """Freeze gates of a model with weights, and write a folder that timm loads.
+
+    The means are taken from the training split, where there is one; the evaluation split is halved, for the
+    choice and for the final figures.
+
+    Args:
+        source: As for :func:`load_model`.
+        recipe: Data, columns, batch size, workers; and of recovery, the optimiser and what goes with it.
+        out: Folder to write, with config.json, model.safetensors, freeze.json and freeze.png.
+        budget: Points of top-1.
+        every: Freeze all gates.
+        keep: Patterns of paths of gates that stay.
+        steps: Of distillation from the original, 0 for none. Its runs lie in ``out`` and are resumed.
+        most: Number of images that are taken of the evaluation split.
+        say: Called with a line on what is done.
+        show: Draw progress bars.
+
+    Raises:
+        UserError: The model, the data or the folder cannot be used; nothing is written.
+    """
+    if out.exists() and any(not path.name.startswith("recover-") for path in out.iterdir()):
+        raise UserError(f"{out} is not empty: choose another --out, or remove it")
+    model = load_model(source)
+    images, labels, means, classes, names = _images(model, recipe, most, show)
+
+    def recover(network: Any) -> Any:
+        folder = out / f"recover-{sum(p.numel() for p in network.parameters())}"
+        run = folder / "run"
+        if not is_run(run):
+            folder.mkdir(parents=True, exist_ok=True)
+            start = folder / "start"
+            start.mkdir(exist_ok=True)
+            save_model(network, start, names)
+            asked = dataclasses.replace(
+                recipe, init=str(start.resolve()), teacher=source, epochs=1, epoch_steps=steps
+            )
+            train(network.pretrained_cfg["architecture"], asked, run)
+        else:
+            resume(run)
+        return load_model(str(run))
+
+    try:
+        report = freeze(
+            model,
+            images,
+            labels,
+            budget,
+            every=every,
+            keep=keep,
+            calibration=means,
+            calibration_labels=classes,
+            recover=recover if steps else None,
+            batch_size=min(recipe.batch_size, 128),
+            curves=True,
+            note=say,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from None
+    if report.frozen:
+        out.mkdir(parents=True, exist_ok=True)
+        save_model(report.model, out, names)
+        about = {"source": source, "data": Path(recipe.data).name, "steps": steps, "hardware": hardware()}
+        text = json.dumps(_json(report) | about, indent=1)
+        replace_file(out / REPORT, (text + "\n").encode())
+        draw(report, f"{Path(source).name}: gates into constants", out / PICTURE)
+    return report
+
+
+def _json(report: FreezeReport) -> dict[str, Any]:
+    fields = {f.name: getattr(report, f.name) for f in dataclasses.fields(report) if f.name != "model"}
+    fields |= {"gates": [dataclasses.asdict(g) for g in report.gates]}
+    fields |= {name: dataclasses.asdict(fields[name]) for name in ("before", "after")}
+    return _finite(fields)
+
+
+def _finite(value: Any) -> Any:
+    """NaN, of which JSON knows nothing, as None."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@own_accelerate_state()
+def _images(
+    model: Any, recipe: Recipe, most: int, show: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[str]]:
+    """Images and labels of the evaluation split, and for the means those of the training split."""
+    accelerator = make_accelerator("no")
+    config: dict[str, Any] = resolve_model_data_config(model)
+    with accelerator.local_main_process_first():
+        split = evaluation_split(model, recipe, config)
+        height, width = config["input_size"][1:]
+        try:
+            given: Any = {"size": (width, height), "skip_corrupt": recipe.on_corrupt == "skip"}
+            given |= {"image_column": recipe.image_column, "label_column": recipe.label_column}
+            given |= {"config": recipe.data_config, "revision": recipe.data_revision}
+            means = load_split(recipe.data, "train", recipe.train_split, **given)
+            match_classes(means, split.label_names)
+        except DataError:
+            means = None
+
+    def tensors(split: Split, most: int) -> tuple[Tensor, Tensor]:
+        rows = torch.linspace(0, len(split) - 1, min(most, len(split))).round().long()
+        batches = Batches(split.select(rows, split.name), recipe, config, Shard(torch.device("cpu")))
+        parts = list(track(batches.evaluate(), batches.evaluation_steps, show, "reading images"))
+        return torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
+
+    images, labels = tensors(split, most)
+    names = list(model.pretrained_cfg.get("label_names") or split.label_names)
+    if means is None:
+        return images, labels, None, None, names
+    return images, labels, *tensors(means, min(most, MEANS)), names
+
+
+def draw(report: FreezeReport, title: str, path: Path) -> None:
+    """Top-1 against time as gates are frozen one by one, in both orders, as a PNG."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axis = figure.subplots()
+    styles = {"greedy": ("o", "C0", "least damage for its time first"), "depth": ("s", "C1", "by depth")}
+    for name, points in report.curves.items():
+        marker, colour, label = styles[name]
+        counts, right, times = zip(*points, strict=True)
+        axis.plot(times, right, marker=marker, color=colour, label=label, markersize=4)
+        for n, x, y in ((n, x, y) for n, x, y in zip(counts, times, right, strict=True) if n % 3 == 0):
+            offset = 6 if name == "greedy" else -12
+            axis.annotate(str(n), (x, y), (0, offset), textcoords="offset points", color=colour, fontsize=8)
+    right = _right(report.after)
+    axis.plot(report.after.milliseconds, right, "*", color="C2", markersize=13, label="result, other images")
+    axis.axhline(_right(report.before) - report.budget, color="0.6", linestyle="--", linewidth=1)
+    named = "top-1 (%)" if not math.isnan(report.before.top1) else "same class as the original (%)"
+    axis.set(xlabel=f"milliseconds for a batch of {report.batch_size}", ylabel=named, title=title)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    replace_file(path, buffer.getvalue())
+
+
+def _right(figures: Figures) -> float:
+    return figures.agreement if math.isnan(figures.top1) else figures.top1
