@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from reference.dia import dia_cell
+from safetensors.torch import save_file
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -210,9 +211,9 @@ def test_a_mechanism_can_start_without_a_change(name, mechanism):
     timm_attn.attach(model, mechanism)
     if name == "test_vit" and mechanism in ("sem", "spem", "se", "eca"):  # the class token has no gate
         with pytest.raises(GraftError, match="leaves the class token as it is"):
-            start_constant(model)
+            start_constant(model, plain.state_dict())
         return
-    start_constant(model)
+    start_constant(model, plain.state_dict())
     x = images(model)
     assert relative_difference(plain, model.eval(), x) <= 1e-5
     model.train()(x).square().sum().backward()
@@ -452,3 +453,142 @@ def test_it_attaches_on_the_meta_device():
 def test_an_own_class_keeps_its_name_for_the_eye():
     assert mixed(BranchEnd, nn.Linear).__name__ == "BranchEndLinear"
     assert {"asr", "dia", "ssia", "sem", "spem", "conam", "fmm"} < set(MECHANISMS)
+
+
+# --------------------------------------------------------------------------- what other people's networks showed
+
+
+def test_a_graft_in_front_of_se_is_refused_not_wrong():
+    sizes = {"layers": [1, 1, 1, 1], "channels": [16, 32, 32, 32]}
+    stock = shaken(timm.create_model("seresnet50", **sizes))
+    for mechanism in ("dia", "sem"):
+        with pytest.raises(GraftError, match="se ends the branch, and lets no scale through"):
+            timm_attn.graft(timm_attn.register("seresnet50", mechanism), stock, **sizes)
+
+
+def test_se_in_timms_own_place_starts_constant_in_every_way(tmp_path):
+    sizes = {"layers": [1, 1, 1, 1], "channels": [32, 32, 32, 32]}
+    stock = shaken(timm.create_model("resnet50", **sizes))
+    save_file(stock.state_dict(), tmp_path / "m.safetensors")
+    overlay = {"file": str(tmp_path / "m.safetensors")}
+    x = torch.randn(2, 3, 64, 64)
+    loaded = timm_attn.create_model(
+        "resnet50", attention="se", pretrained=True, pretrained_cfg_overlay=overlay, **sizes
+    )
+    for model in (loaded, timm_attn.graft("resnet50_se", stock, **sizes)):
+        assert relative_difference(stock, model, x) < BOUNDS[torch.float32]
+        assert model.layer1[0].se is not None
+
+
+@pytest.mark.parametrize("order", ["two losses", "evaluation between"])
+def test_checkpointed_passes_do_not_mix(order):
+    torch.manual_seed(0)
+    model = timm_attn.attach(build("test_vit").double(), "dia").train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "dia" in name:
+                parameter.mul_(5)
+    a = images(model, 2)
+    b = 3 + a.flip(0)
+    gradients = []
+    for checkpointed in (False, True):
+        net = deepcopy(model)
+        net.set_grad_checkpointing(checkpointed)
+        loss = net(a).square().sum()
+        if order == "two losses":
+            loss = loss + net(b).square().sum()
+        else:
+            with torch.no_grad():
+                net(b)
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
+
+
+def test_a_class_token_is_told_by_the_grid_not_by_a_square():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=(224, 256), depth=1, embed_dim=48, num_heads=2)
+    model = timm_attn.attach(model, "se")
+    end, x = model.blocks[0].drop_path1, torch.randn(1, 225, 48)  # 14 · 16 + 1 = 15²
+    assert end.branch.prefix == 1 and torch.equal(end(x)[:, 0], x[:, 0])
+
+
+class OwnBlock(nn.Module):
+    """A residual block whose norm is read twice, or stands in another block, too."""
+
+    def __init__(self, norm: nn.Module, twice: bool) -> None:
+        super().__init__()
+        self.conv, self.bn, self.drop_path, self.twice = (
+            nn.Conv2d(8, 8, 3, padding=1),
+            norm,
+            nn.Identity(),
+            twice,
+        )
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        return self.drop_path(y) + (y if self.twice else x)
+
+
+def test_what_a_block_still_reads_is_not_overwritten():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), *(OwnBlock(nn.BatchNorm2d(8), True) for _ in range(2))).eval()
+    x = torch.randn(2, 3, 16, 16)
+    timm_attn.attach(model, "dia", x)
+    expected = model(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_a_norm_in_two_blocks_takes_in_no_gate():
+    norm = nn.BatchNorm2d(8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), OwnBlock(norm, False), OwnBlock(norm, False))
+    with pytest.raises(ValueError, match="end in nothing that takes in a constant gate"):
+        timm_attn.attach(model, "asr", torch.randn(1, 3, 16, 16))
+
+
+def test_se_in_the_middle_of_a_branch_is_not_its_end():
+    model = timm_attn.attach(timm.create_model("rexnet_100"), "se").eval()
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+    assert any(isinstance(m, BranchEnd) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "test_convnext"])
+def test_timms_reparameterisation_takes_gates_first(name):
+    model = shaken(timm_attn.attach(build(name).double(), "asr"))
+    x = images(model)
+    with torch.no_grad():  # LeViT keeps what it computes in eval mode
+        expected = model(x)
+        torch.testing.assert_close(reparameterize_model(model)(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_norms_without_bias_take_gates():
+    model = timm.create_model("vit_tiny_patch16_224", norm_layer=timm.layers.RmsNorm, **SMALL).double()
+    model = shaken(timm_attn.attach(model, "asr", where="norms"))
+    timm_attn.fold(model, images(model))
+
+
+@pytest.mark.parametrize("name", ["seresnet50", "res2net50_26w_4s", "xception41p"])
+def test_feature_maps_of_networks_outside_the_table(name):
+    stock = timm.create_model(name, features_only=True, device="meta")
+    model = timm.create_model(timm_attn.register(name, "asr"), features_only=True, device="meta")
+    assert set(stock.state_dict()) < set(model.state_dict())
+
+
+def test_ssia_keeps_what_a_network_gives_and_takes():
+    model = timm.create_model("deit_tiny_distilled_patch16_224", **SMALL)
+    model.set_distilled_training(True)
+    timm_attn.attach(model, "ssia")
+    outputs = model.train()(images(model, 2))
+    assert isinstance(outputs, tuple) and len(outputs) == 2
+    sum(y.square().sum() for y in outputs).backward()
+    vit = timm_attn.attach(build("test_vit"), "ssia").eval()
+    assert torch.equal(vit(images(vit), attn_mask=None), vit(images(vit)))
+    with pytest.raises(ValueError, match="aux_logits=False"):
+        timm_attn.attach(timm.create_model("inception_v3", aux_logits=True), "ssia")
+
+
+def test_nothing_is_attached_twice_in_timms_own_place():
+    model = timm_attn.attach(timm.create_model("resnet18"), "se")
+    with pytest.raises(ValueError, match="has se in its blocks already"):
+        timm_attn.attach(model, "dia")
+    with pytest.raises(ValueError, match="asr_se is asr in a network that has se"):
+        timm_attn.attach(timm.create_model("resnet18"), "asr_se")

@@ -48,6 +48,8 @@ def attach(model: nn.Module, mechanism: str, images: Tensor | None = None, **opt
             network is compiled, wrapped, quantised or attached already. It is left as it is.
     """
     _check(model)
+    if mechanism == "asr_se":
+        raise ValueError("asr_se is asr in a network that has se: attach asr to such a one, as seresnet50")
     row = row_of(mechanism or "''")
     known = options_of(row.put)
     unknown = set(options) - set(known)
@@ -103,6 +105,8 @@ def _check(model: Any) -> None:
         raise ValueError(
             f"{name} has {type(kind).__name__} at {there[0][0] or 'its root'} already: take a fresh network"
         )
+    if hasattr(model, "attached"):
+        raise ValueError(f"{name} has {model.attached} in its blocks already: take a fresh network")
     if not any(p.is_floating_point() for p in model.parameters()):
         raise ValueError(f"{name} has no parameters to attach anything to")
 

@@ -4,7 +4,9 @@ timm's blocks end a residual branch in a slot for stochastic depth, ``drop_path`
 what leaves it is added to the shortcut next. The slot owns no parameters.
 """
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -155,8 +157,9 @@ def _probe(model: nn.Module, images: Any) -> dict[Any, tuple[Branch | None, int]
             leaves_of(model, device) as names,
             torch.enable_grad(),
         ):
+            holders = _holders(model)
             hooks = [
-                slot.register_forward_pre_hook(_watch(model, path, name, names, found))
+                slot.register_forward_pre_hook(_watch(model, path, name, names, found, holders))
                 for path, name, slot in standing
             ]
             try:
@@ -181,7 +184,9 @@ def _probe(model: nn.Module, images: Any) -> dict[Any, tuple[Branch | None, int]
     return run(images.device)
 
 
-def _watch(model: nn.Module, path: str, name: str, names: dict[int, str], found: dict) -> Any:
+def _watch(
+    model: nn.Module, path: str, name: str, names: dict[int, str], found: dict, holders: Counter[int]
+) -> Any:
     prefix = f"{path}." if path else ""
 
     def hook(slot: nn.Module, args: tuple[Any, ...]) -> None:
@@ -191,6 +196,8 @@ def _watch(model: nn.Module, path: str, name: str, names: dict[int, str], found:
         if isinstance(x, Tensor) and x.dim() in (3, 4):
             axis, leaves = scaling_parameters(x, names)
             whole = _within(prefix, leaves)
+            if _shared(model.get_submodule(path), whole, holders):
+                whole = ()
             channels, size = x.shape[axis], x[0].numel()
             tokens = _prefix(model, path, x.shape[1]) if x.dim() == 3 and axis == -1 else 0
             scaled = scaling_parameters(x, names, leaves[0])[1] if len(leaves) == 1 else []
@@ -206,6 +213,23 @@ def _watch(model: nn.Module, path: str, name: str, names: dict[int, str], found:
     return hook
 
 
+def _holders(model: nn.Module) -> Counter[int]:
+    """In how many places each module, parameter and buffer stands, by ``id``."""
+    stores = [s for m in model.modules() for s in (m._modules, m._parameters, m._buffers)]
+    return Counter(id(held) for store in stores for held in store.values())
+
+
+def _shared(block: nn.Module, names: tuple[str, ...], holders: Counter[int]) -> bool:
+    """Whether parameters of a block, or the layers that hold them, stand in another place, too."""
+    for name in names:
+        layer: Any = block
+        for part in name.split("."):
+            layer = getattr(layer, part)
+            if holders[id(layer)] > 1:
+                return True
+    return False
+
+
 def _within(prefix: str, names: list[str]) -> tuple[str, ...]:
     """Names from a block; none if one of them is outside."""
     within = all(name.startswith(prefix) for name in names)
@@ -216,8 +240,12 @@ def _prefix(model: nn.Module, path: str, tokens: int) -> int:
     """Number of tokens that are no patches, as the innermost network around a block says."""
     parts = path.split(".")
     for end in range(len(parts), -1, -1):
-        count = getattr(model.get_submodule(".".join(parts[:end])), "num_prefix_tokens", None)
+        network: Any = model.get_submodule(".".join(parts[:end]))
+        count = getattr(network, "num_prefix_tokens", None)
         if isinstance(count, int):
+            grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
+            if grid and tokens - math.prod(grid) in (0, count):
+                return tokens - math.prod(grid)
             square = int((tokens - count) ** 0.5) ** 2 == tokens - count
             # Some networks let the class token in only at the end.
             return count if count < tokens and (square or int(tokens**0.5) ** 2 != tokens) else 0

@@ -36,7 +36,8 @@ class BranchEnd(nn.Module):
         self.branch = branch
         self.inner = getattr(block, branch.slot)
         self._held = (block, mechanism)
-        if hasattr(block, "reparameterize"):  # of RepVGG, MobileOne and their like
+        # RepVGG and its like merge their branches, others their norms: what stands here must come first.
+        if isinstance(self, GateEnd) or hasattr(block, "reparameterize"):
             block.reparameterize = partial(merge, block)
 
     @property
@@ -236,6 +237,8 @@ class DIAEnd(BranchEnd):
 
     def may_overwrite(self, x: Tensor) -> bool:
         """Whether x can take the product, which saves memory: only the slot has what the norm has made."""
+        if type(self._held[0]).__module__ != "timm.models.resnet":  # whose blocks read it nowhere else
+            return False
         norm = self._held[0].get_submodule(self.norm)
         if torch.is_grad_enabled() or not isinstance(norm, nn.BatchNorm2d) or _hooked(norm) or _hooked(self):
             return False
@@ -258,7 +261,7 @@ class DIAEnd(BranchEnd):
 
 
 def merge(block: Any) -> None:
-    """A block's own ``reparameterize``, which drops the slot with what stands there, after gates are folded.
+    """Fold the gates of a block, then let it do what timm's ``reparameterize_model`` asks of it.
 
     Raises:
         ValueError: What stands there depends on the image.
@@ -275,21 +278,23 @@ def merge(block: Any) -> None:
                 f"{type(block).__name__} cannot merge its branches: {kind} stands where they meet"
             )
     del block.reparameterize
-    block.reparameterize()
+    if hasattr(block, "reparameterize"):
+        block.reparameterize()
 
 
 class _State:
-    """(h, c) of DIA, each B × C."""
+    """(h, c) of DIA, each B × C, and the channel means that the next step has read beside it."""
 
     def __init__(self, state: tuple[Tensor, Tensor]) -> None:
         self.state = state
+        self.read: Tensor | None = None
 
 
 class DIARun:
     """Hands DIA's state along a run of branches, within one forward pass.
 
-    Every step has its own entry, so that a block which is run again, as under gradient checkpointing, reads
-    the same state again. While there is a graph it owns them, and they go when it goes.
+    Every step has an entry for each pass whose graph is there, so that a block which is run again, as under
+    gradient checkpointing, reads the same state again. The graph owns the entries, and they go when it goes.
 
     Args:
         steps: Number of branches of the run.
@@ -297,7 +302,8 @@ class DIARun:
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self._entries: dict[Any, Any] = {}
+        self._owned: dict[Any, list[weakref.ref[_State]]] = {}  # by the graphs of passes
+        self._passing: dict[Any, _State] = {}  # of a pass without a graph
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DIARun":
         return DIARun(self.steps)
@@ -312,29 +318,42 @@ class DIARun:
             RuntimeError: There is none.
         """
         if step == 0:
+            self._forget()
             return torch.zeros_like(g), torch.zeros_like(g)
-        entry = self._entries.get(self._key(step))
-        entry = entry() if isinstance(entry, weakref.ref) else entry
+        key = self._key(step)
+        entry = self._passing.get(key)
+        if entry is None:
+            known = [state for ref in self._owned.get(key, ()) if (state := ref()) is not None]
+            entry = next((state for state in known if state.read is None), None)
+            if entry is None and len(known) > 1:  # run again: by what it had read
+                same = [s for s in known if s.read is not None and s.read.shape == g.shape]
+                entry = next((s for s in same if torch.equal(s.read, g)), None)  # pyright: ignore
+            entry = known[0] if entry is None and len(known) == 1 else entry
         if entry is None:
             raise RuntimeError(
                 f"DIA's step {step} of {self.steps} has no state of the step before: call the whole network, "
                 "and checkpoint gradients with use_reentrant=False"
             )
+        if eager(g):
+            entry.read = g.detach()
         return entry.state
 
     def after(self, step: int, state: tuple[Tensor, Tensor], x: Tensor) -> None:
         """Keep the state for the next step; ``x`` is computed from it."""
-        last = step == self.steps - 1
+        last, entry, key = step == self.steps - 1, _State(state), self._key(step + 1)
         if eager(x) and x.grad_fn is not None:
             if not last:
-                entry = _State(state)
                 x.grad_fn.metadata["timm_attn.dia"] = entry  # pyright: ignore[reportIndexIssue]
-                self._entries[self._key(step + 1)] = weakref.ref(entry)
+                alive = [ref for ref in self._owned.get(key, ()) if ref() is not None]
+                self._owned[key] = [*alive, weakref.ref(entry)]
         elif last:
-            for other in range(1, self.steps):
-                self._entries.pop(self._key(other), None)
+            self._forget()
         else:
-            self._entries[self._key(step + 1)] = _State(state)
+            self._passing[key] = entry
+
+    def _forget(self) -> None:
+        for step in range(1, self.steps):
+            self._passing.pop(self._key(step), None)
 
     def _key(self, step: int) -> Any:
         return step if torch.compiler.is_compiling() else (step, threading.get_ident())
@@ -385,7 +404,7 @@ class GatedNorm:
         return self._gated("bias")
 
     def _gated(self, name: str) -> Any:
-        own = self._parameters[name]
+        own = self._parameters.get(name)  # RMS norms have no bias
         return None if own is None else own * self.gate()
 
     def gate(self) -> Tensor:
@@ -396,7 +415,7 @@ class GatedNorm:
     def scale(self, gate: Tensor) -> None:
         """Multiply the layer's own weight and bias."""
         for name in ("weight", "bias"):
-            own = self._parameters[name]
+            own = self._parameters.get(name)
             if own is not None:
                 own.copy_(own.double() * gate.double())
 

@@ -96,7 +96,7 @@ def graft(
     plain = stock_network(name, num_classes=classes, in_chans=stem.shape[1], device="meta", **arguments)
     try:
         load_stock(variant, {key: tensor.cpu() for key, tensor in state.items()}, plain.state_dict())
-        start_constant(variant)
+        start_constant(variant, plain.state_dict())
         error = relative_difference(deepcopy(stock).cpu(), deepcopy(variant), example_input(variant))
     except GraftError as problem:
         raise GraftError(f"{architecture} cannot take these weights: {problem}") from None

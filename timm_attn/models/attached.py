@@ -27,7 +27,7 @@ from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookN
 from torch import Tensor, nn
 
 from .. import weights
-from ..branches import branches, example_input
+from ..branches import example_input
 from .backbones import BACKBONES, spec_of, stock_network
 from .deployed import folded, fuse_state, has_norms
 from .features import feature_maps
@@ -127,7 +127,7 @@ def checkpoint_filter(state_dict: dict[str, Tensor], model: Any) -> dict[str, Te
                 f"{cfg['architecture']} has its norms fused: graft without folded=True, then fold"
             )
         load_stock(model, state_dict, model.stock_keys)
-        start_constant(model)
+        start_constant(model, model.stock_keys)
         # Here and not in the tag's configuration, which timm also gives a model with random weights.
         cfg["description"] = graft_description(str(cfg.get("hf_hub_id")))
         ends = classifier_keys(cfg, "first_conv")
@@ -217,8 +217,7 @@ def _network(variant: str, stock_tag: str | None = None, **kwargs: Any) -> nn.Mo
         return model
     row.put(model, example_input(model, 1), **{k: v for k, v in kwargs.items() if k in options_of(row.put)})
     if stock_tag is not None:
-        own = [b for b in branches(model, example_input(model, 1)) if b.before] if key == "se" else []
-        start_constant(model, own)
+        start_constant(model, model.stock_keys)
     return model
 
 
@@ -253,12 +252,12 @@ def feature_cfg(backbone: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     if spec.layers:
         return {}
     stock: Any = timm.create_model(backbone, features_only=True, device="meta")
-    names = {key.partition(".")[0] for key in stock_network(backbone, device="meta").state_dict()}
     cfg = {"out_indices": tuple(stock.feature_info.out_indices), "feature_cls": type(stock)}
-    if isinstance(stock, FeatureDictNet):
-        return {**cfg, "flatten_sequential": not {name for name, _ in stock.named_children()} <= names}
-    known = isinstance(stock, FeatureGetterNet | FeatureHookNet)
-    return cfg if known else {**cfg, "feature_cls": feature_maps}
+    if isinstance(stock, FeatureDictNet | FeatureHookNet):
+        whole = stock_network(backbone, device="meta")
+        parts, flat = ({name for name, _ in net.named_children()} for net in (whole, stock))
+        return {**cfg, "flatten_sequential": flat != {"body"} and not flat <= parts}
+    return cfg if isinstance(stock, FeatureGetterNet) else {**cfg, "feature_cls": feature_maps}
 
 
 def _graft_cfgs(variant: str) -> dict[str, dict[str, Any]]:

@@ -4,13 +4,14 @@ The gate of the variant is made constant, and the parameters before or after it 
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.layers import EcaModule, SEModule
 from torch import Tensor, nn
 
-from ..branches import Branch
+from ..branches import ATTENTION, branches, example_input
 from ..ends import BranchEnd, DIAEnd, GatedInput, GatedNorm, GateEnd, scale_parameters
 from ..layers import ConAM
 
@@ -20,18 +21,24 @@ class GraftError(ValueError):
 
 
 @torch.no_grad()
-def start_constant(model: nn.Module, own_places: Iterable[Branch] = ()) -> None:
+def start_constant(model: nn.Module, stock: Iterable[str]) -> None:
     """Let the gates of a network with stock weights start as constants that other parameters undo, in place.
 
     Args:
-        own_places: Branches that end in attention which is new, in timm's own place for it.
+        stock: Keys of the stock network's state dict. Attention that ends a branch in timm's own place for
+            it, and is not among them, is new.
 
     Raises:
         GraftError: A gate cannot be made constant, or nothing undoes it; the network is then half changed.
     """
-    for branch in own_places:
+    stock = set(stock)
+    new = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in ATTENTION]
+    new = [path for path in new if not any(key.startswith(f"{path}.") for key in stock)]
+    for branch in branches(model, example_input(model, 1)) if new else ():
+        place = f"{branch.block}.{branch.before}"
         block: Any = model.get_submodule(branch.block)
-        _undo(branch.block, BranchEnd(block, branch, block.get_submodule(branch.before)))
+        if branch.before and place in new and not isinstance(block.get_submodule(branch.before), GatedInput):
+            _undo(place, BranchEnd(block, replace(branch, before=""), block.get_submodule(branch.before)))
     for path, module in model.named_modules():
         if isinstance(module, BranchEnd):
             _undo(path, module)
@@ -62,6 +69,10 @@ def _undo(path: str, end: BranchEnd) -> None:
         raise GraftError(f"{path}: nobody has said how {type(layer).__name__} starts as a constant gate")
     if end.branch.prefix and not end.all_tokens:
         raise GraftError(f"{path}: the gate leaves the class token as it is, so that no scale undoes it")
+    if end.branch.before and not isinstance(end, GateEnd):
+        raise GraftError(
+            f"{path} cannot be grafted: {end.branch.before} ends the branch, and lets no scale through"
+        )
     try:
         scale_parameters(end.block, end.branch, 1 / torch.as_tensor(gate).double())
     except ValueError as error:

@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 from timm.layers import RmsNorm, RmsNorm2d, SEModule, SimpleNorm, SimpleNorm2d, get_attn
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 from ..branches import Branch, branches, runs
@@ -107,9 +108,11 @@ def _stand(model: nn.Module, ends: Sequence[tuple[Branch, str, nn.Module]], make
     """Put modules at the ends of branches, registered in the block under the mechanism's name."""
     for branch, key, module in ends:
         block = model.get_submodule(branch.block)
-        own = getattr(block, key, model) is None  # timm's own place: ``se`` in the block of a ResNet
+        # timm's own place: ``se`` in the block of a ResNet. Elsewhere it may be in the middle of the branch.
+        own = isinstance(block, BasicBlock | Bottleneck) and getattr(block, key, model) is None
         setattr(block, key if own else _free_name(block, key + branch.suffix), module.train(block.training))
         if own:
+            model.attached = key  # pyright: ignore[reportArgumentType]
             continue
         end = make(block, branch, module)
         if make is GateEnd and branch.before:

@@ -19,13 +19,16 @@ class SSIANetwork:
 
     ssia: Any
 
-    def forward(self, x: Tensor) -> Any:
-        """Logits; what is attached to them acts in the backward pass."""
-        if self.training and isinstance(self.ssia, SSIA):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Logits; what is attached to them, or to the first of several, acts in the backward pass."""
+        if self.training and isinstance(self.ssia, SSIA) and not args and not kwargs:
             x, features = self.forward_intermediates(x)  # pyright: ignore[reportCallIssue]
             stages: Any = self.ssia.stages
-            return self.ssia(self.forward_head(x), features[-stages:])
-        return super().forward(x)  # pyright: ignore[reportCallIssue]
+            logits = self.forward_head(x)
+            if isinstance(logits, tuple):  # of distilled networks
+                return self.ssia(logits[0], features[-stages:]), *logits[1:]
+            return self.ssia(logits, features[-stages:])
+        return super().forward(x, *args, **kwargs)  # pyright: ignore[reportCallIssue]
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
         """timm's; what is pruned gives feature maps and has no auxiliary loss."""
@@ -45,6 +48,10 @@ def put_ssia(model: Any, target: str, aux_weight: float) -> None:
         raise ValueError(
             f"ssia needs a network of timm with feature_info, forward_intermediates and forward_head, and "
             f"{type(model).__name__} lacks one: choose asr, dia or se"
+        )
+    if getattr(model, "aux_logits", False):
+        raise ValueError(
+            f"ssia does not go with the auxiliary head of {type(model).__name__}: aux_logits=False"
         )
     modules = dict(model.named_modules())
     first = modules.get(info[0]["module"])
