@@ -553,11 +553,12 @@ def test_se_in_the_middle_of_a_branch_is_not_its_end():
 
 @pytest.mark.parametrize("name", ["levit_128s", "test_convnext"])
 def test_timms_reparameterisation_takes_gates_first(name):
-    model = shaken(timm_attn.attach(build(name).double(), "asr"))
+    model = shaken(timm_attn.attach(build(name), "asr"))
     x = images(model)
     with torch.no_grad():  # LeViT keeps what it computes in eval mode
         expected = model(x)
-        torch.testing.assert_close(reparameterize_model(model)(x), expected, rtol=1e-9, atol=1e-9)
+        error = (reparameterize_model(model)(x) - expected).abs().max() / expected.abs().max()
+    assert error < BOUNDS[torch.float32]
 
 
 def test_norms_without_bias_take_gates():

@@ -586,6 +586,7 @@ class _Work:
 
     def loss(self, constants: dict[Gate, Tensor]) -> tuple[float, float]:
         """Points of top-1 lost on the images for choosing, and their standard error."""
+        self.original(1)  # before its gates are held
         with held(self.model, constants):
             return self.loss_of(self.model)
 

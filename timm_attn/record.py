@@ -173,8 +173,8 @@ def _as_gate(module: nn.Module, x: Any, y: Any) -> tuple[int, int, bool] | None:
         return None
     for axis in (1, -1) if x.dim() == 4 else (-1,):
         gate, rest = gate_of(x, y, axis)
-        # The rounding of the product, squared.
-        if rest <= 4 * torch.finfo(y.dtype).eps ** 2 * max(1, 0.1 * x[0, 0].numel()):
+        # The rounding of the product, squared, or that of the sums.
+        if rest <= max(4 * torch.finfo(y.dtype).eps ** 2, 1e-14) * max(10, x[0].numel() / gate.shape[1]):
             differs = bool((gate - gate[:1]).abs().nan_to_num().max() > 1e-5)
             if isinstance(module, GATES) or (gate - 1).abs().nan_to_num().max() > 1e-5:
                 return gate.shape[1], axis, differs
@@ -187,10 +187,12 @@ def gate_of(x: Tensor, y: Tensor, axis: int) -> tuple[Tensor, float]:
     Also the greatest share of a channel of y, as a sum of squares, that is no multiple of x.
     """
     x, y = (t.detach().movedim(axis, 1).flatten(2).double() for t in (x, y))
+    largest = [t.abs().amax(2, keepdim=True) for t in (x, y)]  # squares of small numbers would vanish
+    x, y = x / largest[0], y / largest[1]
     xy, xx, yy = (x * y).sum(2), x.square().sum(2), y.square().sum(2)
-    gate = xy / xx
-    rest = (yy - gate * xy) / yy
-    return gate, rest.nan_to_num(0.0).max().item()
+    rest = 1 - xy.square() / (xx * yy)
+    gate = torch.where(largest[1][..., 0] > 0, xy / xx * (largest[1] / largest[0])[..., 0], 0.0)
+    return torch.where(largest[0][..., 0] > 0, gate, torch.nan), rest.nan_to_num(0.0).max().item()
 
 
 class GateStatistics:

@@ -21,6 +21,8 @@ class SSIANetwork:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Logits; what is attached to them, or to the first of several, acts in the backward pass."""
+        if not isinstance(args, tuple):  # a tracer's stand-in for what nobody gives
+            args, kwargs = (), {}
         if self.training and isinstance(self.ssia, SSIA) and not args and not kwargs:
             x, features = self.forward_intermediates(x)  # pyright: ignore[reportCallIssue]
             stages: Any = self.ssia.stages

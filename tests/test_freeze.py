@@ -1,0 +1,356 @@
+"""Channel gates: found, recorded, frozen and absorbed, on small networks of timm, torchvision and one's own."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from forked import run_code
+from helpers import narrow
+from torch import nn
+
+import timm_attn
+from timm_attn import cli
+from timm_attn.errors import UserError
+from timm_attn.freeze import _build, _plan
+from timm_attn.layers.frozen import FrozenGate
+from timm_attn.record import Gate, find_gates, gate_of, held, record
+from timm_attn.training.run import save_model
+
+
+@torch.no_grad()
+def lively(model: nn.Module) -> nn.Module:
+    """Norms and gates that make a difference: in a fresh network all gates are about one half."""
+    g = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2, generator=g)
+            module.running_var.uniform_(0.5, 1.5, generator=g)
+            module.weight.uniform_(0.5, 1.5, generator=g)
+            module.bias.normal_(0, 0.3, generator=g)
+        elif isinstance(module, nn.Conv2d | nn.Linear) and module.weight.shape[1] < 128:
+            module.weight.mul_(1.5)
+    return model.eval()
+
+
+def coloured(n: int, size: int = 32, channels: int = 3, dtype=torch.float32) -> torch.Tensor:
+    g = torch.Generator().manual_seed(1)
+    colour = torch.randn(n, channels, 1, 1, generator=g)
+    return (colour + torch.randn(n, channels, size, size, generator=g)).to(dtype)
+
+
+class GateAfterPooling(nn.Module):
+    """Somebody's own gate."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(channels, channels)
+
+    def forward(self, x):
+        return x * self.fc(x.mean((2, 3))).sigmoid()[:, :, None, None]
+
+
+class Own(nn.Module):
+    """A network of one's own; ``read`` is who reads what the gate gives."""
+
+    def __init__(self, read: str = "one", groups: int = 1, gate: nn.Module | None = None) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.act = nn.SiLU()
+        self.gate = gate or timm.layers.SEModule(8, rd_channels=4)
+        self.a, self.b = nn.Conv2d(8, 8, 3, groups=groups), nn.Conv2d(8, 8, 3)
+        self.read, self.num_classes = read, 8
+
+    def forward(self, x):
+        x = self.gate(self.act(self.stem(x)))
+        y = self.a(x)
+        if self.read == "two":
+            y = y + self.b(x)
+        elif self.read == "sum":
+            y = y + x[:, :, 1:-1, 1:-1]
+        return y.mean((2, 3))
+
+
+#: name: how to build it, how many gates it has, and how many of them a layer takes in.
+NETWORKS = {
+    "seresnet18": (lambda: narrow_timm("seresnet18", channels=[8, 16, 16, 24], layers=[1] * 4), 4, 4),
+    "resnet20_dia": (lambda: narrow("resnet20_dia", layers=[3, 1, 1]), 5, 5),
+    "resnet20_sem": (lambda: narrow("resnet20_sem", layers=[1, 1, 1]), 3, 3),
+    "resnet20_spem": (lambda: narrow("resnet20_spem", layers=[1, 1, 1]), 3, 3),
+    "lcnet_035": (lambda: narrow_timm("lcnet_035"), 2, 2),
+    "mobilenetv3_small_050": (lambda: narrow_timm("mobilenetv3_small_050"), 9, 9),
+    "regnety_002": (lambda: narrow_timm("regnety_002"), 13, 13),
+    "test_efficientnet": (lambda: narrow_timm("test_efficientnet"), 2, 2),
+    "eca": (lambda: narrow_timm("ecaresnet26t", layers=[1] * 4, channels=[8, 16, 16, 24]), 4, 4),
+    "cbam": (lambda: narrow_timm("resnet18", block_args={"attn_layer": "cbam"}, layers=[1] * 4), 4, 4),
+    "torchvision": (lambda: torchvision.models.mobilenet_v3_small(num_classes=10), 9, 9),
+    "one reader": (lambda: Own(), 1, 1),
+    "two readers": (lambda: Own("two"), 1, 1),
+    "a sum reads it": (lambda: Own("sum"), 1, 0),
+    "grouped": (lambda: Own(groups=4), 1, 1),
+    "depthwise": (lambda: Own(groups=8), 1, 1),
+}
+
+
+def narrow_timm(name: str, **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=10, **kwargs)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_constants_are_absorbed_exactly(name):
+    make, count, taken = NETWORKS[name]
+    model = lively(make()).double()
+    x = coloured(6, 64, dtype=torch.float64)
+    gates, _ = find_gates(model, x)
+    assert len(gates) == count
+    g = torch.Generator().manual_seed(2)
+    constants = {gate: torch.rand(gate.channels, generator=g).double() + 0.1 for gate in gates}
+    frozen, where = _build(model, constants, x)
+    assert sum(place != "a multiplication" for place in where.values()) == taken
+    assert sum(isinstance(m, FrozenGate) for m in frozen.modules()) == count - taken
+    with torch.no_grad(), held(model, constants):
+        expected = model(x)
+    torch.testing.assert_close(frozen(x), expected, rtol=1e-9, atol=1e-10)
+    # The gates do something.
+    assert (model(x) - expected).abs().max() > 1e-4 * expected.abs().max()
+
+
+def test_what_is_no_channel_gate_is_left_alone_and_listed():
+    for attention, word in (("cbam", "CbamModule"), ("gc", "GlobalContext"), ("nl", "NonLocalAttn")):
+        model = narrow_timm("resnet18", block_args={"attn_layer": attention}, layers=[1] * 4)
+        found, others = find_gates(lively(model), coloured(4))
+        assert any(f"{word} is no channel gate" in reason for reason in others.values()) or found
+
+
+def test_ones_own_gate_is_listed_until_it_is_named():
+    model = lively(Own(gate=GateAfterPooling(8)))
+    assert find_gates(model, coloured(4)) == (
+        [],
+        {"gate": "GateAfterPooling scales channels but is not known: name it to have it frozen"},
+    )
+    for name in (GateAfterPooling, "gate"):
+        found, others = find_gates(model, coloured(4), [name])
+        assert found == [Gate("gate", "GateAfterPooling", 8)] and not others
+    with pytest.raises(ValueError, match=r"no module 'gat' in Own: name one such as"):
+        find_gates(model, coloured(4), ["gat"])
+
+
+def test_the_recorder_knows_what_numpy_would_say():
+    model = lively(Own()).double()
+    x, labels = coloured(60, dtype=torch.float64), torch.arange(60) % 3
+    (gate,), _ = find_gates(model, x[:4])
+    with record(model, [gate]) as found:
+        for part in range(0, 60, 16):
+            found.labels = labels[part : part + 16]
+            model(x[part : part + 16])
+    values = gate_of(model.act(model.stem(x)), model.gate(model.act(model.stem(x))), 1)[0]
+    direct = model.gate(torch.ones(1, 8, 1, 1).double())  # of a map of ones: another gate, of the same size
+    assert values.shape == (60, 8) and direct.shape == (1, 8, 1, 1)
+    statistics = found.statistics["gate"]
+    torch.testing.assert_close(statistics.mean, values.mean(0))
+    torch.testing.assert_close(statistics.variance, values.var(0, unbiased=False))
+    torch.testing.assert_close(statistics.low.double(), values.amin(0), rtol=1e-6, atol=0)
+    within = values.var(0, unbiased=False).mean()
+    assert math.isclose(statistics.image_share, within / values.var(unbiased=False), rel_tol=1e-9)
+    means = torch.stack([values[labels == k].mean(0) for k in range(3)])
+    between = (means - values.mean(0)).square().mean(0).mean()
+    assert math.isclose(statistics.class_share, between / within, rel_tol=1e-9)
+    assert not model.gate._forward_hooks
+
+
+def test_hooks_go_after_an_exception():
+    model = lively(Own())
+    (gate,), _ = find_gates(model, coloured(4))
+    with pytest.raises(ZeroDivisionError), record(model, [gate]):
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), held(model, {gate: torch.ones(8)}):
+        raise ZeroDivisionError
+    assert not model.gate._forward_hooks
+
+
+def test_a_dead_channel_has_no_say():
+    x = torch.zeros(2, 3, 4, 4)
+    x[:, 1] = 1
+    gate, rest = gate_of(x, x * 0.5, 1)
+    assert gate[:, 1].tolist() == [0.5, 0.5] and gate[:, 0].isnan().all() and rest == 0
+
+
+# ------------------------------------------------------------------------------------------------- the choice
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small network that tells bright images from dark ones, and one that needs a gate for it."""
+    torch.manual_seed(0)
+    return lively(narrow_timm("seresnet18", channels=[8, 16, 16, 24], layers=[1] * 4))
+
+
+def test_everything_within_a_large_budget_and_nothing_that_costs_more(trained):
+    x = coloured(800)
+    with torch.no_grad():
+        labels = trained(x).argmax(1)
+    whole = timm_attn.freeze(trained, x, labels, budget=100)
+    assert whole.frozen == 4 and all(gate.frozen for gate in whole.gates)
+    assert whole.model.pretrained_cfg["architecture"] == "resnet18" and whole.loads
+    stock = timm.create_model("resnet18", layers=[1] * 4, channels=[8, 16, 16, 24])
+    assert set(whole.model.state_dict()) == set(stock.state_dict())
+    assert whole.before.top1 == 100 and whole.images == (320, 240, 240)
+    least = timm_attn.freeze(trained, x, labels, budget=0.5)
+    assert least.frozen < 4 and least.model is not trained
+    assert any(gate.frozen for gate in least.gates) or least.after.agreement == 100
+    for gate in least.gates:
+        assert gate.frozen == gate.where.startswith("in ")
+        assert gate.frozen or "points with those before it" in gate.where
+    # On the images for choosing, by the definition of the budget.
+    part = (torch.arange(800) % 10 >= 4) & (torch.arange(800) % 10 < 7)
+    right = least.model(x[part]).argmax(1) == labels[part]
+    difference = 1 - right.double()
+    assert difference.mean() <= max(0.005, difference.std() / len(difference) ** 0.5)
+    # And the figures are of others.
+    last = torch.arange(800) % 10 >= 7
+    assert least.after.top1 == 100 * (least.model(x[last]).argmax(1) == labels[last]).double().mean()
+
+
+def test_kept_gates_stay_and_agreement_serves_without_labels(trained):
+    report = timm_attn.freeze(trained, coloured(700), every=True, keep=["layer1.*", "layer4.0.se"])
+    assert [gate.frozen for gate in report.gates] == [False, True, True, False]
+    assert report.gates[0].where == "named by keep"
+    assert math.isnan(report.before.top1) and report.before.agreement == 100 > report.after.agreement
+    assert report.model._model_args["kept"] == [0, 3] and report.model._model_args["backbone"] == "seresnet18"
+
+
+def test_a_runs_tail_goes_first():
+    model = lively(narrow("resnet20_dia", layers=[3, 1, 1]))
+    report = timm_attn.freeze(model, coloured(700), every=True, keep=["layer1.1.*"])
+    stays = {gate.path: gate.where for gate in report.gates if not gate.frozen}
+    assert stays == {
+        "layer1.0.drop_path": "layer1.1.drop_path, which stays, reads its cell",
+        "layer1.1.drop_path": "named by keep",
+    }
+    x = coloured(4)
+    assert report.model(x).shape == (4, 10) and report.model.layer1[0].dia is not None
+
+
+@pytest.mark.parametrize("name", ["seresnet18", "mobilenetv3_small_050", "regnety_002", "resnet20_dia"])
+def test_what_is_left_is_built_by_name(name, tmp_path):
+    model = lively(NETWORKS[name][0]())
+    x = coloured(670, 32)
+    whole = timm_attn.freeze(model, x, every=True)
+    part = timm_attn.freeze(model, x, every=True, keep=[whole.gates[0].path])
+    for report in (whole, part):
+        folder = tmp_path / str(report.frozen)
+        folder.mkdir()
+        save_model(report.model, folder, [str(i) for i in range(10)])
+        again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        assert torch.equal(again(x[:4]), report.model(x[:4]))
+        maps = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()(x[:4])
+        assert len(maps) >= 3
+        code = f"import timm, timm_attn; print(timm.create_model('local-dir:{folder}', pretrained=True).num_classes)"
+        result = run_code(code) if report is part and name == "seresnet18" else None
+        assert result is None or result.stdout.strip() == "10", result.stderr
+
+
+def test_recovery_is_asked_for_more_gates_until_the_budget_ends(trained):
+    x = coloured(800)
+    with torch.no_grad():
+        labels = trained(x).argmax(1)
+    asked = []
+
+    def recover(network):
+        asked.append(sum(isinstance(m, timm.layers.SEModule) for m in network.modules()))
+        return network  # untrained: it must not pass
+
+    report = timm_attn.freeze(trained, x, labels, budget=0.5, recover=recover)
+    plain = timm_attn.freeze(trained, x, labels, budget=0.5)
+    assert asked and report.frozen == plain.frozen
+    everything = timm_attn.freeze(trained, x, labels, every=True, recover=recover)
+    assert everything.frozen == 4
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+
+class Shared(Own):
+    def forward(self, x):
+        return self.a(self.gate(self.gate(self.act(self.stem(x))))).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "error", "message"),
+    [
+        (lambda: timm.create_model("resnet18"), {}, ValueError, "ResNet has no channel gates to freeze"),
+        (Own, {"images": coloured(50)}, ValueError, r"50 images are too few: .*: give 3334 or more"),
+        (Own, {"images": coloured(50), "budget": 0.0}, ValueError, "fewer than 200 tell nothing: give 667"),
+        (Own, {"images": coloured(900, channels=4)}, ValueError, r"Own does not take images \(4, 32, 32\)"),
+        (Own, {"images": [1]}, TypeError, "images must be normalised, B × C × H × W, got list"),
+        (Own, {"labels": torch.full((900,), 8)}, ValueError, "label 8 is not one of the network's 8 classes"),
+        (Own, {"labels": torch.zeros(3).long()}, ValueError, "labels must be 900 whole numbers"),
+        (Own, {"budget": -1}, ValueError, "budget is in points of top-1, from 0 to 100, got -1"),
+        (Own, {"keep": "gate"}, TypeError, "keep is a list of patterns, got 'gate'"),
+        (Shared, {}, ValueError, "gate: SEModule acts in 2 places, which one constant does not serve"),
+        (
+            lambda: nn.Sequential(Own(), nn.Dropout(0.5)).train(),
+            {},
+            ValueError,
+            r"in training mode, with Dropout: call .eval\(\) first",
+        ),
+        (lambda: "resnet18", {}, TypeError, "freeze needs a network, got str"),
+    ],
+)
+def test_bad_input_is_named_in_one_line(make, change, error, message):
+    given = {"images": coloured(900), "budget": 1.0, **change}
+    if change == {"images": given["images"]} and len(given["images"]) == 50:
+        given["budget"] = 0.1
+    model = make()
+    model = model.eval() if isinstance(model, nn.Module) and "Dropout" not in message else model
+    with pytest.raises(error, match=message) as caught:
+        timm_attn.freeze(model, **given)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.mark.numbers
+def test_the_command_writes_what_timm_loads_and_goes_on_where_it_was(tmp_path, capsys):
+    recipe = ["--data", "digits", "--img-size", "8", "--batch-size", "128"]
+    kwargs = ["--model-kwargs", "channels=[8,8,8]"]
+    cli.main(["train", "resnet20_se", *recipe, "--epochs", "2", *kwargs, "--out", str(tmp_path / "run")])
+    out = tmp_path / "frozen"
+    freeze = ["freeze", str(tmp_path / "run"), "--data", "digits", "--budget", "100", "--out", str(out)]
+    with pytest.raises(SystemExit):
+        cli.main(freeze)
+    assert "360 images are too few" in capsys.readouterr().err and not out.exists()
+
+
+def test_a_folder_with_something_in_it_is_refused(tmp_path):
+    from timm_attn.training import Recipe
+    from timm_attn.training.freezing import freeze_trained
+
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="is not empty"):
+        freeze_trained("resnet20_se", Recipe(data="digits"), tmp_path)
+
+
+def test_plan_is_empty_for_a_negative_constant():
+    model = lively(Own()).double()
+    x = coloured(4, dtype=torch.float64)
+    (gate,), _ = find_gates(model, x)
+    constants = {gate: -torch.ones(8).double()}
+    frozen, where = _build(model, constants, x)
+    assert where == {gate: "a multiplication"} and _plan is not None
+    with held(model, constants):
+        torch.testing.assert_close(frozen(x), model(x))
+
+
+def test_the_report_is_json(tmp_path):
+    from timm_attn.training.freezing import _json, draw
+
+    report = timm_attn.freeze(lively(Own()), coloured(700), every=True, curves=True)
+    assert json.loads(json.dumps(_json(report)))["before"]["top1"] is None
+    draw(report, "own", Path(tmp_path) / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
