@@ -174,7 +174,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    ours = set(timm_attn.model_names())
+    ours = {*timm_attn.model_names(), "frozen"}
     names = [n for n in timm.list_models(arguments.only or "") if n not in ours]
     rows: list[dict[str, Any]] = []
     if arguments.out.is_file():

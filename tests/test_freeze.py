@@ -1,5 +1,6 @@
 """Channel gates: found, recorded, frozen and absorbed, on small networks of timm, torchvision and one's own."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -284,7 +285,7 @@ class Shared(Own):
     [
         (lambda: timm.create_model("resnet18"), {}, ValueError, "ResNet has no channel gates to freeze"),
         (Own, {"images": coloured(50)}, ValueError, r"50 images are too few: .*: give 3334 or more"),
-        (Own, {"images": coloured(50), "budget": 0.0}, ValueError, "fewer than 200 tell nothing: give 667"),
+        (Own, {"images": coloured(50), "budget": 0.0}, ValueError, "fewer than 100 tell nothing: give 334"),
         (Own, {"images": coloured(900, channels=4)}, ValueError, r"Own does not take images \(4, 32, 32\)"),
         (Own, {"images": [1]}, TypeError, "images must be normalised, B × C × H × W, got list"),
         (Own, {"labels": torch.full((900,), 8)}, ValueError, "label 8 is not one of the network's 8 classes"),
@@ -315,16 +316,53 @@ def test_bad_input_is_named_in_one_line(make, change, error, message):
 # ------------------------------------------------------------------------------------------- the command line
 
 
-@pytest.mark.numbers
-def test_the_command_writes_what_timm_loads_and_goes_on_where_it_was(tmp_path, capsys):
+def test_the_command_writes_what_timm_loads_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
     recipe = ["--data", "digits", "--img-size", "8", "--batch-size", "128"]
-    kwargs = ["--model-kwargs", "channels=[8,8,8]"]
-    cli.main(["train", "resnet20_se", *recipe, "--epochs", "2", *kwargs, "--out", str(tmp_path / "run")])
+    kwargs = ["--model-kwargs", "channels=[8,8,8]", "layers=[1,1,1]"]
+    cli.main(["train", "resnet20_se", *recipe, "--epochs", "1", *kwargs, "--out", str(tmp_path / "run")])
     out = tmp_path / "frozen"
-    freeze = ["freeze", str(tmp_path / "run"), "--data", "digits", "--budget", "100", "--out", str(out)]
+    freeze = [
+        "freeze",
+        str(tmp_path / "run"),
+        "--data",
+        "digits",
+        "--all",
+        "--recover",
+        "6",
+        "--out",
+        str(out),
+    ]
+    from timm_attn.training import freezing
+
+    # Stopped in the middle of recovery, at a step of which there is a checkpoint.
+    train = freezing.train
+
+    def stopped(model, recipe, run):
+        def stop(step):
+            if step == 4:
+                raise KeyboardInterrupt
+
+        recipe = dataclasses.replace(recipe, checkpoint_every=2)
+        return train(model, recipe, run, on_step=stop)
+
+    monkeypatch.setattr(freezing, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(freeze)
+    assert not (out / "config.json").exists()
+    monkeypatch.setattr(freezing, "train", None)  # it is not started again
+    capsys.readouterr()
+    cli.main(freeze)
+    assert "3 of 3 gates are constants" in capsys.readouterr().out
+    report = json.loads((out / "freeze.json").read_text())
+    assert report["steps"] == 6 and report["images"] == [1437, 180, 180] and (out / "freeze.png").exists()
+    model = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert model.pretrained_cfg["architecture"] == "resnet20"
     with pytest.raises(SystemExit):
         cli.main(freeze)
-    assert "360 images are too few" in capsys.readouterr().err and not out.exists()
+    assert "is not empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["freeze", str(out), "--data", "digits", "--out", str(tmp_path / "again")])
+    assert "has no channel gates to freeze" in capsys.readouterr().err and not (tmp_path / "again").exists()
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path):

@@ -31,7 +31,7 @@ from .record import Gate, find_gates, gate_modules, held, record
 #: Of images that are not divided by the caller: for the means, for choosing, for the final figures.
 PARTS = (0.4, 0.3, 0.3)
 #: Fewer images tell nothing of a gate, or of a network.
-LEAST = 200
+LEAST = 100
 #: Images on which the damage of each gate alone is measured.
 ALONE = 2048
 
