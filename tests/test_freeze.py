@@ -15,8 +15,9 @@ from torch import nn
 
 import timm_attn
 from timm_attn import cli
+from timm_attn.absorb import build_frozen
 from timm_attn.errors import UserError
-from timm_attn.freeze import _build, _plan
+from timm_attn.freeze import _parts
 from timm_attn.layers.frozen import FrozenGate
 from timm_attn.record import Gate, find_gates, gate_of, held, record
 from timm_attn.training.run import save_model
@@ -110,7 +111,7 @@ def test_constants_are_absorbed_exactly(name):
     assert len(gates) == count
     g = torch.Generator().manual_seed(2)
     constants = {gate: torch.rand(gate.channels, generator=g).double() + 0.1 for gate in gates}
-    frozen, where = _build(model, constants, x)
+    frozen, where = build_frozen(model, constants, x)
     assert sum(place != "a multiplication" for place in where.values()) == taken
     assert sum(isinstance(m, FrozenGate) for m in frozen.modules()) == count - taken
     with torch.no_grad(), held(model, constants):
@@ -158,8 +159,11 @@ def test_the_recorder_knows_what_numpy_would_say():
     within = values.var(0, unbiased=False).mean()
     assert math.isclose(statistics.image_share, within / values.var(unbiased=False), rel_tol=1e-9)
     means = torch.stack([values[labels == k].mean(0) for k in range(3)])
-    between = (means - values.mean(0)).square().mean(0).mean()
-    assert math.isclose(statistics.class_share, between / within, rel_tol=1e-9)
+    between = 20 * (means - values.mean(0)).square().sum()  # 20 images a class; ω² by its textbook formula
+    rest = sum((values[labels == k] - means[k]).square().sum() for k in range(3))
+    noise = rest / 8 / (60 - 3)
+    omega = (between / 8 - (3 - 1) * noise) / ((between + rest) / 8 + noise)
+    assert math.isclose(statistics.class_share, max(0, omega), rel_tol=1e-6, abs_tol=1e-12)
     assert not model.gate._forward_hooks
 
 
@@ -207,13 +211,12 @@ def test_everything_within_a_large_budget_and_nothing_that_costs_more(trained):
         assert gate.frozen == gate.where.startswith("in ")
         assert gate.frozen or "points with those before it" in gate.where
     # On the images for choosing, by the definition of the budget.
-    part = (torch.arange(800) % 10 >= 4) & (torch.arange(800) % 10 < 7)
-    right = least.model(x[part]).argmax(1) == labels[part]
+    _, (choosing, theirs), (last, others) = _parts(x, labels, None, None, 0.5)
+    right = least.model(choosing).argmax(1) == theirs
     difference = 1 - right.double()
     assert difference.mean() <= max(0.005, difference.std() / len(difference) ** 0.5)
     # And the figures are of others.
-    last = torch.arange(800) % 10 >= 7
-    assert least.after.top1 == 100 * (least.model(x[last]).argmax(1) == labels[last]).double().mean()
+    assert least.after.top1 == 100 * (least.model(last).argmax(1) == others).double().mean()
 
 
 def test_kept_gates_stay_and_agreement_serves_without_labels(trained):
@@ -291,15 +294,40 @@ class Shared(Own):
         (Own, {"labels": torch.full((900,), 8)}, ValueError, "label 8 is not one of the network's 8 classes"),
         (Own, {"labels": torch.zeros(3).long()}, ValueError, "labels must be 900 whole numbers"),
         (Own, {"budget": -1}, ValueError, "budget is in points of top-1, from 0 to 100, got -1"),
-        (Own, {"keep": "gate"}, TypeError, "keep is a list of patterns, got 'gate'"),
+        (Own, {"keep": "gate"}, TypeError, "keep is a list, got 'gate'"),
         (Shared, {}, ValueError, "gate: SEModule acts in 2 places, which one constant does not serve"),
         (
-            lambda: nn.Sequential(Own(), nn.Dropout(0.5)).train(),
+            lambda: timm.create_model("seresnet18", drop_rate=0.2).train(),
             {},
             ValueError,
-            r"in training mode, with Dropout: call .eval\(\) first",
+            r"in training mode, where dropout acts: call .eval\(\) first",
         ),
         (lambda: "resnet18", {}, TypeError, "freeze needs a network, got str"),
+        (nn.Identity, {}, ValueError, "Identity has no parameters"),
+        (Own, {"keep": ["gat"]}, ValueError, "keep 'gat' names no gate: gates are gate"),
+        (Own, {"gates": "gate"}, TypeError, "gates is a list, got 'gate'"),
+        (Own, {"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        (Own, {"images": coloured(0)}, TypeError, "images must be normalised"),
+        (Own, {"images": coloured(900) / 0}, ValueError, "images hold NaN or infinity, first in image 0"),
+        (
+            Own,
+            {"calibration": coloured(200, 16)},
+            ValueError,
+            r"calibration is of \(3, 16, 16\), images",
+        ),
+        (Own, {"calibration": coloured(20)}, ValueError, "20 images for the means are too few: give 100"),
+        (
+            Own,
+            {"calibration": coloured(200), "calibration_labels": torch.zeros(3).long()},
+            ValueError,
+            "3 calibration_labels for 200 images",
+        ),
+        (
+            lambda: timm.create_model("seresnet18", features_only=True),
+            {},
+            ValueError,
+            "FeatureListNet gives no logits",
+        ),
     ],
 )
 def test_bad_input_is_named_in_one_line(make, change, error, message):
@@ -307,7 +335,7 @@ def test_bad_input_is_named_in_one_line(make, change, error, message):
     if change == {"images": given["images"]} and len(given["images"]) == 50:
         given["budget"] = 0.1
     model = make()
-    model = model.eval() if isinstance(model, nn.Module) and "Dropout" not in message else model
+    model = model.eval() if isinstance(model, nn.Module) and "dropout" not in message else model
     with pytest.raises(error, match=message) as caught:
         timm_attn.freeze(model, **given)
     assert "\n" not in str(caught.value)
@@ -346,9 +374,10 @@ def test_the_command_writes_what_timm_loads_and_goes_on_where_it_was(tmp_path, c
         return train(model, recipe, run, on_step=stop)
 
     monkeypatch.setattr(freezing, "train", stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as status:
         cli.main(freeze)
-    assert not (out / "config.json").exists()
+    assert status.value.code == 130 and not (out / "config.json").exists()
+    assert "stopped; the same command goes on" in capsys.readouterr().err
     monkeypatch.setattr(freezing, "train", None)  # it is not started again
     capsys.readouterr()
     cli.main(freeze)
@@ -379,8 +408,8 @@ def test_plan_is_empty_for_a_negative_constant():
     x = coloured(4, dtype=torch.float64)
     (gate,), _ = find_gates(model, x)
     constants = {gate: -torch.ones(8).double()}
-    frozen, where = _build(model, constants, x)
-    assert where == {gate: "a multiplication"} and _plan is not None
+    frozen, where = build_frozen(model, constants, x)
+    assert where == {gate: "a multiplication"}
     with held(model, constants):
         torch.testing.assert_close(frozen(x), model(x))
 
@@ -392,3 +421,67 @@ def test_the_report_is_json(tmp_path):
     assert json.loads(json.dumps(_json(report)))["before"]["top1"] is None
     draw(report, "own", Path(tmp_path) / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+# ----------------------------------------------------------------------------------- what a new user ran into
+
+
+def test_a_network_that_was_changed_is_not_called_what_it_was():
+    model = lively(narrow_timm("seresnet18", channels=[8, 16, 16, 24], layers=[1] * 4))
+    model.maxpool = nn.Identity()  # as for small images; no key tells
+    x = coloured(400)
+    for keep in ([], ["layer1.*"]):
+        report = timm_attn.freeze(model, x, every=True, keep=keep)
+        assert not report.loads and isinstance(report.model.maxpool, nn.Identity)
+    attached = timm_attn.attach(narrow_timm("resnet18", channels=[8, 16, 16, 24], layers=[1] * 4), "sem")
+    report = timm_attn.freeze(lively(attached), x, every=True)
+    assert report.loads and report.model.pretrained_cfg["architecture"] == "resnet18"
+    report = timm_attn.freeze(attached, x, every=True, keep=["layer1.*"])
+    assert not report.loads and any(isinstance(m, timm_attn.layers.SEM) for m in report.model.modules())
+
+
+def test_gates_one_after_the_other():
+    model = lively(
+        timm_attn.attach(narrow_timm("seresnet18", channels=[8] * 4, layers=[1] * 4), "dia")
+    ).double()
+    x = coloured(6, dtype=torch.float64)
+    gates, _ = find_gates(model, x)
+    assert len(gates) == 8
+    constants = {gate: torch.rand(gate.channels, dtype=torch.float64) + 0.5 for gate in gates}
+    frozen, _ = build_frozen(model, constants, x)
+    with held(model, constants):
+        torch.testing.assert_close(frozen(x), model(x), rtol=1e-9, atol=1e-10)
+
+
+def test_a_kept_end_of_a_run_keeps_what_feeds_it_in_curves_and_recovery_too():
+    model = lively(narrow("resnet20_dia", layers=[2, 1, 1]))
+    report = timm_attn.freeze(
+        model, coloured(400), every=True, keep=["layer1.1.*"], curves=True, recover=lambda network: network
+    )
+    assert [gate.frozen for gate in report.gates] == [False, False, True, True]
+    assert [n for n, *_ in report.curves["depth"]] == [0, 1, 2]
+
+
+def test_classes_in_turn_are_in_every_part():
+    for _, labels in _parts(torch.zeros(2000, 1, 1, 1), torch.arange(2000) % 10, None, None, 0.0):
+        assert len(labels.unique()) == 10
+
+
+def test_the_frozen_architecture_gives_feature_maps():
+    for backbone in ("mobilenetv3_small_050", "resnet20_se", "seresnet18"):
+        stock = timm.create_model(backbone, features_only=True)
+        model = timm.create_model("frozen", backbone=backbone, kept=[0], features_only=True)
+        assert model.feature_info.channels() == stock.feature_info.channels()
+    with pytest.raises(ValueError, match="seresnet18 has 8 gates, numbered from 0: there is no gate 9"):
+        timm.create_model("frozen", backbone="seresnet18", kept=[9])
+    with pytest.raises(ValueError, match="frozen needs the name of a network as backbone="):
+        timm.create_model("frozen")
+
+
+def test_classes_that_make_no_difference_have_no_share():
+    model = lively(Own())
+    (gate,), _ = find_gates(model, coloured(4))
+    with record(model, [gate]) as found:
+        found.labels = torch.arange(300) % 100
+        model(coloured(300))
+    assert found.statistics["gate"].class_share < 0.1

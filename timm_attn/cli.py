@@ -274,9 +274,13 @@ def freeze_command(
         warmup_epochs=0.0,
         precision=precision,
     )
-    report = freeze_trained(
-        source, recipe, out, budget, all, keep, recover, images, console.print, console.is_terminal
-    )
+    try:
+        report = freeze_trained(
+            source, recipe, out, budget, all, keep, recover, images, console.print, console.is_terminal
+        )
+    except KeyboardInterrupt as reason:
+        why = f" by {reason}" if str(reason) else ""
+        raise Stopped(f"stopped{why}; the same command goes on with what it has trained") from None
     table = Table(
         *("gate", "kind", "channels", "due to the image", "between classes", "KL alone", "ms"),
         Column("", overflow="fold"),

@@ -5,54 +5,28 @@ observation). Such a gate may become its mean, and the mean may go into the laye
 """
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatch
 from itertools import pairwise
 from typing import Any
 
-import timm
 import torch
-import torch.nn.functional as F
 from timm.utils import unwrap_model  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from .affine import consumers, reading_weights, scaling_parameters
-from .branches import evaluating, leaves_of
-from .ends import scale
-from .fold import BOUNDS, FoldError, NothingToFold, fold, relative_difference
-from .layers.frozen import FrozenGate
-from .models.frozen import remove_gate, stock_network
-from .record import Gate, find_gates, gate_modules, held, record
+from .absorb import build_frozen, named_network
+from .branches import evaluating
+from .fold import NothingToFold, fold
+from .passes import Figures, Passes
+from .record import Gate, find_gates, record
 
 #: Of images that are not divided by the caller: for the means, for choosing, for the final figures.
 PARTS = (0.4, 0.3, 0.3)
 #: Fewer images tell nothing of a gate, or of a network.
 LEAST = 100
-#: Images on which the damage of each gate alone is measured.
-ALONE = 2048
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Of one network on the images that were not used for choosing.
-
-    Attributes:
-        top1: In %; NaN without labels.
-        agreement: Images that get the original's class, in %.
-        kl: Mean Kullback–Leibler divergence of the original's classes from these, nats.
-        milliseconds: Median time of a batch.
-        parameters: Number of parameters.
-    """
-
-    top1: float
-    agreement: float
-    kl: float
-    milliseconds: float
-    parameters: int
 
 
 @dataclass(frozen=True)
@@ -96,7 +70,7 @@ class FreezeReport:
         images: Number of images for means, choosing and final figures.
         curves: For each order, by ``greedy`` and by ``depth``: (gates frozen, top-1 or agreement in %,
             milliseconds), measured on the images for choosing, without recovery.
-        loads: Whether :func:`timm.create_model` builds the result.
+        loads: Whether :func:`timm.create_model` builds the result by name.
     """
 
     model: nn.Module
@@ -164,14 +138,14 @@ def freeze(
         ValueError: It has no gates, is in training mode with dropout, does not take the images, a gate stands
             in several places, labels are out of range, or images are too few.
     """
-    _check(model, images, labels, budget, keep)
+    _check(model, images, labels, budget, keep, gates, batch_size)
     original: Any = _plain(model, images)
-    device = next(original.parameters()).device
-    original.to(device)
+    like = next(original.parameters())
     with evaluating(original):
-        found, unknown = _found(original, images[:8].to(next(original.parameters())), gates, keep)
+        found, unknown = _found(original, images[:8].to(like), gates, keep)
+        _check_labels(original(images[:2].to(like)), labels, type(model).__name__)
         parts = _parts(images, labels, calibration, calibration_labels, 0.0 if every else budget)
-        work = _Work(original, found, parts, batch_size)
+        work = Passes(original, found, parts, batch_size)
         note("means")
         with record(original, found) as recorded:
             for x, y in work.batches(0):
@@ -179,47 +153,42 @@ def freeze(
                 original(x)
         constants = {gate: recorded.statistics[gate.path].mean for gate in found}
         note("damage and time of each gate")
-        free = [gate for gate in found if not any(fnmatch(gate.path, pattern) for pattern in keep)]
         milliseconds = work.gate_times()
         damage = {gate: work.damage({gate: constants[gate]}) for gate in found}
-        order = _in_order(free, {g: damage[g] / max(milliseconds[g], 1e-6) for g in free})
+        refused = _staying(found, keep)
+        free = [gate for gate in found if gate not in refused]
+        order = _in_order(free, {gate: damage[gate] / max(milliseconds[gate], 1e-6) for gate in free})
         note("choice")
         limit = math.inf if every else budget
-        chosen, refused = _choose(work, order, constants, limit)
-        rest = [gate for gate in order if gate not in chosen]
+        chosen, too_much = _choose(work, order, constants, limit)
+        refused |= too_much
+        few = images[:4].to(like)
 
         def build(some: Sequence[Gate]) -> tuple[Any, dict[Gate, str]]:
-            return _build(
-                original, {g: constants[g] for g in some}, images[:4].to(next(original.parameters()))
-            )
+            return build_frozen(original, {gate: constants[gate] for gate in some}, few)
 
-        result, where = build(chosen)
-        result = _named(result, model, original, chosen, where)
-        if recover is not None:
+        def named(some: Sequence[Gate]) -> tuple[Any, dict[Gate, str], bool]:
+            network, at = build(some)
+            by_name = named_network(network, original, some, at, few)
+            return network if by_name is None else by_name, at, by_name is not None
+
+        greedy = [*chosen, *(gate for gate in order if gate not in chosen)]
+        result, where, loads = named(chosen)
+        if recover is not None and greedy:
             note("recovery")
-            result, where, chosen = _recovered(
-                work,
-                build,
-                lambda net, some, at: _named(net, model, original, some, at),
-                recover,
-                [*chosen, *_in_order(rest, {g: order.index(g) for g in rest})],
-                len(chosen),
-                limit,
-                result,
-                where,
-            )
+            again = _recovered(work, named, recover, greedy, len(chosen), limit)
+            if again is not None:
+                result, where, loads, chosen = again
         note("final figures")
         times = work.times([original, result])
         before, after = (
-            work.figures(network, seconds) for network, seconds in zip((original, result), times, strict=True)
+            work.figures(network, taken) for network, taken in zip((original, result), times, strict=True)
         )
         drawn: dict[str, list[tuple[int, float, float]]] = {}
         if curves:
             note("curves")
             depth = _in_order(free, {gate: found.index(gate) for gate in free})
-            greedy = [*chosen, *(gate for gate in order if gate not in chosen)]
-            for name, some in (("greedy", greedy), ("depth", depth)):
-                drawn[name] = work.curve(build, some, constants)
+            drawn = {name: work.curve(build, some) for name, some in (("greedy", greedy), ("depth", depth))}
     reports = [
         GateReport(
             gate.path,
@@ -230,11 +199,10 @@ def freeze(
             damage[gate],
             milliseconds[gate],
             gate in chosen,
-            where[gate] if gate in chosen else refused.get(gate, "named by keep"),
+            where[gate] if gate in chosen else refused[gate],
         )
         for gate in found
     ]
-    loads = hasattr(result, "pretrained_cfg") and isinstance(result.pretrained_cfg, dict)
     sizes: Any = tuple(len(x) for x, _ in parts)
     return FreezeReport(
         result,
@@ -250,34 +218,71 @@ def freeze(
     )
 
 
-def _check(model: Any, images: Any, labels: Any, budget: float, keep: Any) -> None:
+def _check(
+    model: Any, images: Any, labels: Any, budget: float, keep: Any, gates: Any, batch_size: int
+) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze needs a network, got {type(model).__name__}")
-    if not torch.is_tensor(images) or images.dim() != 4 or not images.is_floating_point():
-        shape = tuple(images.shape) if torch.is_tensor(images) else type(images).__name__
-        raise TypeError(f"images must be normalised, B × C × H × W, got {shape}")
+    name = type(model).__name__
+    _check_images(images, "images")
     if not 0 <= budget <= 100:
         raise ValueError(f"budget is in points of top-1, from 0 to 100, got {budget}")
-    if isinstance(keep, str):
-        raise TypeError(f"keep is a list of patterns, got {keep!r}")
-    random = [m for m in model.modules() if m.training and getattr(m, "p", getattr(m, "drop_prob", 0))]
-    if random:
-        raise ValueError(
-            f"{type(model).__name__} is in training mode, with {type(random[0]).__name__}: call .eval() first"
-        )
+    for option, given in (("keep", keep), ("gates", gates)):
+        if isinstance(given, str):
+            raise TypeError(f"{option} is a list, got {given!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if model.training:
+        raise ValueError(f"{name} is in training mode, where dropout acts: call .eval() first")
+    if not any(True for _ in model.parameters()):
+        raise ValueError(f"{name} has no parameters")
     if any(p.is_meta for p in model.parameters()):
-        raise ValueError(
-            f"{type(model).__name__} is on the meta device and has no weights to freeze gates of"
-        )
-    if labels is not None:
-        if not torch.is_tensor(labels) or labels.shape != images.shape[:1] or labels.is_floating_point():
-            raise ValueError(f"labels must be {len(images)} whole numbers, one for each image")
-        classes = getattr(model, "num_classes", None) or int(labels.max()) + 1
-        if labels.min() < 0 or labels.max() >= classes:
-            wrong = labels.min() if labels.min() < 0 else labels.max()
-            raise ValueError(
-                f"label {int(wrong)} is not one of the network's {classes} classes, 0 to {classes - 1}"
-            )
+        raise ValueError(f"{name} is on the meta device and has no weights to freeze gates of")
+    if labels is not None and (
+        not torch.is_tensor(labels) or labels.shape != images.shape[:1] or labels.is_floating_point()
+    ):
+        raise ValueError(f"labels must be {len(images)} whole numbers, one for each image")
+
+
+def _check_images(images: Any, name: str) -> None:
+    if not torch.is_tensor(images) or images.dim() != 4 or not images.is_floating_point() or not len(images):
+        shape = tuple(images.shape) if torch.is_tensor(images) else type(images).__name__
+        raise TypeError(f"{name} must be normalised, B × C × H × W, got {shape}")
+    bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten()
+    if len(bad):
+        raise ValueError(f"{name} hold NaN or infinity, first in image {int(bad[0])}: leave those out")
+
+
+def _check_labels(logits: Any, labels: Tensor | None, name: str) -> None:
+    if not torch.is_tensor(logits) or logits.dim() != 2:
+        raise ValueError(f"{name} gives no logits, B × classes: freeze the network that has its classifier")
+    classes = logits.shape[1]
+    if labels is not None and (labels.min() < 0 or labels.max() >= classes):
+        wrong = int(labels.min() if labels.min() < 0 else labels.max())
+        raise ValueError(f"label {wrong} is not one of the network's {classes} classes, 0 to {classes - 1}")
+
+
+def _staying(found: list[Gate], keep: Sequence[str]) -> dict[Gate, str]:
+    """The gates that are kept, and those that feed them, with the reason.
+
+    Raises:
+        ValueError: A pattern names no gate.
+    """
+    paths = [gate.path for gate in found]
+    for pattern in keep:
+        if not any(fnmatch(path, pattern) for path in paths):
+            near = get_close_matches(pattern, paths, n=2) or paths[:2]
+            raise ValueError(f"keep {pattern!r} names no gate: gates are {', '.join(near)} …")
+    kept = {path for path in paths if any(fnmatch(path, pattern) for pattern in keep)}
+    reasons = {}
+    for gate in found:
+        later = gate.run[gate.run.index(gate.path) + 1 :] if gate.run else ()
+        reading = [path for path in later if path in kept]
+        if gate.path in kept:
+            reasons[gate] = "named by keep"
+        elif reading:
+            reasons[gate] = f"{reading[0]}, which stays, reads its cell"
+    return reasons
 
 
 def _plain(model: Any, images: Tensor) -> Any:
@@ -303,10 +308,12 @@ def _found(
     name = type(model).__name__
     try:
         found, unknown = find_gates(model, images, also)
-    except (RuntimeError, AssertionError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a network raises on images that it was not made for
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{name} does not take images {tuple(images.shape[1:])} ({str(error).splitlines()[0]}): give it "
-            "those of its own size"
+            f"{name} does not take images {tuple(images.shape[1:])} ({reason}): give it those of its own size"
         ) from error
     shared = [path for path, reason in unknown.items() if "places" in reason]
     shared = [path for path in shared if not any(fnmatch(path, pattern) for pattern in keep)]
@@ -331,6 +338,14 @@ def _parts(
     shares = PARTS if calibration is None else (0.0, 0.5, 0.5)
     needed = max(LEAST, math.ceil(100 / budget) if budget else 0)
     smallest = min(share for share in shares if share)
+    if calibration is not None:
+        _check_images(calibration, "calibration")
+        if calibration.shape[1:] != images.shape[1:]:
+            raise ValueError(
+                f"calibration is of {tuple(calibration.shape[1:])}, images {tuple(images.shape[1:])}"
+            )
+        if calibration_labels is not None and len(calibration_labels) != len(calibration):
+            raise ValueError(f"{len(calibration_labels)} calibration_labels for {len(calibration)} images")
     if calibration is not None and len(calibration) < LEAST:
         raise ValueError(f"{len(calibration)} images for the means are too few: give {LEAST} or more")
     if len(images) * smallest < needed:
@@ -341,10 +356,10 @@ def _parts(
             f"{len(images)} images are too few: they are divided for the means, the choice and the final "
             f"figures, and {why}: give {math.ceil(needed / smallest)} or more, or a greater budget"
         )
-    # In turn, as data sets are often sorted by class.
-    place = torch.arange(len(images)) % 10
-    edges = [round(10 * sum(shares[:i])) for i in range(4)]
-    rows = [(place >= low) & (place < high) for low, high in pairwise(edges)]
+    # Data sets are sorted by class, or have classes in turn.
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    edges = [round(len(images) * sum(shares[:i])) for i in range(4)]
+    rows = [order[low:high].sort().values for low, high in pairwise(edges)]
     parts = [(images[row], None if labels is None else labels[row]) for row in rows]
     if calibration is not None:
         parts[0] = calibration, calibration_labels
@@ -369,7 +384,7 @@ def _in_order(gates: Iterable[Gate], cost: dict[Gate, float]) -> list[Gate]:
 
 
 def _choose(
-    work: "_Work", order: list[Gate], constants: dict[Gate, Tensor], budget: float
+    work: Passes, order: list[Gate], constants: dict[Gate, Tensor], budget: float
 ) -> tuple[list[Gate], dict[Gate, str]]:
     """The gates that may be frozen together, in the order in which they were, and why the others may not."""
     chosen: list[Gate] = []
@@ -392,276 +407,19 @@ def _choose(
 
 
 def _recovered(
-    work: "_Work",
-    build: Any,
-    named: Any,
-    recover: Recover,
-    order: list[Gate],
-    least: int,
-    budget: float,
-    result: Any,
-    where: dict[Gate, str],
-) -> tuple[Any, dict[Gate, str], list[Gate]]:
-    """The network with the most gates frozen that, trained since, keeps the budget; by bisection."""
-    low, high = least, len(order)
-    best = result, where, order[:least]
-    tried = False
-    while low < high or (not tried and low):
-        middle = high if math.isinf(budget) else (low + high + 1) // 2
-        network, at = build(order[:middle])
-        network = recover(named(network, order[:middle], at)).eval()
-        tried = True
+    work: Passes, named: Any, recover: Recover, order: list[Gate], least: int, budget: float
+) -> tuple[Any, dict[Gate, str], bool, list[Gate]] | None:
+    """The network with the most gates frozen that, trained since, keeps the budget, by bisection; or None."""
+    low, high, best = least, len(order), None
+    while low < high or (best is None and high):
+        count = high if math.isinf(budget) else (low + high + 1) // 2
+        network, where, loads = named(order[:count])
+        network = recover(network).eval().to(work.like)
         loss, error = work.loss_of(network)
         if loss <= max(budget, error):
-            low, best = middle, (network, at, order[:middle])
-        elif middle == low:
-            break  # what was chosen without training keeps the budget
+            low, best = count, (network, where, loads, order[:count])
+        elif count == low:  # what was chosen without training keeps the budget
+            break
         else:
-            high = middle - 1
+            high = count - 1
     return best
-
-
-@torch.no_grad()
-def _build(original: Any, constants: dict[Gate, Tensor], images: Tensor) -> tuple[Any, dict[Gate, str]]:
-    """A copy with some gates constant, absorbed where a layer takes them in; and what did."""
-    held_by = deepcopy(original)
-    gates = _last_first(constants)
-    for gate in gates:
-        remove_gate(held_by, gate.path, _constant(gate, constants[gate], images))
-    plan = _plan(held_by, gates, images)
-
-    def absorbed(some: dict[Gate, Any]) -> Any:
-        network = deepcopy(original)
-        for gate in gates:
-            remove_gate(
-                network, gate.path, None if gate in some else _constant(gate, constants[gate], images)
-            )
-        for gate, (kind, names, _) in some.items():
-            if kind == "rows":
-                scale(network, names, constants[gate], gate.channels)
-            else:
-                for name, groups in names:
-                    _scale_inputs(network.get_parameter(name), constants[gate], groups)
-        return network
-
-    network = absorbed(plan)
-    if not _same(held_by, network, images):  # what the graph does not show: a weight in two places, say
-        plan = {gate: how for gate, how in plan.items() if _same(held_by, absorbed({gate: how}), images)}
-        network = absorbed(plan)
-        if not _same(held_by, network, images):
-            plan, network = {}, absorbed({})
-    where = {gate: f"in {plan[gate][2]}" if gate in plan else "a multiplication" for gate in gates}
-    return network.eval(), where
-
-
-def _last_first(gates: Iterable[Gate]) -> list[Gate]:
-    """Gates that share a cell go from the last to the first."""
-    return sorted(gates, key=lambda gate: -gate.run.index(gate.path) if gate.run else 0)
-
-
-def _constant(gate: Gate, value: Tensor, like: Tensor) -> FrozenGate:
-    module = FrozenGate(gate.channels, gate.axis, device=like.device, dtype=like.dtype)
-    module.gate.copy_(value)
-    return module
-
-
-def _same(a: nn.Module, b: nn.Module, images: Tensor) -> bool:
-    try:
-        return relative_difference(a, b, images) <= BOUNDS[images.dtype]
-    except FoldError:
-        return False
-
-
-def _plan(model: nn.Module, gates: list[Gate], images: Tensor) -> dict[Gate, tuple[str, Any, str]]:
-    """What takes in each constant: rows of parameters before it, or input channels of weights after it."""
-    maps: dict[int, tuple[Tensor, Tensor]] = {}
-    modules = {}
-    for gate in gates:
-        module: Any = model.get_submodule(gate.path)
-        modules[gate] = module[0] if isinstance(module, nn.Sequential) else module
-    hooks = [
-        module.register_forward_hook(lambda m, args, y: maps.__setitem__(id(m), (args[0], y)))
-        for module in modules.values()
-    ]
-    plan: dict[Gate, tuple[str, Any, str]] = {}
-    with leaves_of(model, None) as names, torch.enable_grad():
-        try:
-            output = model(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        readers = consumers([t.grad_fn for t in tree_leaves(output) if torch.is_tensor(t) and t.grad_fn])
-        for gate, module in modules.items():
-            if id(module) not in maps or (module.gate < 0).any():
-                continue
-            x, y = maps[id(module)]
-            if len(readers.get(x.grad_fn, [])) == 1:
-                found = scaling_parameters(x, names)[1]
-                if found:
-                    plan[gate] = "rows", found, found[0].rpartition(".")[0]
-                    continue
-            weights = reading_weights(y.grad_fn, gate.channels, readers)
-            unique = {id(leaf): (names.get(id(leaf)), groups) for leaf, groups in weights}
-            if unique and all(name for name, _ in unique.values()):
-                taken = list(unique.values())
-                plan[gate] = "inputs", taken, str(taken[0][0]).rpartition(".")[0]
-    return plan
-
-
-def _scale_inputs(weight: Tensor, v: Tensor, groups: int) -> None:
-    """Multiply a weight, O × C / groups (× kernel), by v along its C inputs, in place."""
-    parts = weight.detach().double().unflatten(0, (groups, -1))
-    factor = v.double().to(weight.device).view(groups, 1, -1, *[1] * (weight.dim() - 2))
-    weight.copy_((parts * factor).flatten(0, 1))
-
-
-def _named(network: Any, model: Any, original: Any, chosen: Sequence[Gate], where: dict[Gate, str]) -> Any:
-    """The same as an architecture that timm can build, where there is one."""
-    cfg = getattr(original, "pretrained_cfg", None)
-    if not chosen or not isinstance(cfg, dict) or not timm.is_model(str(cfg.get("architecture"))):
-        return network
-    arguments = {**getattr(original, "_model_args", {}), "num_classes": original.num_classes}
-    paths = list(gate_modules(original))
-    gone = {gate.path: gate for gate in chosen}
-    if len(gone) == len(paths) and "a multiplication" not in where.values():
-        stock = stock_network(network, cfg["architecture"], arguments)
-        if stock is not None:
-            return stock
-    kept = [i for i, path in enumerate(paths) if path not in gone]
-    multiplied = [
-        [i, gone[path].channels, gone[path].axis]
-        for i, path in enumerate(paths)
-        if path in gone and where[gone[path]] == "a multiplication"
-    ]
-    try:
-        named: Any = timm.create_model(
-            "frozen", backbone=cfg["architecture"], kept=kept, multiplied=multiplied, **arguments
-        )
-        named.to(next(network.parameters())).load_state_dict(network.state_dict())
-    except (TypeError, ValueError, RuntimeError):  # a network that was changed since it was made
-        return network
-    named.pretrained_cfg = named.default_cfg = {**cfg, "architecture": "frozen", "tag": None}
-    named._model_args |= {k: v for k, v in arguments.items() if k != "num_classes"}
-    return named.eval()
-
-
-class _Work:
-    """Passes over the parts of the images, with the original's logits remembered."""
-
-    def __init__(
-        self, model: Any, gates: list[Gate], parts: list[tuple[Tensor, Tensor | None]], batch_size: int
-    ) -> None:
-        self.model, self.gates, self.parts, self.batch_size = model, gates, parts, batch_size
-        self.like = next(model.parameters())
-        self.known: dict[tuple[int, int | None], Tensor] = {}
-
-    def batches(self, part: int, most: int | None = None) -> Iterable[tuple[Tensor, Tensor | None]]:
-        """Images on the network's device, and their labels."""
-        images, labels = self.parts[part]
-        for i in range(0, min(len(images), most or len(images)), self.batch_size):
-            end = min(i + self.batch_size, most or len(images))
-            yield images[i:end].to(self.like), None if labels is None else labels[i:end].to(self.like.device)
-
-    @torch.no_grad()
-    def logits(self, network: nn.Module, part: int, most: int | None = None) -> Tensor:
-        """B × classes in float64 on the CPU."""
-        return torch.cat([network(x).double().cpu() for x, _ in self.batches(part, most)])
-
-    def original(self, part: int, most: int | None = None) -> Tensor:
-        """Those of the original."""
-        if (part, most) not in self.known:
-            self.known[part, most] = self.logits(self.model, part, most)
-        return self.known[part, most]
-
-    def damage(self, constants: dict[Gate, Tensor]) -> float:
-        """Divergence of the original's classes from those with some gates constant, nats."""
-        with held(self.model, constants):
-            logits = self.logits(self.model, 0, ALONE)
-        return _divergence(self.original(0, ALONE), logits)
-
-    def right(self, logits: Tensor, part: int) -> Tensor:
-        """Which images get their class, or without labels the original's."""
-        labels = self.parts[part][1]
-        return logits.argmax(1) == (self.original(part).argmax(1) if labels is None else labels.cpu())
-
-    def loss(self, constants: dict[Gate, Tensor]) -> tuple[float, float]:
-        """Points of top-1 lost on the images for choosing, and their standard error."""
-        self.original(1)  # before its gates are held
-        with held(self.model, constants):
-            return self.loss_of(self.model)
-
-    def loss_of(self, network: nn.Module) -> tuple[float, float]:
-        """The same of another network."""
-        before = self.right(self.original(1), 1).double()
-        difference = before - self.right(self.logits(network, 1), 1).double()
-        return 100 * difference.mean().item(), 100 * difference.std().item() / len(difference) ** 0.5
-
-    def figures(self, network: nn.Module, milliseconds: float) -> Figures:
-        """On the images that were not used for choosing."""
-        logits, original = self.logits(network, 2), self.original(2)
-        labels = self.parts[2][1]
-        return Figures(
-            100 * self.right(logits, 2).double().mean().item() if labels is not None else math.nan,
-            100 * (logits.argmax(1) == original.argmax(1)).double().mean().item(),
-            _divergence(original, logits),
-            milliseconds,
-            sum(p.numel() for p in network.parameters()),
-        )
-
-    @torch.no_grad()
-    def times(self, networks: list[nn.Module], rounds: int = 9) -> list[float]:
-        """Median milliseconds of a batch of each network, taken in turn."""
-        x = next(iter(self.batches(0)))[0]
-        taken: list[list[float]] = [[] for _ in networks]
-        for i in range(rounds + 1):
-            for network, seconds in zip(networks, taken, strict=True):
-                start = self._clock()
-                network(x)
-                if i:  # the first warms up
-                    seconds.append(1000 * (self._clock() - start))
-        return [torch.tensor(seconds).median().item() for seconds in taken]
-
-    def _clock(self) -> float:
-        if self.like.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    @torch.no_grad()
-    def gate_times(self, rounds: int = 5) -> dict[Gate, float]:
-        """Median milliseconds that each gate takes of a batch, in its place."""
-        x = next(iter(self.batches(0)))[0]
-        started: dict[str, float] = {}
-        taken: dict[str, list[float]] = {gate.path: [] for gate in self.gates}
-        hooks = []
-        for gate in self.gates:
-            module = self.model.get_submodule(gate.path)
-            path = gate.path
-            hooks.append(
-                module.register_forward_pre_hook(lambda *_, p=path: started.__setitem__(p, self._clock()))
-            )
-            hooks.append(
-                module.register_forward_hook(
-                    lambda *_, p=path: taken[p].append(1000 * (self._clock() - started[p]))
-                )
-            )
-        try:
-            for _ in range(rounds + 1):
-                self.model(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return {gate: torch.tensor(taken[gate.path][1:]).median().item() for gate in self.gates}
-
-    def curve(
-        self, build: Any, order: list[Gate], constants: dict[Gate, Tensor]
-    ) -> list[tuple[int, float, float]]:
-        """Gates frozen, top-1 (or agreement) and milliseconds, as the gates are frozen in an order."""
-        networks = [build(order[:n])[0] for n in range(len(order) + 1)]
-        right = [100 * self.right(self.logits(n, 1), 1).double().mean().item() for n in networks]
-        return list(zip(range(len(networks)), right, self.times(networks), strict=True))
-
-
-def _divergence(original: Tensor, logits: Tensor) -> float:
-    return F.kl_div(
-        logits.log_softmax(1), original.log_softmax(1), reduction="batchmean", log_target=True
-    ).item()

@@ -246,14 +246,20 @@ class GateStatistics:
 
     @property
     def class_share(self) -> float:
-        """Share of the variance over images that is between classes; NaN without labels."""
-        if not self._by_class:
+        """Share of the variance over images that is between classes, as ω².
+
+        It is about 0 where classes make no difference; NaN without labels, or with as many classes as images.
+        """
+        if not self._by_class or self.images <= len(self._by_class):
             return torch.nan
         counts, totals = torch.stack(list(self._by_class.values()), 1)
         means = torch.where(counts > 0, totals / counts, self.mean)
-        between = (counts * (means - self.mean).square()).sum(0) / counts.sum(0).clamp_min(1)
-        within = self.variance.mean().item()
-        return between.mean().item() / within if within else 0.0
+        between = (counts * (means - self.mean).square()).sum()
+        images, classes = counts.sum(0), (counts > 0).sum(0)
+        whole = (images * self.variance).sum()
+        noise = (whole - between) / (images - classes).sum() if (images > classes).any() else 0.0
+        share = (between - (classes - 1).clamp_min(0).sum() * noise) / (whole + len(images) * noise)
+        return max(0.0, share.item()) if whole else 0.0
 
 
 class Record:

@@ -91,15 +91,15 @@ def frozen(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     if not pretrained:
         cfg: Any = timm.models.get_pretrained_cfg(str(backbone))
         fields = cfg.to_dict(remove_source=True) | {"architecture": "frozen", "tag": None}
-        model.pretrained_cfg = model.default_cfg = fields | {
-            "num_classes": model.pretrained_cfg["num_classes"]
-        }
+        fields["num_classes"] = kwargs.get("num_classes", fields["num_classes"])
+        model.pretrained_cfg = model.default_cfg = fields
     model._model_args = {"backbone": backbone, **{name: list(value) for name, value in own.items()}}
     return model
 
 
 def without_gates(architecture: str, arguments: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
     """Names and arguments of networks that may be an architecture without its gates."""
+    yield architecture, arguments  # gates may have been attached to it
     if architecture in model_names():
         yield parse_name(architecture)[0], arguments
     for name in (

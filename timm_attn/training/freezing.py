@@ -1,6 +1,7 @@
 """Freezing gates with the data and the trainer of the command line."""
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import replace_file
-from ..freeze import Figures, FreezeReport, freeze
+from ..freeze import FreezeReport, freeze
+from ..passes import Figures
 from .batches import Batches, Shard
 from .data import Split, load_split
 from .images import DataError
@@ -62,22 +64,27 @@ def freeze_trained(
     Raises:
         UserError: The model, the data or the folder cannot be used; nothing is written.
     """
+    if steps < 0 or most < 1:
+        raise UserError(f"--recover is at least 0 and --images at least 1, got {steps} and {most}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: choose another --out")
     if out.exists() and any(not path.name.startswith("recover-") for path in out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, or remove it")
     model = load_model(source)
     images, labels, means, classes, names = _images(model, recipe, most, show)
 
     def recover(network: Any) -> Any:
-        folder = out / f"recover-{sum(p.numel() for p in network.parameters())}"
+        asked = dataclasses.replace(recipe, teacher=source, epochs=1, epoch_steps=steps)
+        what = [network.pretrained_cfg["architecture"], network._model_args, dataclasses.asdict(asked)]
+        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        folder = out / f"recover-{digest[:12]}"
         run = folder / "run"
         if not is_run(run):
             folder.mkdir(parents=True, exist_ok=True)
             start = folder / "start"
             start.mkdir(exist_ok=True)
             save_model(network, start, names)
-            asked = dataclasses.replace(
-                recipe, init=str(start.resolve()), teacher=source, epochs=1, epoch_steps=steps
-            )
+            asked = dataclasses.replace(asked, init=str(start.resolve()))
             train(network.pretrained_cfg["architecture"], asked, run)
         else:
             resume(run)
