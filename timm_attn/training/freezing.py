@@ -183,11 +183,12 @@ def draw(report: FreezeReport, title: str, path: Path) -> None:
             axis.annotate(str(n), (x, y), (0, offset), textcoords="offset points", color=colour, fontsize=8)
     right = _right(report.after)
     axis.plot(report.after.milliseconds, right, "*", color="C2", markersize=13, label="result, other images")
-    axis.axhline(_right(report.before) - report.budget, color="0.6", linestyle="--", linewidth=1)
+    limit = report.curves["greedy"][0][1] - report.budget
+    axis.axhline(limit, color="0.6", linestyle="--", linewidth=1, label="budget")
     named = "top-1 (%)" if not math.isnan(report.before.top1) else "same class as the original (%)"
     axis.set(xlabel=f"milliseconds for a batch of {report.batch_size}", ylabel=named, title=title)
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(loc="lower right")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     replace_file(path, buffer.getvalue())
