@@ -245,7 +245,7 @@ def test_layer_scales_fold_into_the_layers_before_them(name, attention):
 
 @pytest.mark.parametrize(
     ("name", "mechanism"),
-    [*((name, "dia") for name in MAPS[:3]), ("mobilenetv3_small_050", "asr")],
+    [("test_vit", "dia"), ("swin_tiny_patch4_window7_224", "dia"), ("mobilenetv3_small_050", "asr")],
 )
 def test_compiled_exported_and_checkpointed(name, mechanism):
     model = shaken(timm_attn.attach(build(name).double(), mechanism))
