@@ -1,7 +1,7 @@
 """timm's own tests of models, unchanged, over a small network of every mechanism and block type.
 
 The tests come with timm's source distribution of the installed version. Every small network must pass every
-test that timm gives a ResNet of its own; `--results FILE` writes as JSON what did not, and why.
+test that timm gives a ResNet of its own, TorchScript aside; `--results FILE` writes what did not, and why.
 """
 
 import argparse
@@ -50,6 +50,7 @@ def run_tests(folder: Path) -> tuple[int, dict]:
     with tempfile.TemporaryDirectory() as scratch:
         outcomes = Path(scratch, "outcomes.json")
         options = ["-p", PLUGIN, f"--outcomes={outcomes}", "-q", "-p", "no:cacheprovider"]
+        options += ["-k", "not torchscript"]  # which PyTorch has deprecated, and this package has given up
         command = [sys.executable, "-m", "pytest", *options, TESTS]
         status = subprocess.run(command, cwd=folder, env=environment).returncode
         found = json.loads(outcomes.read_text()) if outcomes.is_file() else {"tests": [], "outcomes": {}}
