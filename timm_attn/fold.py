@@ -127,7 +127,7 @@ def _fold(
     model = unwrap_model(model)
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("a model on the meta device has no weights to fold")
-    gates = _foldable(model)
+    gates = foldable(model)
     try:
         original: Any = deepcopy(model).cpu().eval()
     except (
@@ -138,7 +138,7 @@ def _fold(
             f"permanent, e.g. by torch.nn.utils.prune.remove(module, 'weight') ({error})"
         ) from error
     folded: Any = fuse_gates(deepcopy(original))
-    left = _foldable(folded)
+    left = foldable(folded)
     if left:
         raise FoldError(f"{left} of {gates} gates stand where no branch takes them in")
     changed = gates
@@ -148,7 +148,7 @@ def _fold(
     for path, network in _networks(folded).items():
         backbone, key = parse_name(network.pretrained_cfg["architecture"])
         mechanism, was = row_of(key), original.get_submodule(path)
-        if mechanism.folds and _foldable(was):  # saved, it is the stock network
+        if mechanism.folds and foldable(was):  # saved, it is the stock network
             stock, arguments = mechanism.stock_network(backbone, getattr(was, "_model_args", {}))
             cfg = {**was.pretrained_cfg, "architecture": stock, "tag": None}
             network.pretrained_cfg = network.default_cfg = cfg
@@ -209,7 +209,7 @@ def _networks(model: nn.Module) -> dict[str, Any]:
     return networks
 
 
-def _foldable(model: nn.Module) -> int:
+def foldable(model: nn.Module) -> int:
     """Number of modules that are gone after folding."""
     return sum(isinstance(module, ConstantGate | SSIA) for module in model.modules())
 

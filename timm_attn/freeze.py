@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .absorb import build_frozen, named_network
 from .branches import evaluating
-from .fold import NothingToFold, fold
+from .fold import fold, foldable
 from .passes import Figures, Passes
 from .record import Gate, find_gates, record
 
@@ -119,7 +119,7 @@ def freeze(
     Args:
         model: In eval mode; left as it is. Of timm, this package or anybody.
         images: B × C × H × W, normalised, on the model's device or not. They are divided, if there is no
-            ``calibration``: 40 % for the means, 30 % for choosing, 30 % for the final figures, in turn.
+            ``calibration``: 40 % for the means, 30 % for choosing, 30 % for the final figures, at random.
         labels: Their classes, B. Without them, agreement with the original stands for accuracy.
         budget: Points of top-1 that the result may lose. What cannot be told from no loss, one standard error
             of the paired difference, is always allowed.
@@ -135,8 +135,8 @@ def freeze(
 
     Raises:
         TypeError: It is no network, or images are no tensor.
-        ValueError: It has no gates, is in training mode with dropout, does not take the images, a gate stands
-            in several places, labels are out of range, or images are too few.
+        ValueError: It has no gates, is in training mode, does not take the images, a gate stands in several
+            places, labels are out of range, or images are too few.
     """
     _check(model, images, labels, budget, keep, gates, batch_size)
     original: Any = _plain(model, images)
@@ -276,8 +276,7 @@ def _staying(found: list[Gate], keep: Sequence[str]) -> dict[Gate, str]:
     kept = {path for path in paths if any(fnmatch(path, pattern) for pattern in keep)}
     reasons = {}
     for gate in found:
-        later = gate.run[gate.run.index(gate.path) + 1 :] if gate.run else ()
-        reading = [path for path in later if path in kept]
+        reading = [path for path in gate.later if path in kept]
         if gate.path in kept:
             reasons[gate] = "named by keep"
         elif reading:
@@ -288,18 +287,9 @@ def _staying(found: list[Gate], keep: Sequence[str]) -> dict[Gate, str]:
 def _plain(model: Any, images: Tensor) -> Any:
     """A copy, without what folds anyway."""
     model = unwrap_model(model)
-    try:
-        return (
-            fold(model, images[:2].to(next(model.parameters()))) if _folds(model) else deepcopy(model).eval()
-        )
-    except NothingToFold:
+    if not foldable(model):
         return deepcopy(model).eval()
-
-
-def _folds(model: nn.Module) -> bool:
-    from .layers import SSIA, ConstantGate
-
-    return any(isinstance(m, ConstantGate | SSIA) for m in model.modules())
+    return fold(model, images[:2].to(next(model.parameters())))
 
 
 def _found(
@@ -371,11 +361,7 @@ def _in_order(gates: Iterable[Gate], cost: dict[Gate, float]) -> list[Gate]:
     gates, order = list(gates), []
     names = {gate.path for gate in gates}
     while gates:
-        ready = []
-        for gate in gates:
-            later = gate.run[gate.run.index(gate.path) + 1 :] if gate.run else ()
-            if not any(path in names for path in later):
-                ready.append(gate)
+        ready = [gate for gate in gates if names.isdisjoint(gate.later)]
         best = min(ready, key=lambda gate: cost[gate])
         order.append(best)
         gates.remove(best)
@@ -390,8 +376,7 @@ def _choose(
     chosen: list[Gate] = []
     refused: dict[Gate, str] = {}
     for gate in order:
-        later = gate.run[gate.run.index(gate.path) + 1 :] if gate.run else ()
-        stays = [path for path in later if path not in {g.path for g in chosen}]
+        stays = [path for path in gate.later if path not in {g.path for g in chosen}]
         if stays:
             refused[gate] = f"{stays[0]}, which stays, reads its cell"
             continue

@@ -26,7 +26,6 @@ from torchvision.ops import SqueezeExcitation
 from .branches import evaluating
 from .ends import BranchEnd, DIAEnd
 from .layers import SEM, SPEM
-from .layers.frozen import FrozenGate
 
 #: Layers that multiply each channel of a map by a number of their own for each image.
 GATES = (
@@ -53,6 +52,11 @@ class Gate:
     channels: int
     axis: int = 1
     run: tuple[str, ...] = ()
+
+    @property
+    def later(self) -> tuple[str, ...]:
+        """Paths of the gates of its run that come after it, and read what it leaves."""
+        return self.run[self.run.index(self.path) + 1 :] if self.run else ()
 
 
 def gate_modules(model: nn.Module, also: Iterable[type | str] = ()) -> dict[str, nn.Module]:
@@ -315,8 +319,3 @@ def held(model: nn.Module, constants: dict[Gate, Tensor]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def constant_gates(model: nn.Module) -> list[str]:
-    """Paths of gates that are constants already, and multiply."""
-    return [path for path, module in model.named_modules() if isinstance(module, FrozenGate)]

@@ -24,7 +24,7 @@ from .loop import resume, train
 from .progress import track
 from .recipe import Recipe
 from .run import hardware, is_run, save_model
-from .setup import make_accelerator, own_accelerate_state
+from .setup import make_accelerator, own_accelerate_state, split_options
 from .validation import evaluation_split, load_model
 
 REPORT, PICTURE = "freeze.json", "freeze.png"
@@ -144,10 +144,8 @@ def _images(
         split = evaluation_split(model, recipe, config)
         height, width = config["input_size"][1:]
         try:
-            given: Any = {"size": (width, height), "skip_corrupt": recipe.on_corrupt == "skip"}
-            given |= {"image_column": recipe.image_column, "label_column": recipe.label_column}
-            given |= {"config": recipe.data_config, "revision": recipe.data_revision}
-            means = load_split(recipe.data, "train", recipe.train_split, **given)
+            options = split_options(recipe, (width, height))
+            means = load_split(recipe.data, "train", recipe.train_split, **options)
             match_classes(means, split.label_names)
         except DataError:
             means = None

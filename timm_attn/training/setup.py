@@ -131,10 +131,9 @@ def recipe_accelerator(recipe: Recipe, run: Path) -> Accelerator:
     return accelerator
 
 
-def load_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
-    """The splits of a recipe, with the same classes and decoded the same way."""
-    size = (recipe.img_size, recipe.img_size) if recipe.img_size else None
-    options: dict[str, Any] = {
+def split_options(recipe: Recipe, size: tuple[int, int] | None) -> dict[str, Any]:
+    """What a recipe says to :func:`load_split` of any split; ``size`` is width and height."""
+    return {
         "size": size,
         "image_column": recipe.image_column,
         "label_column": recipe.label_column,
@@ -142,6 +141,11 @@ def load_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
         "config": recipe.data_config,
         "revision": recipe.data_revision,
     }
+
+
+def load_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
+    """The splits of a recipe, with the same classes and decoded the same way."""
+    options = split_options(recipe, (recipe.img_size, recipe.img_size) if recipe.img_size else None)
     # The first process of each machine fills the cache of decoded images, the others read it.
     with accelerator.local_main_process_first():
         train_split = load_split(recipe.data, "train", recipe.train_split, **options)

@@ -13,7 +13,7 @@ from .evaluation import evaluate
 from .labels import match_classes
 from .network import source_name
 from .recipe import Recipe
-from .setup import make_accelerator, own_accelerate_state
+from .setup import make_accelerator, own_accelerate_state, split_options
 
 
 def load_model(name: str) -> Any:
@@ -49,17 +49,7 @@ def evaluation_split(model: Any, recipe: Recipe, config: dict[str, Any]) -> Spli
         UserError: The data cannot be used, or its classes are not the model's.
     """
     height, width = config["input_size"][1:]
-    split = load_split(
-        recipe.data,
-        "eval",
-        recipe.eval_split,
-        (width, height),
-        recipe.image_column,
-        recipe.label_column,
-        skip_corrupt=recipe.on_corrupt == "skip",
-        config=recipe.data_config,
-        revision=recipe.data_revision,
-    )
+    split = load_split(recipe.data, "eval", recipe.eval_split, **split_options(recipe, (width, height)))
     names = model.pretrained_cfg.get("label_names")
     if not names and not split.named:
         names = [str(i) for i in range(model.num_classes)]
