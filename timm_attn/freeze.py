@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from fnmatch import fnmatch
 from itertools import pairwise
 from typing import Any
@@ -17,11 +16,10 @@ import torch
 from timm.utils import unwrap_model  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
-from .absorb import build_frozen, named_network
-from .branches import evaluating
 from .fold import fold, foldable
-from .passes import Figures, Passes
-from .record import Gate, find_gates, record
+from .passes import Figures
+from .record import Gate, find_gates
+from .search import GateSearch, Recover
 
 #: Of images that are not divided by the caller: for the means, for choosing, for the final figures.
 PARTS = (0.4, 0.3, 0.3)
@@ -90,10 +88,6 @@ class FreezeReport:
         return sum(gate.frozen for gate in self.gates)
 
 
-#: From a network with constant gates to one that has been trained since, of the same architecture.
-Recover = Callable[[Any], Any]
-
-
 def freeze(
     model: nn.Module,
     images: Tensor,
@@ -140,72 +134,42 @@ def freeze(
     """
     _check(model, images, labels, budget, keep, gates, batch_size)
     original: Any = _plain(model, images)
-    like = next(original.parameters())
-    with evaluating(original):
-        found, unknown = _found(original, images[:8].to(like), gates, keep)
-        _check_labels(original(images[:2].to(like)), labels, type(model).__name__)
-        parts = _parts(images, labels, calibration, calibration_labels, 0.0 if every else budget)
-        work = Passes(original, found, parts, batch_size)
-        note("means")
-        with record(original, found) as recorded:
-            for x, y in work.batches(0):
-                recorded.labels = y
-                original(x)
-        constants = {gate: recorded.statistics[gate.path].mean for gate in found}
-        note("damage and time of each gate")
-        milliseconds = work.gate_times()
-        damage = {gate: work.damage({gate: constants[gate]}) for gate in found}
-        refused = _staying(found, keep)
-        free = [gate for gate in found if gate not in refused]
-        order = _in_order(free, {gate: damage[gate] / max(milliseconds[gate], 1e-6) for gate in free})
-        note("choice")
-        limit = math.inf if every else budget
-        chosen, too_much = _choose(work, order, constants, limit)
-        refused |= too_much
-        few = images[:4].to(like)
-
-        def build(some: Sequence[Gate]) -> tuple[Any, dict[Gate, str]]:
-            return build_frozen(original, {gate: constants[gate] for gate in some}, few)
-
-        def named(some: Sequence[Gate]) -> tuple[Any, dict[Gate, str], bool]:
-            network, at = build(some)
-            by_name = named_network(network, original, some, at, few)
-            return network if by_name is None else by_name, at, by_name is not None
-
-        greedy = [*chosen, *(gate for gate in order if gate not in chosen)]
-        result, where, loads = named(chosen)
-        if recover is not None and greedy:
-            note("recovery")
-            again = _recovered(work, named, recover, greedy, len(chosen), limit)
-            if again is not None:
-                result, where, loads, chosen = again
-        note("final figures")
-        times = work.times([original, result])
-        before, after = (
-            work.figures(network, taken) for network, taken in zip((original, result), times, strict=True)
-        )
-        drawn: dict[str, list[tuple[int, float, float]]] = {}
-        if curves:
-            note("curves")
-            depth = _in_order(free, {gate: found.index(gate) for gate in free})
-            drawn = {name: work.curve(build, some) for name, some in (("greedy", greedy), ("depth", depth))}
+    few = images[:8].to(next(original.parameters()))
+    found, unknown = _found(original, few, gates, keep)
+    _check_labels(original(few[:2]), labels, type(model).__name__)
+    parts = _parts(images, labels, calibration, calibration_labels, 0.0 if every else budget)
+    search = GateSearch(original, found, parts, batch_size, keep, note)
+    note("choice")
+    limit = math.inf if every else budget
+    chosen, refused = search.choose(limit)
+    greedy = search.greedy(chosen)
+    network = search.network(chosen)
+    if recover is not None and greedy:
+        note("recovery")
+        network, chosen = search.recovered(recover, chosen, limit) or (network, chosen)
+    note("final figures")
+    before, after = search.figures(network.model)
+    drawn: dict[str, list[tuple[int, float, float]]] = {}
+    if curves:
+        note("curves")
+        drawn = {name: search.curve(order) for name, order in (("greedy", greedy), ("depth", search.depth))}
     reports = [
         GateReport(
             gate.path,
             gate.kind,
             gate.channels,
-            recorded.statistics[gate.path].image_share,
-            recorded.statistics[gate.path].class_share,
-            damage[gate],
-            milliseconds[gate],
+            search.statistics[gate.path].image_share,
+            search.statistics[gate.path].class_share,
+            search.damage[gate],
+            search.milliseconds[gate],
             gate in chosen,
-            where[gate] if gate in chosen else refused[gate],
+            network.where[gate] if gate in chosen else refused[gate],
         )
         for gate in found
     ]
     sizes: Any = tuple(len(x) for x, _ in parts)
     return FreezeReport(
-        result,
+        network.model,
         reports,
         unknown,
         before,
@@ -214,7 +178,7 @@ def freeze(
         sizes,
         budget,
         drawn,
-        loads,
+        network.loads,
     )
 
 
@@ -262,34 +226,12 @@ def _check_labels(logits: Any, labels: Tensor | None, name: str) -> None:
         raise ValueError(f"label {wrong} is not one of the network's {classes} classes, 0 to {classes - 1}")
 
 
-def _staying(found: list[Gate], keep: Sequence[str]) -> dict[Gate, str]:
-    """The gates that are kept, and those that feed them, with the reason.
-
-    Raises:
-        ValueError: A pattern names no gate.
-    """
-    paths = [gate.path for gate in found]
-    for pattern in keep:
-        if not any(fnmatch(path, pattern) for path in paths):
-            near = get_close_matches(pattern, paths, n=2) or paths[:2]
-            raise ValueError(f"keep {pattern!r} names no gate: gates are {', '.join(near)} …")
-    kept = {path for path in paths if any(fnmatch(path, pattern) for pattern in keep)}
-    reasons = {}
-    for gate in found:
-        reading = [path for path in gate.later if path in kept]
-        if gate.path in kept:
-            reasons[gate] = "named by keep"
-        elif reading:
-            reasons[gate] = f"{reading[0]}, which stays, reads its cell"
-    return reasons
-
-
 def _plain(model: Any, images: Tensor) -> Any:
     """A copy, without what folds anyway."""
     model = unwrap_model(model)
     if not foldable(model):
         return deepcopy(model).eval()
-    return fold(model, images[:2].to(next(model.parameters())))
+    return fold(model, images[:2].to(next(model.parameters()))).eval()
 
 
 def _found(
@@ -354,57 +296,3 @@ def _parts(
     if calibration is not None:
         parts[0] = calibration, calibration_labels
     return parts
-
-
-def _in_order(gates: Iterable[Gate], cost: dict[Gate, float]) -> list[Gate]:
-    """By cost; of gates that share a cell, later ones first, as the earlier ones feed them."""
-    gates, order = list(gates), []
-    names = {gate.path for gate in gates}
-    while gates:
-        ready = [gate for gate in gates if names.isdisjoint(gate.later)]
-        best = min(ready, key=lambda gate: cost[gate])
-        order.append(best)
-        gates.remove(best)
-        names.remove(best.path)
-    return order
-
-
-def _choose(
-    work: Passes, order: list[Gate], constants: dict[Gate, Tensor], budget: float
-) -> tuple[list[Gate], dict[Gate, str]]:
-    """The gates that may be frozen together, in the order in which they were, and why the others may not."""
-    chosen: list[Gate] = []
-    refused: dict[Gate, str] = {}
-    for gate in order:
-        stays = [path for path in gate.later if path not in {g.path for g in chosen}]
-        if stays:
-            refused[gate] = f"{stays[0]}, which stays, reads its cell"
-            continue
-        if math.isinf(budget):
-            chosen.append(gate)
-            continue
-        loss, error = work.loss({g: constants[g] for g in (*chosen, gate)})
-        if loss <= max(budget, error):
-            chosen.append(gate)
-        else:
-            refused[gate] = f"{loss:.2f} points with those before it"
-    return chosen, refused
-
-
-def _recovered(
-    work: Passes, named: Any, recover: Recover, order: list[Gate], least: int, budget: float
-) -> tuple[Any, dict[Gate, str], bool, list[Gate]] | None:
-    """The network with the most gates frozen that, trained since, keeps the budget, by bisection; or None."""
-    low, high, best = least, len(order), None
-    while low < high or (best is None and high):
-        count = high if math.isinf(budget) else (low + high + 1) // 2
-        network, where, loads = named(order[:count])
-        network = recover(network).eval().to(work.like)
-        loss, error = work.loss_of(network)
-        if loss <= max(budget, error):
-            low, best = count, (network, where, loads, order[:count])
-        elif count == low:  # what was chosen without training keeps the budget
-            break
-        else:
-            high = count - 1
-    return best

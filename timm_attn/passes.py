@@ -52,6 +52,10 @@ class Passes:
             end = min(i + self.batch_size, most or len(images))
             yield images[i:end].to(self.like), None if labels is None else labels[i:end].to(self.like.device)
 
+    def few(self, n: int) -> Tensor:
+        """Some images, for what is only compared."""
+        return self.parts[0][0][:n].to(self.like)
+
     @torch.no_grad()
     def logits(self, network: nn.Module, part: int, most: int | None = None) -> Tensor:
         """B × classes in float64 on the CPU."""

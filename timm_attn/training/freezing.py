@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..files import replace_file
 from ..freeze import FreezeReport, freeze
 from ..passes import Figures
+from ..search import Recover
 from .batches import Batches, Shard
 from .data import Split, load_split
 from .images import DataError
@@ -71,7 +72,44 @@ def freeze_trained(
     if out.exists() and any(not path.name.startswith("recover-") for path in out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, or remove it")
     model = load_model(source)
-    images, labels, means, classes, names = _images(model, recipe, most, show)
+    images, labels, means, classes, names = read_images(model, recipe, most, show)
+    try:
+        report = freeze(
+            model,
+            images,
+            labels,
+            budget,
+            every=every,
+            keep=keep,
+            calibration=means,
+            calibration_labels=classes,
+            recover=recovery(source, recipe, steps, out, names) if steps else None,
+            batch_size=min(recipe.batch_size, 128),
+            curves=True,
+            note=say,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from None
+    if report.frozen:
+        out.mkdir(parents=True, exist_ok=True)
+        save_model(report.model, out, names)
+        about = {"source": source, "data": Path(recipe.data).name, "steps": steps, "hardware": hardware()}
+        text = json.dumps(_json(report) | about, indent=1)
+        replace_file(out / REPORT, (text + "\n").encode())
+        draw(report, f"{Path(source).name}: gates into constants", out / PICTURE)
+    return report
+
+
+def recovery(source: str, recipe: Recipe, steps: int, out: Path, names: list[str]) -> Recover:
+    """Distillation from the original by the trainer.
+
+    Args:
+        source: The original, as for :func:`load_model`.
+        recipe: Data, optimiser and what goes with it.
+        steps: Number of optimiser steps.
+        out: Folder of the runs. One that is there is resumed, or not repeated.
+        names: Of the classes.
+    """
 
     def recover(network: Any) -> Any:
         asked = dataclasses.replace(recipe, teacher=source, epochs=1, epoch_steps=steps)
@@ -90,31 +128,7 @@ def freeze_trained(
             resume(run)
         return load_model(str(run))
 
-    try:
-        report = freeze(
-            model,
-            images,
-            labels,
-            budget,
-            every=every,
-            keep=keep,
-            calibration=means,
-            calibration_labels=classes,
-            recover=recover if steps else None,
-            batch_size=min(recipe.batch_size, 128),
-            curves=True,
-            note=say,
-        )
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from None
-    if report.frozen:
-        out.mkdir(parents=True, exist_ok=True)
-        save_model(report.model, out, names)
-        about = {"source": source, "data": Path(recipe.data).name, "steps": steps, "hardware": hardware()}
-        text = json.dumps(_json(report) | about, indent=1)
-        replace_file(out / REPORT, (text + "\n").encode())
-        draw(report, f"{Path(source).name}: gates into constants", out / PICTURE)
-    return report
+    return recover
 
 
 def _json(report: FreezeReport) -> dict[str, Any]:
@@ -134,7 +148,7 @@ def _finite(value: Any) -> Any:
 
 
 @own_accelerate_state()
-def _images(
+def read_images(
     model: Any, recipe: Recipe, most: int, show: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[str]]:
     """Images and labels of the evaluation split, and for the means those of the training split."""

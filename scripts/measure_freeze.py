@@ -1,0 +1,100 @@
+"""Accuracy of networks with their channel gates frozen within budgets, with and without recovery.
+
+    python scripts/measure_freeze.py hub/results/freeze_accuracy.csv --data cifar10 \\
+        hub/results/zoo/resnet20_se/seed-0 hub/results/zoo/resnet20_se/seed-1 ...
+
+Each argument is a trained network. Means come from the training split; one half of the test split decides, the
+other gives the figures. What is in the table is not measured again, and recoveries are resumed.
+"""
+
+import argparse
+import csv
+import math
+from pathlib import Path
+
+import torch
+
+from timm_attn.passes import Figures
+from timm_attn.record import find_gates, gate_modules
+from timm_attn.search import GateSearch
+from timm_attn.training import Recipe, load_model
+from timm_attn.training.freezing import read_images, recovery
+from timm_attn.training.run import hardware
+
+BUDGETS = (0.0, 0.1, 0.25, 0.5, math.inf)
+FIELDS = (
+    *("network", "run", "budget", "recover", "recovered", "gates", "frozen", "kept"),
+    *("top1_before", "top1", "agreement", "kl", "images", "machine"),
+)
+
+
+def measure(source: Path, budgets: list[float], recipe: Recipe, steps: int, out: Path):
+    """A row for every budget, without and with recovery."""
+    model = load_model(str(source))
+    images, labels, means, classes, names = read_images(model, recipe, 10_000, show=False)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    halves = [(images[rows], labels[rows]) for rows in order.chunk(2)]
+    gates, _ = find_gates(model, images[:8])
+    search = GateSearch(model, gates, [(means, classes), *halves], recipe.batch_size, note=print)
+    train = recovery(str(source), recipe, steps, out, names)
+    about = {"network": model.pretrained_cfg["architecture"], "run": source.name, "gates": len(gates)}
+    about |= {"images": len(halves[1][0]), "machine": hardware()}
+    known: dict[tuple[frozenset, bool], Figures] = {}
+    before = search.work.figures(search.original, math.nan)
+    for budget in budgets:
+        chosen, _ = search.choose(budget)
+        for n in (0, steps):
+            network, found = search.network(chosen).model, None
+            if n:
+                found = search.recovered(train, chosen, budget)
+                network, chosen = (found[0].model, found[1]) if found else (network, chosen)
+            key = frozenset(chosen), found is not None
+            known[key] = known.get(key) or search.work.figures(network, math.nan)
+            gone = {gate.path for gate in chosen}
+            kept = [i for i, path in enumerate(gate_modules(search.original)) if path not in gone]
+            yield about | {
+                "budget": budget,
+                "recover": n,
+                "recovered": int(found is not None),
+                "frozen": len(chosen),
+                "kept": " ".join(map(str, kept)),
+                "top1_before": round(before.top1, 4),
+                "top1": round(known[key].top1, 4),
+                "agreement": round(known[key].agreement, 4),
+                "kl": round(known[key].kl, 6),
+            }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("table", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--out", type=Path, default=Path("runs/freeze"))
+    arguments = parser.parse_args()
+    recipe = Recipe(data=arguments.data, batch_size=128, lr=0.01, weight_decay=0.0, warmup_epochs=0.0)
+    rows = []
+    if arguments.table.exists():
+        with arguments.table.open(newline="") as stream:
+            rows = list(csv.DictReader(stream))
+    for run in arguments.runs:
+        network = load_model(str(run)).pretrained_cfg["architecture"]
+        if any((row["network"], row["run"]) == (network, run.name) for row in rows):
+            continue
+        new = []
+        for row in measure(
+            run, arguments.budgets, recipe, arguments.steps, arguments.out / network / run.name
+        ):
+            print(row, flush=True)
+            new.append(row)
+        rows += new
+        with arguments.table.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

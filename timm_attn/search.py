@@ -1,0 +1,192 @@
+"""Which gates of a network may be constants: the means, the damage, the time, and the choice."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .absorb import build_frozen, named_network
+from .passes import Figures, Passes
+from .record import Gate, record
+
+#: From a network with constant gates to one that has been trained since, of the same architecture.
+Recover = Callable[[Any], Any]
+
+
+class Frozen(NamedTuple):
+    """A network some of whose gates are constants.
+
+    Attributes:
+        model: In eval mode.
+        where: What took in the constant of each gate, or "a multiplication".
+        loads: Whether :func:`timm.create_model` builds it by name.
+    """
+
+    model: nn.Module
+    where: dict[Gate, str]
+    loads: bool
+
+
+class GateSearch:
+    """The gates of a network held at their means, and what that costs. Nothing of it depends on a budget.
+
+    Args:
+        original: A network in eval mode, that nobody changes meanwhile.
+        gates: Of it, in running order.
+        parts: Images and labels for the means, for choosing and for the final figures.
+        batch_size: Of all passes, and of the times.
+        keep: Shell patterns of paths of gates that stay.
+        note: Called with the name of each step of the work.
+
+    Attributes:
+        statistics: Of each gate, by path.
+        damage: Divergence from the original when a gate alone is constant, nats.
+        milliseconds: Of a batch that each gate takes in the original.
+        staying: Gates that are kept, and those that feed them, with the reason.
+        order: The other gates, the least damage for its time first.
+        depth: The same in running order.
+    """
+
+    def __init__(
+        self,
+        original: Any,
+        gates: list[Gate],
+        parts: list[tuple[Tensor, Tensor | None]],
+        batch_size: int,
+        keep: Sequence[str] = (),
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.original, self.gates = original, gates
+        self.work = work = Passes(original, gates, parts, batch_size)
+        self.staying = _staying(gates, keep)
+        note("means")
+        with torch.no_grad(), record(original, gates) as recorded:
+            for x, y in work.batches(0):
+                recorded.labels = y
+                original(x)
+        self.statistics = recorded.statistics
+        self.constants = {gate: self.statistics[gate.path].mean for gate in gates}
+        note("damage and time of each gate")
+        self.milliseconds = work.gate_times()
+        self.damage = {gate: work.damage({gate: self.constants[gate]}) for gate in gates}
+        free = [gate for gate in gates if gate not in self.staying]
+        self.order = _in_order(free, {g: self.damage[g] / max(self.milliseconds[g], 1e-6) for g in free})
+        self.depth = _in_order(free, {gate: gates.index(gate) for gate in free})
+        self._few = work.few(4)
+        self._losses: dict[frozenset[Gate], tuple[float, float]] = {}
+
+    def greedy(self, chosen: list[Gate]) -> list[Gate]:
+        """All gates that may go, those that are chosen first."""
+        return [*chosen, *(gate for gate in self.order if gate not in chosen)]
+
+    def choose(self, budget: float) -> tuple[list[Gate], dict[Gate, str]]:
+        """The gates that may be constants together, and why each of the others stays.
+
+        Args:
+            budget: Points of top-1; infinite for all.
+        """
+        chosen: list[Gate] = []
+        refused = dict(self.staying)
+        for gate in self.order:
+            stays = [path for path in gate.later if path not in {g.path for g in chosen}]
+            if stays:
+                refused[gate] = f"{stays[0]}, which stays, reads its cell"
+                continue
+            loss, error = (0.0, 0.0) if math.isinf(budget) else self._loss((*chosen, gate))
+            if loss <= max(budget, error):
+                chosen.append(gate)
+            else:
+                refused[gate] = f"{loss:.2f} points with those before it"
+        return chosen, refused
+
+    def _loss(self, some: Iterable[Gate]) -> tuple[float, float]:
+        gates = frozenset(some)
+        if gates not in self._losses:
+            self._losses[gates] = self.work.loss({gate: self.constants[gate] for gate in gates})
+        return self._losses[gates]
+
+    def network(self, some: Sequence[Gate]) -> Frozen:
+        """The network with some gates constant, as an architecture with a name where there is one."""
+        network, where = self._build(some)
+        named = named_network(network, self.original, some, where, self._few)
+        return Frozen(network if named is None else named, where, named is not None)
+
+    def _build(self, some: Sequence[Gate]) -> tuple[Any, dict[Gate, str]]:
+        return build_frozen(self.original, {gate: self.constants[gate] for gate in some}, self._few)
+
+    def recovered(
+        self, recover: Recover, chosen: list[Gate], budget: float
+    ) -> tuple[Frozen, list[Gate]] | None:
+        """The network with the most gates constant that keeps the budget when trained, or None; by bisection.
+
+        Args:
+            recover: Trains a network.
+            chosen: Gates that may go without training.
+            budget: Points of top-1; infinite for all.
+        """
+        order = self.greedy(chosen)
+        low, high, best = len(chosen), len(order), None
+        while low < high or (best is None and high):
+            count = high if math.isinf(budget) else (low + high + 1) // 2
+            frozen = self.network(order[:count])
+            frozen = frozen._replace(model=recover(frozen.model).eval().to(self.work.like))
+            loss, error = self.work.loss_of(frozen.model)
+            if loss <= max(budget, error):
+                low, best = count, (frozen, order[:count])
+            elif count == low:  # what was chosen without training keeps the budget
+                break
+            else:
+                high = count - 1
+        return best
+
+    def figures(self, network: nn.Module) -> tuple[Figures, Figures]:
+        """Of the original and of a network made from it, timed in turn, on the images that decide nothing."""
+        networks = (self.original, network)
+        before, after = (
+            self.work.figures(n, taken)
+            for n, taken in zip(networks, self.work.times(list(networks)), strict=True)
+        )
+        return before, after
+
+    def curve(self, order: list[Gate]) -> list[tuple[int, float, float]]:
+        """Gates frozen, top-1 (or agreement) and milliseconds, as the gates are frozen in an order."""
+        return self.work.curve(self._build, order)
+
+
+def _staying(gates: list[Gate], keep: Sequence[str]) -> dict[Gate, str]:
+    """The gates that are kept, and those that feed them, with the reason.
+
+    Raises:
+        ValueError: A pattern names no gate.
+    """
+    paths = [gate.path for gate in gates]
+    for pattern in keep:
+        if not any(fnmatch(path, pattern) for path in paths):
+            near = get_close_matches(pattern, paths, n=2) or paths[:2]
+            raise ValueError(f"keep {pattern!r} names no gate: gates are {', '.join(near)} …")
+    kept = {path for path in paths if any(fnmatch(path, pattern) for pattern in keep)}
+    reasons = {}
+    for gate in gates:
+        reading = [path for path in gate.later if path in kept]
+        if gate.path in kept:
+            reasons[gate] = "named by keep"
+        elif reading:
+            reasons[gate] = f"{reading[0]}, which stays, reads its cell"
+    return reasons
+
+
+def _in_order(gates: Iterable[Gate], cost: dict[Gate, float]) -> list[Gate]:
+    """By cost; of gates that share a cell, later ones first, as the earlier ones feed them."""
+    gates, order = list(gates), []
+    names = {gate.path for gate in gates}
+    while gates:
+        ready = [gate for gate in gates if names.isdisjoint(gate.later)]
+        best = min(ready, key=lambda gate: cost[gate])
+        order.append(best)
+        gates.remove(best)
+        names.remove(best.path)
+    return order
