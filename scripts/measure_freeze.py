@@ -3,8 +3,8 @@
     python scripts/measure_freeze.py hub/results/freeze_accuracy.csv --data cifar10 \\
         hub/results/zoo/resnet20_se/seed-0 hub/results/zoo/resnet20_se/seed-1 ...
 
-Each argument is a trained network. Means come from the training split; one half of the test split decides, the
-other gives the figures. What is in the table is not measured again, and recoveries are resumed.
+Each argument is a trained network. Means come from the training split; one half of the test split decides,
+the other gives the figures. What is in the table is not measured again, and recoveries are resumed.
 """
 
 import argparse

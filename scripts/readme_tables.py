@@ -46,7 +46,7 @@ def comparison() -> str:
     """Each shipped network against the plain one: accuracy, and time trained and folded."""
     zoo = _read("zoo.json")
     shipped = {c.name: c for c in read_index(ROOT / "hub")}
-    trained = [c for c in shipped.values() if not c.folded_from]
+    trained = [c for c in shipped.values() if not c.derived_from]
     plain = next(c for c in trained if c.mechanism == "resnet").over_seeds["top1"]
     rows = []
     for c in sorted(trained, key=lambda c: -c.over_seeds["top1"]["mean"]):

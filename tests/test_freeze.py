@@ -10,7 +10,8 @@ import timm
 import torch
 import torchvision
 from forked import run_code
-from helpers import narrow
+from helpers import narrow, use_hub
+from hub_server import HubServer
 from torch import nn
 
 import timm_attn
@@ -19,7 +20,9 @@ from timm_attn.absorb import build_frozen
 from timm_attn.errors import UserError
 from timm_attn.freeze import _parts
 from timm_attn.layers.frozen import FrozenGate
+from timm_attn.publish import publish
 from timm_attn.record import Gate, find_gates, gate_of, held, record
+from timm_attn.training import load_model
 from timm_attn.training.run import save_model
 
 
@@ -348,10 +351,12 @@ def test_the_command_writes_what_timm_loads_and_goes_on_where_it_was(tmp_path, c
     recipe = ["--data", "digits", "--img-size", "8", "--batch-size", "128"]
     kwargs = ["--model-kwargs", "channels=[8,8,8]", "layers=[1,1,1]"]
     cli.main(["train", "resnet20_se", *recipe, "--epochs", "1", *kwargs, "--out", str(tmp_path / "run")])
+    hub = tmp_path / "hub"
+    cli.main(["export", str(tmp_path / "run"), "--tag", "d", "--hub", str(hub)])
     out = tmp_path / "frozen"
     freeze = [
         "freeze",
-        str(tmp_path / "run"),
+        str(hub / "resnet20_se.d"),
         "--data",
         "digits",
         "--all",
@@ -392,6 +397,40 @@ def test_the_command_writes_what_timm_loads_and_goes_on_where_it_was(tmp_path, c
     with pytest.raises(SystemExit):
         cli.main(["freeze", str(out), "--data", "digits", "--out", str(tmp_path / "again")])
     assert "has no channel gates to freeze" in capsys.readouterr().err and not (tmp_path / "again").exists()
+
+    part = tmp_path / "part"
+    source = str(hub / "resnet20_se.d")
+    cli.main(["freeze", source, "--data", "digits", "--all", "--keep", "layer3.*", "--out", str(part)])
+    _exported_and_published([out, part], hub, monkeypatch, capsys)
+
+
+def _exported_and_published(folders, hub, monkeypatch, capsys):
+    """Frozen networks go into the index, have cards, and come back from the Hub as they went."""
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    loaded = [load_model(f"local-dir:{folder}") for folder in folders]
+    for folder in folders:
+        cli.main(["export", str(folder), "--tag", "d_frozen", "--hub", str(hub)])
+        before = (hub / "index.json").read_text()
+        with pytest.raises(SystemExit):
+            cli.main(["export", str(folder), "--tag", "d_frozen", "--hub", str(hub)])
+        assert "is there already" in capsys.readouterr().err and (hub / "index.json").read_text() == before
+    with HubServer(tokens={"hf_a": {"name": "alice", "orgs": {}}}) as server:
+        monkeypatch.setenv("HF_TOKEN", "hf_a")
+        use_hub(monkeypatch, server.endpoint)
+        names = ["resnet20.d_frozen", "frozen.d_frozen"]
+        publish([hub / name for name in names], "alice")
+        for name, model, constants in zip(names, loaded, ("3 of 3", "2 of 3"), strict=True):
+            card = server.files(f"alice/{name}")["README.md"].decode()
+            assert f"{constants} channel gates are constants" in card and "decided nothing" in card
+            assert "base_model: alice/resnet20_se.d" in card and "(freeze.png)" in card
+            assert "import timm_attn" in card and "- transformers" not in card
+            again = timm.create_model(f"hf-hub:alice/{name}", pretrained=True).eval()
+            assert torch.equal(again(images), model(images))
+        features = timm.create_model("hf-hub:alice/frozen.d_frozen", pretrained=True, features_only=True)
+        assert len(features(images)) == len(features.feature_info.channels())
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(folders[0]), "--tag", "e", "--hub", str(hub.parent / "other")])
+    assert "lists no such checkpoint: export that one first" in capsys.readouterr().err
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path):

@@ -335,6 +335,7 @@ def export(
 
     Args:
         run: A run folder, or one with the runs of several seeds: the median one is written, all are measured.
+            Or what `timm-attn freeze` has written of a checkpoint of the hub folder.
         tag: Name of recipe and data, e.g. sgd_c10.
         hub: Hub folder to write into.
         dataset: What cards call the data set, e.g. uoft-cs/cifar10.
@@ -344,9 +345,16 @@ def export(
         dataset_license: Licence of the images, e.g. cc-by-4.0, where it is not known here.
     """
     from .publish import export as export_run
+    from .publish import export_frozen, is_frozen_folder
 
+    if is_frozen_folder(run):
+        if onnx or torch_export or dataset or dataset_license:
+            raise UserError("a network with frozen gates takes --tag, --hub and --data; leave the others out")
+        exported = [export_frozen(run, tag, hub, data)]
+    else:
+        exported = export_run(run, tag, hub, dataset, data, onnx, torch_export, dataset_license)
     table = Table("folder", "parameters", "top-1", "mean", "n", "logit difference")
-    for checkpoint in export_run(run, tag, hub, dataset, data, onnx, torch_export, dataset_license):
+    for checkpoint in exported:
         metrics, over = checkpoint.metrics, checkpoint.over_seeds["top1"]
         table.add_row(
             str(checkpoint.folder),

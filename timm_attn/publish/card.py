@@ -38,7 +38,7 @@ TEMPLATE = """---
 Top-1, top-5 and cross-entropy are of the files of this repository, in float32, on all {images:,} images of
 the {split} split of {dataset}, after epoch {epoch}, the last one (seed {seed}).{spread}
 
-![loss, accuracy and learning rate by epoch](curves.png)
+{picture}
 
 ## The claim, and what we saw
 
@@ -70,6 +70,8 @@ The weights are under Apache-2.0. Images of {dataset}: {dataset_license}.
 {bibtex}
 ```
 """
+_PICTURE = "![loss, accuracy and learning rate by epoch](curves.png)"
+_FROZEN_PICTURE = "![accuracy against time as gates become constants, one by one](freeze.png)"
 RUNTIMES = {"model.onnx": "ONNX runtimes", "model.pt2": "`torch.export.load`"}
 SETTINGS = ("opt", "lr", "momentum", "weight_decay", "batch_size", "sched", "warmup_epochs", "smoothing")
 _LICENSES = {
@@ -96,6 +98,8 @@ def card(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], owner: str | 
     note = f", trained on {dataset['id']}"
     if checkpoint.folded_from:
         note += f"; the folded form of `{checkpoint.folded_from}`{options}, {_form(checkpoint)}"
+    elif checkpoint.frozen_from:
+        note += f"; `{checkpoint.frozen_from}` with channel gates turned into constants"
     else:
         note = options + note
     labels = cfg.get("label_names") or []
@@ -115,7 +119,8 @@ def card(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], owner: str | 
         measured=_measured(checkpoint, others),
         spread=_spread(checkpoint),
         claim=_claim(checkpoint, others, paper),
-        trained=(checkpoint.folded_from or checkpoint.name).split(".")[0],
+        picture=_FROZEN_PICTURE if checkpoint.frozen_from else _PICTURE,
+        trained=(checkpoint.derived_from or checkpoint.name).split(".")[0],
         start=f"`{recipe['init']}`" if recipe.get("init") else "random weights",
         settings=_settings(recipe),
         epochs=recipe["epochs"],
@@ -199,9 +204,9 @@ def _metadata(checkpoint: Checkpoint, owner: str | None) -> ModelCardData:
     ]
     arxiv = PAPERS.get(checkpoint.mechanism, TIMM).arxiv
     tags = ["image-classification", "timm", "timm_attn", *([f"arxiv:{arxiv}"] if arxiv else [])]
-    if checkpoint.architecture not in model_names():
+    if not _own(checkpoint):
         tags.append("transformers")
-    base = f"{owner}/{checkpoint.folded_from}" if owner and checkpoint.folded_from else None
+    base = f"{owner}/{checkpoint.derived_from}" if owner and checkpoint.derived_from else None
     return ModelCardData(
         license="apache-2.0",
         library_name="timm",
@@ -214,9 +219,14 @@ def _metadata(checkpoint: Checkpoint, owner: str | None) -> ModelCardData:
     )
 
 
+def _own(checkpoint: Checkpoint) -> bool:
+    """Whether this package must be imported to build it."""
+    return checkpoint.architecture in (*model_names(), "frozen")
+
+
 def _usage(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], owner: str | None) -> str:
     name = f"hf-hub:{owner}/{checkpoint.name}" if owner else "local-dir:PATH_OF_THIS_FOLDER"
-    own = checkpoint.architecture in model_names()
+    own = _own(checkpoint)
     lines = ["# pip install timm-attn", "import timm", "import timm_attn  # registers the architecture"]
     lines = [*(lines if own else ["import timm"]), ""]
     lines.append(f'model = timm.create_model("{name}", pretrained=True).eval()')
@@ -244,7 +254,7 @@ def _usage(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], owner: str 
 
 def _measured(checkpoint: Checkpoint, others: Mapping[str, Checkpoint]) -> str:
     """This checkpoint's figures beside those of its controls and its other form."""
-    names = [checkpoint.folded_from, checkpoint.folded, *checkpoint.controls]
+    names = [checkpoint.derived_from, checkpoint.folded, *checkpoint.controls]
     rows = [checkpoint, *(others[name] for name in names if name in others)]
     lines = [
         "| | parameters | top-1 (%) | top-5 (%) | cross-entropy | top-1, mean ± std (n) |",
@@ -253,7 +263,7 @@ def _measured(checkpoint: Checkpoint, others: Mapping[str, Checkpoint]) -> str:
     for row in rows:
         what = {
             checkpoint.name: "**this one**",
-            checkpoint.folded_from: "as trained",
+            checkpoint.derived_from: "as trained",
             checkpoint.folded: "folded",
         }.get(row.name, "control, same recipe")
         metrics = row.metrics
@@ -296,6 +306,8 @@ def _spread(checkpoint: Checkpoint) -> str:
 
 
 def _claim(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], paper: Paper) -> str:
+    if checkpoint.frozen_from:
+        return _frozen(checkpoint)
     lines = [f"The paper: {paper.claim}"] if paper.claim else []
     if checkpoint.is_control:
         lines = ["This network is a control: it stands for no claim of ours."]
@@ -313,6 +325,30 @@ def _claim(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], paper: Pape
     if len(lines) < 2 and not checkpoint.controls and not checkpoint.is_control:
         lines.append("No control was trained with the same recipe: nothing is said about the claim.")
     return "\n\n".join(lines)
+
+
+def _frozen(checkpoint: Checkpoint) -> str:
+    """What became of the gates, and what that changed on images that decided nothing."""
+    frozen = checkpoint.frozen
+    before, after = frozen["before"], frozen["after"]
+    recovery = f" and {frozen['steps']} steps of distillation from the original" if frozen["steps"] else ""
+    rows = [
+        ("top-1 (%)", f"{before['top1']:.2f}", f"{after['top1']:.2f}"),
+        ("the original's class (%)", "100", f"{after['agreement']:.2f}"),
+        ("KL from the original (nats)", "0", f"{after['kl']:.4f}"),
+        (
+            f"ms, batch of {frozen['batch_size']}",
+            f"{before['milliseconds']:.1f}",
+            f"{after['milliseconds']:.1f}",
+        ),
+    ]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in [("", "original", "this one"), ("---",) * 3, *rows])
+    return (
+        f"{frozen['frozen']} of {frozen['gates']} channel gates are constants, their means over training "
+        f"images, within a budget of {frozen['budget']:g} points{recovery}. Measured on {frozen['images']:,} "
+        f"images of the {checkpoint.dataset['split']} split that decided nothing, and timed in turn on "
+        f"{frozen['hardware']}; `freeze.json` has the figures of every gate.\n\n{table}"
+    )
 
 
 def standard_error(a: dict[str, Any], b: dict[str, Any]) -> float:

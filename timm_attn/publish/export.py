@@ -160,7 +160,7 @@ def link(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     by_name = {c.name: c for c in checkpoints}
 
     def key(checkpoint: Checkpoint) -> tuple[Any, ...]:
-        trained = by_name.get(checkpoint.folded_from or "", checkpoint)
+        trained = by_name.get(checkpoint.derived_from or "", checkpoint)
         backbone = (
             parse_name(trained.architecture)[0]
             if trained.architecture in model_names()
@@ -170,14 +170,14 @@ def link(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
         recipe = {k: v for k, v in trained.recipe.items() if k != "model_kwargs" and v is not None}
         return backbone, recipe, checkpoint.dataset.get("id")
 
-    controls = [c for c in checkpoints if c.is_control and not c.folded_from]
+    controls = [c for c in checkpoints if c.is_control and not c.derived_from]
     return [
         dataclasses.replace(
             c,
             controls=[
                 other.name
                 for other in controls
-                if other.name not in (c.name, c.folded_from) and key(other) == key(c)
+                if other.name not in (c.name, c.derived_from) and key(other) == key(c)
             ],
         )
         for c in checkpoints

@@ -88,6 +88,7 @@ def results_csv(checkpoints: Iterable[Checkpoint]) -> str:
     stream = io.StringIO()
     columns = ["model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct"]
     columns += ["interpolation", "top1_mean", "top1_std", "n", "epoch", "seed", "dataset", "folded_from"]
+    columns += ["frozen_from"]
     writer = csv.DictWriter(stream, columns, lineterminator="\n")
     writer.writeheader()
     for checkpoint in checkpoints:
@@ -111,6 +112,7 @@ def results_csv(checkpoints: Iterable[Checkpoint]) -> str:
                 "seed": metrics["seed"],
                 "dataset": checkpoint.dataset["id"],
                 "folded_from": checkpoint.folded_from or "",
+                "frozen_from": checkpoint.frozen_from or "",
             }
         )
     return stream.getvalue()
@@ -129,6 +131,9 @@ def results_table(checkpoints: Iterable[Checkpoint]) -> str:
         source = f"{checkpoint.dataset['id']}, {checkpoint.recipe['epochs']} epochs"
         if checkpoint.folded_from:
             source = f"`{checkpoint.folded_from}`, folded"
+        elif checkpoint.frozen_from:
+            frozen = checkpoint.frozen
+            source = f"`{checkpoint.frozen_from}`, {frozen['frozen']} of {frozen['gates']} gates constant"
         folded = by_name.get(checkpoint.folded or "")
         rows.append(
             [

@@ -93,7 +93,8 @@ def freeze_trained(
     if report.frozen:
         out.mkdir(parents=True, exist_ok=True)
         save_model(report.model, out, names)
-        about = {"source": source, "data": Path(recipe.data).name, "steps": steps, "hardware": hardware()}
+        frozen = {"frozen": report.frozen, "steps": steps}
+        about = {"source": source, "data": recipe.data, **frozen, "hardware": hardware()}
         text = json.dumps(_json(report) | about, indent=1)
         replace_file(out / REPORT, (text + "\n").encode())
         draw(report, f"{Path(source).name}: gates into constants", out / PICTURE)

@@ -39,6 +39,9 @@ class Checkpoint:
         runtimes: ``{file name: relative difference of its logits}`` of files for other runtimes.
         folded_from: Name of the checkpoint that this one is the folded form of, or None.
         folded: Name of its folded form, or None.
+        frozen_from: Name of the checkpoint some of whose gates are constants here, or None.
+        frozen: What was measured of that: ``{"gates", "frozen", "budget", "steps", "images", "before",
+            "after", "batch_size", "hardware"}``, of ``timm-attn freeze``.
     """
 
     name: str
@@ -62,6 +65,8 @@ class Checkpoint:
     runtimes: dict[str, float] = field(default_factory=dict)
     folded_from: str | None = None
     folded: str | None = None
+    frozen_from: str | None = None
+    frozen: dict[str, Any] = field(default_factory=dict)
 
     @property
     def here(self) -> bool:
@@ -72,6 +77,11 @@ class Checkpoint:
     def is_control(self) -> bool:
         """Whether it is a plain or SE network, which stands for no claim of this package."""
         return self.mechanism in ("resnet", "se")
+
+    @property
+    def derived_from(self) -> str | None:
+        """Name of the trained checkpoint that it is another form of, or None."""
+        return self.folded_from or self.frozen_from
 
     @property
     def source(self) -> dict[str, str]:

@@ -296,6 +296,13 @@ _FIGURE = record(
     },
     required=("mean", "std", "n"),
 )
+_FROZEN_FIGURES = record(
+    {
+        **dict.fromkeys(("top1", "agreement"), number(0, 100)),
+        **dict.fromkeys(("kl", "milliseconds", "parameters"), _REAL),
+    },
+    required=("top1", "agreement", "kl", "milliseconds"),
+)
 _COUNT, SEED = whole(0, 10**12), whole(0, 2**63 - 1)
 
 #: One checkpoint of an index.
@@ -337,6 +344,15 @@ ENTRY = record(
         "runtimes": table(FILE, number(0, 1e9), 10),
         "folded_from": either(NONE, NAME),
         "folded": either(NONE, NAME),
+        "frozen_from": either(NONE, NAME),
+        "frozen": record(
+            {
+                **dict.fromkeys(("gates", "frozen", "steps", "images", "batch_size"), _COUNT),
+                "budget": number(0, 100),
+                **dict.fromkeys(("before", "after"), _FROZEN_FIGURES),
+                "hardware": TEXT,
+            }
+        ),
     },
     required=("architecture", "tag"),
     others=anything,

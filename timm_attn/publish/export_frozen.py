@@ -1,0 +1,149 @@
+"""Folders of ``timm-attn freeze`` to folders laid out as Hub repositories."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..fold import example_input, relative_difference
+from ..training import load_model, validate
+from ..training.freezing import PICTURE, REPORT
+from ..training.recipe_file import load_recipe
+from ..training.run import RECIPE, save_model
+from ..training.seeds import spread
+from ..weights import CONFIG, INDEX, Checkpoint, WeightsError, read_config, read_index, sha256, write_index
+from .render import render, rendered
+
+_COPIED = ("gates", "frozen", "budget", "steps", "images", "before", "after", "batch_size", "hardware")
+
+
+def is_frozen_folder(folder: Path) -> bool:
+    """Whether ``timm-attn freeze`` has written a folder."""
+    return (folder / REPORT).is_file()
+
+
+def export_frozen(folder: Path, tag: str, hub: Path, data: str | None = None) -> Checkpoint:
+    """Write ``hub/<architecture>.<tag>`` of a network with frozen gates, and name it in the index.
+
+    What it was trained with is taken from the original, which must be in the same index. It is loaded from
+    what was written and measured in float32 on the original's evaluation split.
+
+    Args:
+        folder: What ``timm-attn freeze`` has written of a checkpoint of the hub folder.
+        tag: Of the new checkpoint.
+        hub: The hub folder with the original.
+        data: Where the data lies now, if not where it was.
+
+    Raises:
+        UserError: The folder is not what it should be, the original is not in the index, or a checkpoint of
+            that name is there. Nothing is written then.
+    """
+    report = _report(folder / REPORT)
+    original = _original(str(report["source"]), hub)
+    model: Any = load_model(f"local-dir:{folder}")
+    architecture = model.pretrained_cfg["architecture"]
+    name = f"{architecture}.{tag}"
+    if (hub / name).exists():
+        raise UserError(f"{hub / name} is there already: choose another --tag or --hub, or remove it")
+    recipe = dataclasses.replace(
+        load_recipe(original.folder / RECIPE),
+        data=data or report["data"],
+        eval_split=original.dataset["split"],
+        precision="no",
+    )
+    partial = hub / f".{name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        model.pretrained_cfg = model.default_cfg = {
+            "license": original.pretrained_cfg.get("license", "apache-2.0"),
+            **model.pretrained_cfg,
+            "tag": tag,
+        }
+        save_model(model, partial, list(model.pretrained_cfg["label_names"]))
+        loaded = load_model(f"local-dir:{partial}")
+        measured = validate(loaded, recipe)
+        figures = {key: measured[key] for key in ("top1", "top5", "loss")}
+        for path in (folder / REPORT, folder / PICTURE, original.folder / RECIPE):
+            shutil.copy(path, partial / path.name)
+        config = read_config(partial / CONFIG)
+        labels = {"num_classes": config["num_classes"], "label_names": config["label_names"]}
+        checkpoint = dataclasses.replace(
+            original,
+            name=name,
+            folder=hub / name,
+            architecture=architecture,
+            tag=tag,
+            repo_id=None,
+            revision=None,
+            pretrained_cfg={**config["pretrained_cfg"], **labels},
+            model_args=config.get("model_args", {}),
+            files={
+                p.name: {"sha256": sha256(p), "size": p.stat().st_size} for p in sorted(partial.iterdir())
+            },
+            metrics={
+                **{key: original.metrics[key] for key in ("epoch", "seed")},
+                **{key: measured[key] for key in (*figures, "images", "skipped") if key in measured},
+                "parameters": sum(p.numel() for p in loaded.parameters()),
+                "logit_difference": relative_difference(model, loaded, example_input(loaded, 8)),
+            },
+            over_seeds={
+                "seeds": [original.metrics["seed"]],
+                **{key: spread([value]) for key, value in figures.items()},
+            },
+            runtimes={},
+            folded_from=None,
+            folded=None,
+            frozen_from=original.name,
+            frozen=_summary(report),
+        )
+        known = [*read_index(hub), checkpoint]
+        for path, text in rendered(checkpoint, known).items():
+            (partial / path).parent.mkdir(exist_ok=True)
+            (partial / path).write_text(text, encoding="utf-8")
+        partial.rename(hub / name)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    write_index(hub, known)
+    render(hub)
+    return checkpoint
+
+
+def _report(path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in (*_COPIED, "source", "data") if key not in report]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): freeze the network again") from None
+    if missing:
+        raise UserError(f"{path} says nothing of {', '.join(missing)}: freeze the network again")
+    return report
+
+
+def _summary(report: dict[str, Any]) -> dict[str, Any]:
+    """What the index says of it."""
+    gates = report["gates"]
+    return {key: report[key] for key in _COPIED} | {
+        "gates": len(gates),
+        "frozen": sum(gate["frozen"] for gate in gates),
+        "images": report["images"][-1],
+    }
+
+
+def _original(source: str, hub: Path) -> Checkpoint:
+    """The checkpoint that a network was frozen from."""
+    known = read_index(hub) if (hub / INDEX).is_file() else []
+    name = Path(source).name
+    found = [c for c in known if c.name == name]
+    found = found or [c for c in known if c.architecture == name and not c.derived_from]
+    if len(found) != 1:
+        raise UserError(
+            f"the network was frozen from {source}, and {hub / INDEX} lists no such checkpoint: export that "
+            f"one first, then freeze {hub / 'NAME'}"
+        )
+    if not found[0].here:
+        raise WeightsError(f"{found[0].folder} is missing: restore it")
+    return found[0]
