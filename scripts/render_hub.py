@@ -20,10 +20,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hub", type=Path, default=ROOT / "hub")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    changed = render(arguments.hub, arguments.readme, write=not arguments.check, tables=tables())
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    changed = render(arguments.hub, documents, write=not arguments.check, tables=tables())
     print("\n".join(map(str, changed)) or "nothing differs from the index")
     sys.exit(bool(changed) and arguments.check)
 

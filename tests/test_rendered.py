@@ -39,20 +39,20 @@ def test_a_changed_index_changes_all_of_them(copy):
     index["checkpoints"][NAME]["metrics"]["top1"] = 12.34
     (copy / "index.json").write_text(json.dumps(index))
     readme = copy.parent / "README.md"
-    differing = render(copy, readme, write=False)
+    differing = render(copy, [readme], write=False)
     assert {
         copy / NAME / "README.md",
         copy / NAME / ".eval_results/cifar10.yaml",
         copy / "results.csv",
         readme,
     } <= set(differing)
-    assert render(copy, readme) == differing and render(copy, readme) == []
+    assert render(copy, [readme]) == differing and render(copy, [readme]) == []
     for path in differing:
         if path.parent.parent != copy or path.parent.name == NAME:
             assert "12.34" in path.read_text(), path
     readme.write_text("no table")
-    with pytest.raises(UserError, match="has no place for the results"):
-        render(copy, readme)
+    with pytest.raises(UserError, match="must have one place for the results"):
+        render(copy, [readme])
 
 
 @pytest.mark.parametrize("field", ["architecture", "label_names", "pretrained_cfg"])

@@ -146,6 +146,7 @@ def freeze(
     network = search.network(chosen)
     if recover is not None and greedy:
         note("recovery")
+        refused = {g: f"{why}, before recovery" if "points" in why else why for g, why in refused.items()}
         network, chosen = search.recovered(recover, chosen, limit) or (network, chosen)
     note("final figures")
     before, after = search.figures(network.model)

@@ -23,21 +23,25 @@ def rendered(
 
 
 def render(
-    hub: Path, readme: Path | None = None, write: bool = True, tables: Mapping[str, str] | None = None
+    hub: Path,
+    documents: Iterable[Path] = (),
+    write: bool = True,
+    tables: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write what is rendered from the index of a hub folder, where it differs.
 
     Args:
         hub: The hub folder.
-        readme: A file whose table of results is rendered, too.
+        documents: Files with places for tables, that of results and others.
         write: Write; otherwise only look.
-        tables: Other tables of that file, by name.
+        tables: The other tables, by name.
 
     Returns:
         The files that differed.
 
     Raises:
-        UserError: The README has no place for a table, or a configuration differs from the index.
+        UserError: No document has a place for a table, or several have; a configuration differs from the
+            index.
         WeightsError: The index cannot be read.
     """
     checkpoints = read_index(hub)
@@ -52,15 +56,18 @@ def render(
         for path, text in rendered(checkpoint, checkpoints).items()
     }
     wanted[hub / RESULTS] = results_csv(checkpoints)
-    if readme:
-        text = readme.read_text(encoding="utf-8")
-        for name, table in {"results": results_table(checkpoints), **(tables or {})}.items():
-            begin, end = f"<!-- {name}: rendered by scripts/render_hub.py -->", f"<!-- end of {name} -->"
-            if text.count(begin) != 1 or text.count(end) != 1:
-                raise UserError(f"{readme} has no place for the {name}: put {begin} and {end} around it")
-            before, rest = text.split(begin)
-            text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
-        wanted[readme] = text
+    texts = {path: path.read_text(encoding="utf-8") for path in documents}
+    for name, table in {"results": results_table(checkpoints), **(tables or {})}.items() if texts else ():
+        begin, end = f"<!-- {name}: rendered by scripts/render_hub.py -->", f"<!-- end of {name} -->"
+        places = [path for path, text in texts.items() if begin in text and end in text]
+        if len(places) != 1 or texts[places[0]].count(begin) != 1 or texts[places[0]].count(end) != 1:
+            where = ", ".join(map(str, places or texts))
+            raise UserError(
+                f"{where} must have one place for the {name}: put {begin} and {end} around it, once"
+            )
+        before, rest = texts[places[0]].split(begin)
+        texts[places[0]] = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    wanted |= texts
     for checkpoint in checkpoints:
         check_config(checkpoint)
     changed = [path for path, text in wanted.items() if not path.is_file() or path.read_text("utf-8") != text]

@@ -66,7 +66,7 @@ def freeze_trained(
         UserError: The model, the data or the folder cannot be used; nothing is written.
     """
     if steps < 0 or most < 1:
-        raise UserError(f"--recover is at least 0 and --images at least 1, got {steps} and {most}")
+        raise UserError(f"--recover is at least 0 and --max-images at least 1, got {steps} and {most}")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose another --out")
     if out.exists() and any(not path.name.startswith("recover-") for path in out.iterdir()):

@@ -1,0 +1,65 @@
+"""The command ``timm-attn``."""
+
+import errno
+import io
+import os
+import sys
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from ..errors import UserError
+from ..fold import FoldError
+from ..training.recipe_file import recipe_arguments
+from ..weights import WeightsError
+from . import deploy, hub, train  # noqa: F401 (the commands, in the order of the help)
+from .console import Stopped, app
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; wrong input ends with one message and exit status 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not every encoding has a Δ
+            stream.reconfigure(errors="replace")
+    try:
+        app.cli(prog="timm-attn", args=_expand_recipe(arguments), sort_subcommands=False)
+    except Stopped as reason:
+        _complain("", str(reason))
+        sys.exit(130)  # what a shell expects after Ctrl-C
+    except (UserError, WeightsError, FoldError) as error:
+        _complain("error: ", str(error))
+        sys.exit(2)
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) and arguments[:1] == ["train"]
+        hint = ": make room on the disk, then go on with `timm-attn train --resume RUN`" if full else ""
+        _complain("error: ", f"{error}{hint}")
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "can't allocate memory" not in str(error):  # PyTorch's, on CPUs
+            raise
+        detail = str(error).partition("\n")[0]
+        _complain("error: ", f"out of memory ({detail}): lower --batch-size or raise --accumulation")
+        sys.exit(2)
+
+
+def _complain(kind: str, message: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]{kind}[/]{escape(message)}")
+
+
+def _expand_recipe(arguments: list[str]) -> list[str]:
+    """Put the fields of ``--recipe FILE`` before the other options, which then override them."""
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--recipe=") else [a])]
+    if arguments[:1] != ["train"] or "--recipe" not in arguments[:-1]:
+        return arguments
+    at = arguments.index("--recipe")
+    fields = recipe_arguments(arguments[at + 1])
+    rest = arguments[1:at] + arguments[at + 2 :]
+    # The model's name stays in front: an option that takes several values would swallow it.
+    name = 0 if not rest or rest[0].startswith("-") else 1
+    return ["train", *rest[:name], *fields, *rest[name:]]
