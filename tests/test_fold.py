@@ -350,7 +350,7 @@ def test_no_second_form_where_folding_leaves_the_stock_network():
 def test_the_command_writes_nothing_that_is_above_the_bound(tmp_path, monkeypatch):
     monkeypatch.setattr(cli.deploy, "load_model", lambda source: randomise(narrow("resnet20_asr")).eval())
     monkeypatch.setattr(
-        cli, "stock_model", lambda model, folded: randomise(narrow("resnet20"), seed=3).eval()
+        cli.deploy, "stock_model", lambda model, folded: randomise(narrow("resnet20"), seed=3).eval()
     )
     with pytest.raises(timm_attn.FoldError, match=r"max\|Δlogit\| / max\|logit\| = .*, allowed 1e-05"):
         cli.deploy.fold_command("resnet20_asr", tmp_path / "folded")
