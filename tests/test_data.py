@@ -13,7 +13,7 @@ from timm_attn.training import pixels
 from timm_attn.training.augment import crop_and_flip
 from timm_attn.training.batches import Batch, Batches, Shard
 from timm_attn.training.data import load_split
-from timm_attn.training.images import DataError
+from timm_attn.images import DataError
 from timm_attn.training.recipe import Recipe
 
 CPU = torch.device("cpu")

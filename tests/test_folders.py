@@ -11,7 +11,7 @@ from test_labels import TEST, TRAIN, class_labels, image_folder, strings
 
 from timm_attn.training.data import load_split
 from timm_attn.training.folders import image_splits
-from timm_attn.training.images import DataError
+from timm_attn.images import DataError
 
 
 def place(root: Path, *paths: str) -> None:

@@ -10,6 +10,8 @@ from .freeze import FreezeReport, freeze
 from .graft import graft
 from .models import model_names, register, register_folder
 from .models.grafting import GraftError
+from .predict import Prediction, predict
+from .record import record
 from .version import __version__
 from .weights import WeightsError
 
@@ -19,6 +21,7 @@ __all__ = [
     "FreezeReport",
     "GraftError",
     "NothingToFold",
+    "Prediction",
     "WeightsError",
     "__version__",
     "attach",
@@ -28,6 +31,8 @@ __all__ = [
     "graft",
     "model_names",
     "models",
+    "predict",
+    "record",
     "register",
     "register_folder",
     "verify_fold",

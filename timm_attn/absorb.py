@@ -13,9 +13,9 @@ from .affine import consumers, reading_weights, scaling_parameters
 from .branches import leaves_of
 from .ends import scale
 from .fold import BOUNDS, FoldError, relative_difference
+from .gates import Gate, gate_modules
 from .layers.frozen import FrozenGate
 from .models.frozen import remove_gate, stock_network
-from .record import Gate, gate_modules
 
 
 @torch.no_grad()

@@ -99,7 +99,7 @@ def runs(found: list[Branch]) -> list[list[Branch]]:
 
 
 @contextmanager
-def _standing(model: nn.Module) -> Iterator[list[tuple[str, str, nn.Module]]]:
+def standing(model: nn.Module) -> Iterator[list[tuple[str, str, nn.Module]]]:
     """Slots and attention as (path of the block, name, module); what is None is an identity meanwhile."""
     found, empty = [], []
     for path, block in model.named_modules():
@@ -152,7 +152,7 @@ def _probe(model: nn.Module, images: Any) -> dict[Any, tuple[Branch | None, int]
     def run(device: torch.device | None) -> dict[Any, tuple[Branch | None, int]]:
         found: dict[Any, tuple[Branch | None, int]] = {}
         with (
-            _standing(model) as standing,
+            standing(model) as places,
             evaluating(model),
             leaves_of(model, device) as names,
             torch.enable_grad(),
@@ -160,7 +160,7 @@ def _probe(model: nn.Module, images: Any) -> dict[Any, tuple[Branch | None, int]
             holders = _holders(model)
             hooks = [
                 slot.register_forward_pre_hook(_watch(model, path, name, names, found, holders))
-                for path, name, slot in standing
+                for path, name, slot in places
             ]
             try:
                 model(images if device is None else images.to(device))

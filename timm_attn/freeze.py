@@ -17,8 +17,8 @@ from timm.utils import unwrap_model  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
 from .fold import fold, foldable
+from .gates import Gate, find_gates
 from .passes import Figures
-from .record import Gate, find_gates
 from .search import GateSearch, Recover
 
 #: Of images that are not divided by the caller: for the means, for choosing, for the final figures.

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .record import Gate, held
+from .gates import Gate
+from .record import held
 
 #: Images on which the damage of each gate alone is measured.
 ALONE = 2048

@@ -1,202 +1,16 @@
-"""The channel gates of a network, and what they do while it runs."""
+"""What the channel gates of a network do while it runs, collected by hooks."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
-from timm.layers import (
-    CecaModule,
-    EcaModule,
-    EffectiveSEModule,
-    GatherExcite,
-    GlobalContext,
-    SEModule,
-    get_attn,
-)
-from timm.layers.cbam import ChannelAttn
-from timm.layers.squeeze_excite import SqueezeExciteCl
-from timm.models import senet
-from timm.models._efficientnet_blocks import SqueezeExcite
-from timm.models.rdnet import BlockESE
+from timm.utils import unwrap_model  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
-from torchvision.ops import SqueezeExcitation
 
-from .branches import evaluating
-from .ends import BranchEnd, DIAEnd
-from .layers import SEM, SPEM
-
-#: Layers that multiply each channel of a map by a number of their own for each image.
-GATES = (
-    *(SEModule, SqueezeExcite, EffectiveSEModule, SqueezeExciteCl, senet.SEModule, BlockESE),
-    *(EcaModule, CecaModule, GatherExcite, GlobalContext, ChannelAttn),
-    *(SqueezeExcitation, SEM, SPEM, DIAEnd),
-)
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A channel gate of a network.
-
-    Attributes:
-        path: Path of the module that multiplies.
-        kind: Name of its class.
-        channels: Width C of the map.
-        axis: Of the channels: 1 of B × C × H × W, −1 of B × N × C or B × H × W × C.
-        run: Paths of the gates that share a recurrent cell, in running order; of DIA only.
-    """
-
-    path: str
-    kind: str
-    channels: int
-    axis: int = 1
-    run: tuple[str, ...] = ()
-
-    @property
-    def later(self) -> tuple[str, ...]:
-        """Paths of the gates of its run that come after it, and read what it leaves."""
-        return self.run[self.run.index(self.path) + 1 :] if self.run else ()
-
-
-def gate_modules(model: nn.Module, also: Iterable[type | str] = ()) -> dict[str, nn.Module]:
-    """Modules that may be channel gates, by path, in the order of the network's modules.
-
-    Args:
-        also: Further classes, or paths of modules.
-    """
-    also = tuple(also)
-    kinds = (*GATES, *(kind for kind in also if isinstance(kind, type)))
-    return {path: m for path, m in model.named_modules() if isinstance(m, kinds) or path in also}
-
-
-@torch.no_grad()
-def find_gates(
-    model: nn.Module, images: Any, also: Iterable[type | str] = ()
-) -> tuple[list[Gate], dict[str, str]]:
-    """The channel gates of a network in running order, and what looks like one but is not, or is not known.
-
-    A gate is what multiplies all pixels of a channel by the same number, one for each image; that is tried
-    out on the images, in eval mode.
-
-    Args:
-        model: Left as it is.
-        images: B × C × H × W, two or more that differ.
-        also: Further classes, or paths of modules.
-
-    Returns:
-        The gates; and the path of every other candidate, with the reason in words.
-
-    Raises:
-        ValueError: A path names no module of the network.
-    """
-    also = tuple(also)
-    known = gate_modules(model, also)
-    missing = [name for name in also if isinstance(name, str) and name not in known]
-    if missing:
-        near = [path for path, _ in model.named_modules() if path.endswith(missing[0].rpartition(".")[2])]
-        raise ValueError(f"no module {missing[0]!r} in {type(model).__name__}: name one such as {near[:3]}")
-    attention = tuple({kind for name in _ATTENTION if isinstance(kind := get_attn(name), type)})
-    seen: dict[str, Any] = {}
-    calls: dict[str, int] = {}
-
-    def watch(path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-            calls[path] = calls.get(path, 0) + 1
-            seen[path] = _as_gate(module, args[0] if args else None, y)
-
-        return hook
-
-    candidates = {
-        path: module
-        for path, module in model.named_modules()
-        if path in known or (path and not type(module).__module__.startswith("torch."))
-    }
-    hooks = [module.register_forward_hook(watch(path)) for path, module in candidates.items()]
-    try:
-        with evaluating(model):
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    gates, others = [], {}
-    for path, found in seen.items():
-        module = candidates[path]
-        if path in known and calls[path] > 1:
-            others[path] = f"{type(module).__name__} acts in {calls[path]} places"
-        elif path in known and found is not None:
-            gates.append(Gate(path, type(getattr(module, "mechanism", module)).__name__, *found[:2]))
-        elif path in known or isinstance(module, attention):
-            others[path] = f"{type(module).__name__} is no channel gate: it does more than scale channels"
-        elif isinstance(module, BranchEnd) or any(_within(path, other) for other in known):
-            continue  # which only holds one
-        elif found is not None and found[2]:
-            others[path] = (
-                f"{type(module).__name__} scales channels but is not known: name it to have it frozen"
-            )
-    return _with_runs(model, gates), others
-
-
-def _within(a: str, b: str) -> bool:
-    """Whether one of two modules holds the other."""
-    return f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
-
-
-_ATTENTION = (
-    "se",
-    "ese",
-    "eca",
-    "ecam",
-    "ceca",
-    "ge",
-    "gc",
-    "gca",
-    "cbam",
-    "lcbam",
-    "sk",
-    "splat",
-    "nl",
-    "bat",
-)
-
-
-def _with_runs(model: nn.Module, gates: list[Gate]) -> list[Gate]:
-    """The same, with the gates that share a cell named in each."""
-    runs: dict[int, list[str]] = {}
-    for gate in gates:
-        end: Any = model.get_submodule(gate.path)
-        if isinstance(end, DIAEnd):
-            runs.setdefault(id(end.run), []).append(gate.path)
-    by_path = {path: tuple(run) for run in runs.values() for path in run}
-    return [Gate(g.path, g.kind, g.channels, g.axis, by_path.get(g.path, ())) for g in gates]
-
-
-def _as_gate(module: nn.Module, x: Any, y: Any) -> tuple[int, int, bool] | None:
-    """Width, axis of the channels, and whether images differ, if a module's output is a gated input."""
-    if not (torch.is_tensor(x) and torch.is_tensor(y)) or x.shape != y.shape or x.dim() not in (3, 4):
-        return None
-    for axis in (1, -1) if x.dim() == 4 else (-1,):
-        gate, rest = gate_of(x, y, axis)
-        # The rounding of the product, squared, or that of the sums.
-        if rest <= max(4 * torch.finfo(y.dtype).eps ** 2, 1e-14) * max(10, x[0].numel() / gate.shape[1]):
-            differs = bool((gate - gate[:1]).abs().nan_to_num().max() > 1e-5)
-            if isinstance(module, GATES) or (gate - 1).abs().nan_to_num().max() > 1e-5:
-                return gate.shape[1], axis, differs
-    return None
-
-
-def gate_of(x: Tensor, y: Tensor, axis: int) -> tuple[Tensor, float]:
-    """What each channel of x was multiplied by to give y, B × C in float64; NaN where x is 0 everywhere.
-
-    Also the greatest share of a channel of y, as a sum of squares, that is no multiple of x.
-    """
-    x, y = (t.detach().movedim(axis, 1).flatten(2).double() for t in (x, y))
-    largest = [t.abs().amax(2, keepdim=True) for t in (x, y)]  # squares of small numbers would vanish
-    x, y = x / largest[0], y / largest[1]
-    xy, xx, yy = (x * y).sum(2), x.square().sum(2), y.square().sum(2)
-    rest = 1 - xy.square() / (xx * yy)
-    gate = torch.where(largest[1][..., 0] > 0, xy / xx * (largest[1] / largest[0])[..., 0], 0.0)
-    return torch.where(largest[0][..., 0] > 0, gate, torch.nan), rest.nan_to_num(0.0).max().item()
+from .gates import Gate, gate_in, gate_modules, gate_of, with_runs
 
 
 class GateStatistics:
@@ -266,40 +80,186 @@ class GateStatistics:
         return max(0.0, share.item()) if whole else 0.0
 
 
-class Record:
-    """What :func:`record` has collected: ``statistics[path]`` of every gate.
+@dataclass(frozen=True)
+class Correlation:
+    """How much gates of one width resemble one another.
 
-    Set ``labels`` to the classes of the images before a forward pass to learn what is between classes.
+    Attributes:
+        paths: Of the gates, in running order; G of them.
+        pearson: G × G, Pearson's r over all images and channels.
+        images: G × G, r of what is left without each channel's mean: of what the image changes.
     """
 
-    def __init__(self, gates: list[Gate]) -> None:
-        self.gates = gates
-        self.statistics = {gate.path: GateStatistics(gate.channels) for gate in gates}
+    paths: tuple[str, ...]
+    pearson: Tensor
+    images: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Mean of ``pearson`` over the pairs of different gates."""
+        rows, columns = torch.triu_indices(len(self.paths), len(self.paths), 1)
+        return self.pearson[rows, columns].nanmean().item()
+
+
+class Record:
+    """What :func:`record` has collected of the gates of a network.
+
+    ``record[path]`` is the :class:`GateStatistics` of a gate. Set ``labels`` to the classes of the images
+    before a forward pass to learn what is between classes.
+
+    Attributes:
+        gates: In running order.
+        statistics: By path.
+        unknown: Paths of what looked like a gate and is none, with the reason.
+        kept: By path, the gates of the images that were asked for, N × C.
+        images: Number of images that have passed.
+    """
+
+    def __init__(
+        self, gates: Iterable[Gate] = (), keep: int | Collection[int] = (), correlation: bool = True
+    ) -> None:
+        self.gates = list(gates)
+        self.statistics = {gate.path: GateStatistics(gate.channels) for gate in self.gates}
+        self.unknown: dict[str, str] = {}
+        self.kept: dict[str, Tensor] = {}
+        self.images = 0
         self.labels: Tensor | None = None
+        self._keep = frozenset(range(keep) if isinstance(keep, int) else keep)
+        self._correlation = correlation
+        self._inside = False
+        self._passing: dict[str, Tensor] = {}
+        self._sums: dict[tuple[str, ...], Tensor] = {}
+
+    def __getitem__(self, path: str) -> GateStatistics:
+        if path not in self.statistics:
+            known = ", ".join(self.statistics) or "none"
+            raise KeyError(f"no gate at {path!r} has been recorded; gates are: {known}")
+        return self.statistics[path]
+
+    def __len__(self) -> int:
+        return len(self.statistics)
+
+    def correlations(self) -> list[Correlation]:
+        """Of each run of neighbouring gates of one width, if there are two or more."""
+        found = []
+        for paths, sums in self._sums.items():
+            n, a, aa, ab = sums  # each G × G × C: what of the one is known where the other is
+            flat = [t.sum(-1) for t in (n, a, aa, ab)]
+            centred = (ab - a * a.transpose(0, 1) / n).sum(-1)
+            variance = (aa - a.square() / n).sum(-1)
+            n, a, aa, ab = flat
+            pearson = _ratio(ab - a * a.T / n, aa - a.square() / n)
+            found.append(Correlation(paths, pearson, _ratio(centred, variance)))
+        return found
+
+    def _take(self, gate: Gate, values: Tensor) -> None:
+        """Take up gates B × C of one pass."""
+        if gate.path in self._passing and not self._inside:  # a part of the network is called, not the whole
+            self.end_pass()
+        if gate.path in self._passing:
+            self.unknown[gate.path] = f"{gate.kind} acts in several places"
+            self.gates.remove(gate)
+            del self.statistics[gate.path], self._passing[gate.path]
+            return
+        labels = self.labels if self.labels is not None and len(self.labels) == len(values) else None
+        values = values.cpu()
+        self.statistics[gate.path].add(values, labels)
+        self._passing[gate.path] = values
+
+    def begin_pass(self, *_: Any) -> None:
+        """A forward pass of the network begins; what one that raised has left is dropped."""
+        self._inside = True
+        self._passing.clear()
+
+    def end_pass(self, *_: Any) -> None:
+        """Take up what is between the gates of a pass, and count its images."""
+        passing, self._passing, self._inside = self._passing, {}, False
+        if not passing:
+            return
+        rows = [i for i in range(len(next(iter(passing.values())))) if self.images + i in self._keep]
+        for path, values in passing.items() if rows else ():
+            kept = self.kept.get(path, values[:0])
+            self.kept[path] = torch.cat([kept, values[rows]])
+        self.images += len(next(iter(passing.values())))
+        for _, group in groupby(passing.items() if self._correlation else (), lambda item: item[1].shape):
+            paths, values = zip(*group, strict=True)
+            if len(paths) > 1:
+                g = torch.stack(values)
+                known = (~g.isnan()).double()
+                g = g.nan_to_num()
+                pairs = ((known, known), (g, known), (g.square(), known), (g, g))
+                sums = torch.stack([torch.einsum("inc,jnc->ijc", *pair) for pair in pairs])
+                self._sums[paths] = self._sums.get(paths, 0) + sums
+
+
+def _ratio(covariance: Tensor, variance: Tensor) -> Tensor:
+    """Correlations, G × G; NaN where a gate does not vary."""
+    scale = (variance * variance.T).clamp_min(0).sqrt()
+    return torch.where(scale > 1e-14, covariance / scale, torch.nan).clamp(-1, 1)
 
 
 @contextmanager
-def record(model: nn.Module, gates: list[Gate]) -> Iterator[Record]:
-    """Collect every gate of a network while it runs, by hooks that are gone afterwards.
+def record(
+    model: nn.Module,
+    gates: Iterable[Gate] | None = None,
+    *,
+    also: Iterable[type | str] = (),
+    keep: int | Collection[int] = (),
+    correlation: bool = True,
+) -> Iterator[Record]:
+    """Collect the channel gates of a network while it runs, by hooks that are gone afterwards.
+
+    ::
+
+        with timm_attn.record(model) as gates, torch.no_grad():
+            model(images)
+        gates["layer1.0.se"].image_share
+
+    Memory does not grow with the number of images. The network may be in training, compiled (it runs eagerly
+    meanwhile) or wrapped for distributed training, where each process records its own images.
 
     Args:
-        model: Of which the gates are.
-        gates: From :func:`find_gates`.
+        model: Of timm, this package or anybody.
+        gates: From :func:`~timm_attn.gates.find_gates`; by default those that are seen at work.
+        also: Further classes, or paths, of modules that are channel gates.
+        keep: Of which images to keep the gates in ``kept``: of the first ones, if it is a number; else the
+            numbers of the images, counted from 0 as they pass.
+        correlation: Collect what is between neighbouring gates, too.
     """
-    found = Record(gates)
+    model = unwrap_model(model)
+    known = None if gates is None else {gate.path: gate for gate in gates}
+    found = Record(known.values() if known else (), keep, correlation)
+    modules = gate_modules(model, also) if known is None else {p: model.get_submodule(p) for p in known}
+    seen = dict(known or {})
 
-    def watch(gate: Gate) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
-            found.statistics[gate.path].add(gate_of(args[0], y, gate.axis)[0], found.labels)
+    def watch(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+            if path in found.unknown or torch._C._current_graph_task_id() != -1:
+                return  # the backward pass runs a checkpointed block again
+            x = args[0] if args else None
+            if path not in seen:
+                gate = gate_in(path, module, x, y)
+                if gate is None:
+                    found.unknown[path] = f"{type(module).__name__} is no channel gate"
+                    return
+                seen[path] = gate
+                found.gates.append(gate)
+                found.statistics[path] = GateStatistics(gate.channels)
+            found._take(seen[path], gate_of(x, y, seen[path].axis)[0])  # pyright: ignore
 
         return hook
 
-    hooks = [model.get_submodule(gate.path).register_forward_hook(watch(gate)) for gate in gates]
+    hooks = [module.register_forward_hook(watch(path)) for path, module in modules.items()]
+    hooks.append(model.register_forward_pre_hook(found.begin_pass))
+    hooks.append(model.register_forward_hook(found.end_pass))
     try:
-        yield found
+        with torch.compiler.set_stance("force_eager"):
+            yield found
     finally:
         for hook in hooks:
             hook.remove()
+        found.end_pass()
+        found.gates = with_runs(model, found.gates)
 
 
 @contextmanager

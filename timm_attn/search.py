@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .absorb import build_frozen, named_network
+from .gates import Gate
 from .passes import Figures, Passes
-from .record import Gate, record
+from .record import record
 
 #: From a network with constant gates to one that has been trained since, of the same architecture.
 Recover = Callable[[Any], Any]
@@ -64,7 +65,7 @@ class GateSearch:
         self.work = work = Passes(original, gates, parts, batch_size)
         self.staying = _staying(gates, keep)
         note("means")
-        with torch.no_grad(), record(original, gates) as recorded:
+        with torch.no_grad(), record(original, gates, correlation=False) as recorded:
             for x, y in work.batches(0):
                 recorded.labels = y
                 original(x)

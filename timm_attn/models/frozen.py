@@ -55,7 +55,7 @@ def frozen_network(
     Raises:
         ValueError: There is no such network, or no such gate.
     """
-    from ..record import gate_modules  # which looks at networks of this package
+    from ..gates import gate_modules  # which looks at networks of this package
 
     if not isinstance(backbone, str) or not register_name(backbone):
         raise ValueError(f"frozen needs the name of a network as backbone=, got {backbone!r}")

@@ -16,9 +16,9 @@ from timm.data import create_transform
 from torch import Tensor
 
 from ..errors import UserError
+from ..images import DataError
 from .augment import AutoAugment, crop_and_flip, erase, generator, seed_everything
 from .data import Split
-from .images import DataError
 from .recipe import Recipe
 
 

@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..images import DataError, decode
 from .folders import image_splits, image_table, readable_folder, split_folders
-from .images import DataError, decode
 from .labels import read_labels
 from .pixels import cache_folder, contents, decoded
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .images import NEWER_EXTENSIONS, DataError
+from ..images import NEWER_EXTENSIONS, DataError
 
 if TYPE_CHECKING:
     import datasets

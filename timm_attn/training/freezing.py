@@ -8,25 +8,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from ..errors import UserError
 from ..files import replace_file
 from ..freeze import FreezeReport, freeze
+from ..images import DataError
 from ..passes import Figures
 from ..search import Recover
-from .batches import Batches, Shard
-from .data import Split, load_split
-from .images import DataError
+from ..style import new_figure, style, write_png
+from .data import load_split
 from .labels import match_classes
 from .loop import resume, train
-from .progress import track
 from .recipe import Recipe
 from .run import hardware, is_run, save_model
 from .setup import make_accelerator, own_accelerate_state, split_options
-from .validation import evaluation_split, load_model
+from .validation import evaluation_split, load_model, split_tensors
 
 REPORT, PICTURE = "freeze.json", "freeze.png"
 #: Images for the means, from the training split.
@@ -165,27 +163,23 @@ def read_images(
         except DataError:
             means = None
 
-    def tensors(split: Split, most: int) -> tuple[Tensor, Tensor]:
-        rows = torch.linspace(0, len(split) - 1, min(most, len(split))).round().long()
-        batches = Batches(split.select(rows, split.name), recipe, config, Shard(torch.device("cpu")))
-        parts = list(track(batches.evaluate(), batches.evaluation_steps, show, "reading images"))
-        return torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
-
-    images, labels = tensors(split, most)
+    images, labels = split_tensors(split, recipe, config, most, show)
     names = list(model.pretrained_cfg.get("label_names") or split.label_names)
     if means is None:
         return images, labels, None, None, names
-    return images, labels, *tensors(means, min(most, MEANS)), names
+    return images, labels, *split_tensors(means, recipe, config, min(most, MEANS), show), names
 
 
 def draw(report: FreezeReport, title: str, path: Path) -> None:
     """Top-1 against time as gates are frozen one by one, in both orders, as a PNG."""
-    import io
+    with style():
+        write_png(freeze_figure(report, title), path)
 
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axis = figure.subplots()
+def freeze_figure(report: FreezeReport, title: str) -> Any:
+    """The same as a figure."""
+    figure, axes = new_figure(title, 4.2)
+    axis = axes[0, 0]
     styles = {"greedy": ("o", "C0", "least damage for its time first"), "depth": ("s", "C1", "by depth")}
     for name, points in report.curves.items():
         marker, colour, label = styles[name]
@@ -199,12 +193,9 @@ def draw(report: FreezeReport, title: str, path: Path) -> None:
     limit = report.curves["greedy"][0][1] - report.budget
     axis.axhline(limit, color="0.6", linestyle="--", linewidth=1, label="budget")
     named = "top-1 (%)" if not math.isnan(report.before.top1) else "same class as the original (%)"
-    axis.set(xlabel=f"milliseconds for a batch of {report.batch_size}", ylabel=named, title=title)
-    axis.grid(alpha=0.3)
+    axis.set(xlabel=f"milliseconds for a batch of {report.batch_size}", ylabel=named)
     axis.legend(loc="lower right")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    replace_file(path, buffer.getvalue())
+    return figure
 
 
 def _right(figures: Figures) -> float:

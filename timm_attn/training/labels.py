@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .images import DataError
+from ..images import DataError
 
 if TYPE_CHECKING:
     import datasets

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .images import DataError, decode
+from ..images import DataError, decode
 from .progress import track
 
 if TYPE_CHECKING:

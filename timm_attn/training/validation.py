@@ -1,9 +1,12 @@
 """Load a model by whatever names it, and measure it on a data set."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import timm
+import torch
 from timm.data import resolve_model_data_config
+from torch import Tensor
 
 from ..errors import UserError
 from ..weights import WeightsError, without_tokens
@@ -12,6 +15,7 @@ from .data import Split, load_split
 from .evaluation import evaluate
 from .labels import match_classes
 from .network import source_name
+from .progress import track
 from .recipe import Recipe
 from .setup import make_accelerator, own_accelerate_state, split_options
 
@@ -61,6 +65,102 @@ def evaluation_split(model: Any, recipe: Recipe, config: dict[str, Any]) -> Spli
             f"{len(split.label_names)}: choose data with the same classes"
         )
     return split
+
+
+def split_tensors(
+    split: Split, recipe: Recipe, config: dict[str, Any], most: int, show: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Images B × C × H × W as the model takes them, and labels, of a split or of so many of it, at random.
+
+    Args:
+        split: From :func:`evaluation_split`, say.
+        recipe: Batch size, workers, what is done about corrupt images.
+        config: timm's data configuration of the model.
+        most: Number of images.
+        show: Draw a progress bar.
+    """
+    rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:most].sort().values
+    batches = Batches(split.select(rows, split.name), recipe, config, Shard(torch.device("cpu")))
+    parts = list(track(batches.evaluate(), batches.evaluation_steps, show, "reading images"))
+    return torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
+
+
+@own_accelerate_state()
+def evaluation_images(
+    model: Any, recipe: Recipe, most: int, show: bool = False
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Images of the evaluation split in random order, always the same, their labels, and the classes' names.
+
+    Args:
+        model: With a configuration.
+        recipe: Data, split, columns.
+        most: Number of images.
+        show: Draw a progress bar.
+
+    Raises:
+        UserError: The data cannot be used, or its classes are not the model's.
+    """
+    accelerator = make_accelerator("no")
+    config: dict[str, Any] = resolve_model_data_config(model)
+    with accelerator.local_main_process_first():
+        split = evaluation_split(model, recipe, config)
+    images, labels = split_tensors(split, recipe, config, most, show)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
+    names = list(model.pretrained_cfg.get("label_names") or split.label_names)
+    return images[order], labels[order], names
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a model says of a whole split.
+
+    Attributes:
+        logits: B × classes in float32, on the CPU.
+        labels: B.
+        names: Of the classes.
+        split: The images.
+        config: timm's data configuration of the model.
+        recipe: How they are read.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    names: list[str]
+    split: Split
+    config: dict[str, Any]
+    recipe: Recipe
+
+    def images(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Images B × C × H × W as the model takes them, and labels, by number."""
+        return split_tensors(self.split.select(rows, self.split.name), self.recipe, self.config, len(rows))
+
+
+@own_accelerate_state()
+@torch.no_grad()
+def evaluated(model: Any, recipe: Recipe, show: bool = False) -> Evaluated:
+    """Logits of every image of the evaluation split, without keeping the images.
+
+    Args:
+        model: From :func:`load_model`.
+        recipe: Data, split, columns, batch size. Corrupt images must not be skipped.
+        show: Draw a progress bar.
+
+    Raises:
+        UserError: The data cannot be used, or its classes are not the model's.
+    """
+    accelerator = make_accelerator(recipe.precision)
+    config: dict[str, Any] = resolve_model_data_config(model)
+    with accelerator.local_main_process_first():
+        split = evaluation_split(model, recipe, config)
+    model = model.to(accelerator.device)
+    batches = Batches(split, recipe, config, Shard(accelerator.device))
+    logits, labels = [], []
+    for part in track(batches.evaluate(), batches.evaluation_steps, show):
+        with accelerator.autocast():
+            logits.append(model(part.images).float().cpu())
+        labels.append(part.labels.cpu())
+    names = list(model.pretrained_cfg.get("label_names") or split.label_names)
+    return Evaluated(torch.cat(logits), torch.cat(labels), names, split, config, recipe)
 
 
 @own_accelerate_state()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from ..errors import UserError
+from .errors import UserError
 
 #: Bytes that a pixel takes while an image is decoded and converted, at most.
 _PIXEL = 8

@@ -1,0 +1,185 @@
+"""What networks do: look, and predict."""
+
+import csv
+import io
+import warnings
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
+from tyro.conf import OmitArgPrefixes, Positional
+
+from ..errors import UserError
+from ..files import replace_file
+from ..images import DataError
+from ..predict import find_images, predict
+from ..training import load_model
+from ..training.checkpoint import folders
+from ..training.validation import evaluation_images
+from .console import Images, app, console
+
+
+@app.command(name="look")
+def look_command(
+    what: Positional[Literal["stripes", "correlation", "stiffness", "landscape", "importance", "maps"]],
+    models: Positional[tuple[str, ...]],
+    /,
+    images: OmitArgPrefixes[Images],
+    out: Path = Path("look"),
+    max_images: int = 512,
+) -> None:
+    """Observe what attention does, and write a picture and a table.
+
+    stripes: how little gates depend on the image. correlation: between the gates of a stage. stiffness: along
+    depth. landscape: gradients, variation and noise near images. importance: whether gates are great where
+    channels matter. maps: where a network looks.
+
+    Args:
+        what: The observation.
+        models: Run folders, hub folders, model names with pretrained weights, or hf-hub:ORG/NAME. Several for
+            stripes, stiffness and landscape; stripes takes all checkpoints of a run folder that has some.
+        out: Folder for <what>.png and <what>.csv.
+        max_images: Most images of the split, chosen at random, the same every time.
+    """
+    from ..report import COMPARING, OBSERVATIONS
+
+    if not models:
+        raise UserError(f"name a model, e.g. `timm-attn look {what} resnet20_se --data DATA`")
+    if len(models) > 1 and what not in COMPARING:
+        raise UserError(f"{what} takes one model, got {len(models)}: {', '.join(models)}")
+    if max_images < 2:
+        raise UserError(f"--max-images must be at least 2, got {max_images}")
+    loaded = {name: load_model(source) for name, source in zip(short_names(models), models, strict=True)}
+    if what == "stripes" and len(models) == 1:
+        loaded = {**_checkpoints(Path(models[0]), loaded), **loaded}
+    sample = read_sample(next(iter(loaded.values())), images, max_images)
+    for name, model in loaded.items():
+        check_same_input(name, model, sample)
+    observation = OBSERVATIONS[what](loaded, sample)
+    picture, rows = observation.write(out)
+    table = Table("", "here", "paper")
+    for row in observation.summary:
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"{observation.images:,} images of {images.data}; {picture}, {rows}")
+
+
+def short_names(sources: tuple[str, ...]) -> list[str]:
+    """What tells models apart in a picture."""
+    names = [Path(source).name or source for source in sources]
+    return names if len(set(names)) == len(names) else list(sources)
+
+
+def read_sample(model: Any, images: Images, most: int) -> Any:
+    """Images of the evaluation split for a model."""
+    from ..report import Sample
+
+    config: dict[str, Any] = resolve_model_data_config(model)
+    x, y, names = evaluation_images(model, images.recipe(), most, console.is_terminal)
+    return Sample(x, y, names, config["mean"], config["std"])
+
+
+def check_same_input(name: str, model: Any, sample: Any) -> None:
+    """Raise a UserError if a model takes other images, or has other classes, than those that were read."""
+    config: dict[str, Any] = resolve_model_data_config(model)
+    want = tuple(config["mean"]), tuple(config["std"]), tuple(config["input_size"][1:])
+    if want != (tuple(sample.mean), tuple(sample.std), tuple(sample.images.shape[2:])):
+        raise UserError(
+            f"{name} takes other images than the first model: compare models with one preparation"
+        )
+    if model.num_classes != len(sample.names):
+        raise UserError(f"{name} has {model.num_classes} classes, {len(sample.names)} are in the data")
+
+
+def _checkpoints(run: Path, loaded: dict[str, Any]) -> dict[str, Any]:
+    """The networks of a run at its checkpoints but for the last, which is the run's end; the oldest first."""
+    ((_, model),) = loaded.items()
+    found = {}
+    for step, folder in folders(run)[:-1] if run.is_dir() else ():
+        network = deepcopy(model)
+        network.load_state_dict(load_file(folder / "model.safetensors"))
+        found[f"step {step}"] = network
+    return found
+
+
+@app.command(name="report")
+def report_command(
+    model: Positional[str],
+    /,
+    images: OmitArgPrefixes[Images],
+    out: Path = Path("report.html"),
+) -> None:
+    """Write one HTML file on a model: accuracy, calibration, mistakes, gates, folding and speed.
+
+    Args:
+        model: A run folder, a hub folder, a model name with pretrained weights, or hf-hub:ORG/NAME.
+        out: The file, which needs no other to be looked at.
+    """
+    from ..report.page import write_report
+
+    if images.on_corrupt == "skip":
+        raise UserError("report needs every image that it counts: leave --on-corrupt skip out")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder: name a file with --out")
+    write_report(model, images.recipe(), out, console.is_terminal)
+    console.print(f"{out} ({out.stat().st_size / 1e6:.1f} MB): open it in a browser")
+
+
+@app.command(name="predict")
+def predict_command(
+    model: Positional[str],
+    places: Positional[tuple[Path, ...]],
+    /,
+    topk: int = 5,
+    out: Path | None = None,
+    show: Path | None = None,
+    batch_size: int = 64,
+) -> None:
+    """Say what is in images.
+
+    Args:
+        model: A model name with pretrained weights, a run folder, a hub folder, or hf-hub:ORG/NAME.
+        places: Images, or folders of images.
+        topk: Classes for each image.
+        out: A CSV to write: a line for each image and class.
+        show: A PNG to write: the images with their classes.
+        batch_size: Images at a time.
+    """
+    if not places:
+        raise UserError("name images or folders of images")
+    if topk < 1 or batch_size < 1:
+        raise UserError(f"--topk and --batch-size must be at least 1, got {topk} and {batch_size}")
+    files = find_images(places)
+    network = load_model(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        predictions = predict(network, files, topk, batch_size, on_corrupt="skip")
+    for warning in caught:
+        console.print(str(warning.message), style="yellow", markup=False)
+    if not predictions:
+        raise DataError(f"none of {len(files):,} images can be read")
+    table = Table("image", *(f"{i + 1}." for i in range(len(predictions[0].classes))))
+    for prediction in predictions[:50]:
+        pairs = zip(prediction.classes, prediction.probabilities, strict=True)
+        table.add_row(prediction.source, *(f"{name} {100 * p:.1f} %" for name, p in pairs))
+    console.print(table)
+    if len(predictions) > 50:
+        console.print(f"and {len(predictions) - 50:,} more{'' if out else ': --out FILE.csv has them all'}")
+    if out is not None:
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(("image", "rank", "class", "probability"))
+        for prediction in predictions:
+            pairs = zip(prediction.classes, prediction.probabilities, strict=True)
+            for rank, (name, p) in enumerate(pairs, 1):
+                writer.writerow((prediction.source, rank, name, f"{p:.6f}"))
+        replace_file(out, stream.getvalue().encode())
+    if show is not None:
+        from ..report.sheet import contact_sheet
+        from ..style import style, write_png
+
+        with style():
+            write_png(contact_sheet(predictions, model), show)

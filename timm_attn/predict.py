@@ -1,0 +1,161 @@
+"""What a network says of images."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from torch import Tensor, nn
+
+from .errors import UserError
+from .images import DataError, decode
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of one image, the first one most.
+
+    Attributes:
+        source: Path of the image, or its number.
+        classes: Names, or numbers where the model names none.
+        probabilities: Between 0 and 1.
+    """
+
+    source: str
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+def class_names(model: Any) -> list[str]:
+    """Names of a model's classes: its own, those of the ImageNet that it was trained on, or numbers."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    count = int(getattr(model, "num_classes", 0) or cfg.get("num_classes") or 0)
+    names = cfg.get("label_names")
+    if names and len(names) == count:
+        return list(names)
+    subset = infer_imagenet_subset({"num_classes": count})
+    if subset and cfg.get("num_classes") == count:
+        info = ImageNetInfo(subset)
+        return [info.index_to_description(i) for i in range(count)]
+    return [str(i) for i in range(count)]
+
+
+def predict(
+    model: nn.Module,
+    images: Tensor | Iterable[str | Path | Image.Image],
+    topk: int = 5,
+    batch_size: int = 64,
+    on_corrupt: str = "stop",
+) -> list[Prediction]:
+    """The most probable classes of images.
+
+    Args:
+        model: Of timm or this package. It is called in eval mode and left in its own.
+        images: Paths, images of Pillow, which are prepared as timm prepares them for the model; or normalised
+            B × C × H × W.
+        topk: How many classes.
+        batch_size: Images at a time.
+        on_corrupt: "stop" at an image that cannot be read, or "skip" it with a warning.
+
+    Raises:
+        DataError: An image cannot be read.
+        ValueError: There are no images; an argument is out of range.
+    """
+    if topk < 1 or batch_size < 1:
+        raise ValueError(f"topk and batch_size must be at least 1, got {topk} and {batch_size}")
+    if on_corrupt not in ("stop", "skip"):
+        raise ValueError(f"on_corrupt must be 'stop' or 'skip', got {on_corrupt!r}")
+    if isinstance(images, str | Path | Image.Image):
+        images = [images]
+    names = class_names(model)
+    transform: Any = None
+    if not isinstance(images, Tensor):
+        config: dict[str, Any] = resolve_model_data_config(model)
+        transform = create_transform(**config, is_training=False)
+        images = list(images)
+    if not len(images):
+        raise ValueError("there are no images to predict")
+    like = next(model.parameters())
+    training = model.training
+    predictions: list[Prediction] = []
+    try:
+        model.eval()
+        for start in range(0, len(images), batch_size):
+            part = images[start : start + batch_size]
+            if isinstance(part, Tensor):
+                sources, batch = [str(start + i) for i in range(len(part))], part
+            else:
+                sources, batch = _prepared(part, start, transform, on_corrupt)
+            if len(sources):
+                with torch.no_grad():
+                    p = model(batch.to(like)).float().softmax(1).cpu()
+                names = names if len(names) == p.shape[1] else [str(i) for i in range(p.shape[1])]
+                values, indices = p.topk(min(topk, p.shape[1]))
+                predictions += [
+                    Prediction(source, tuple(names[i] for i in row), tuple(v))
+                    for source, row, v in zip(sources, indices.tolist(), values.tolist(), strict=True)
+                ]
+    finally:
+        model.train(training)
+    return predictions
+
+
+def _prepared(
+    part: Sequence[str | Path | Image.Image], start: int, transform: Any, on_corrupt: str
+) -> tuple[list[str], Tensor]:
+    """Names and normalised pixels of images that can be read."""
+    sources, tensors = [], []
+    for i, image in enumerate(part, start):
+        source = str(i) if isinstance(image, Image.Image) else str(image)
+        try:
+            shown = image.convert("RGB") if isinstance(image, Image.Image) else read_image(Path(image))
+        except DataError as error:
+            if on_corrupt == "stop":
+                raise
+            warnings.warn(f"left out: {error}", stacklevel=3)
+            continue
+        sources.append(source)
+        tensors.append(transform(shown))
+    return sources, torch.stack(tensors) if tensors else torch.empty(0)
+
+
+def read_image(path: Path) -> Image.Image:
+    """An RGB image from a file, upright and opaque.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    return decode({"bytes": content, "path": None}, str(path))
+
+
+def find_images(places: Iterable[Path]) -> list[Path]:
+    """The images that paths name, those of folders by name, with the folders within.
+
+    Raises:
+        UserError: A path does not exist, or there is no image.
+    """
+    from timm.data import get_img_extensions
+
+    extensions = {*get_img_extensions(), ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+    found: list[Path] = []
+    for place in places:
+        if not place.exists():
+            raise UserError(f"{place} does not exist: name images or folders of images")
+        if place.is_dir():
+            inside = (p for p in sorted(place.rglob("*")) if p.suffix.lower() in extensions and p.is_file())
+            found += inside
+        else:
+            found.append(place)
+    if not found:
+        raise UserError(
+            f"no images in {', '.join(map(str, places))}: they end in {', '.join(sorted(extensions))}"
+        )
+    return found

@@ -1,0 +1,86 @@
+"""Correlation between the gates of a stage.
+
+Paper: "DIANet: Dense-and-Implicit Attention Network", Huang et al., AAAI 2020
+https://arxiv.org/abs/1905.10671
+"""
+
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from ..style import DIVERGING, new_figure
+from .observation import Observation, Sample, recorded, round_to
+
+
+def correlation(models: dict[str, Any], sample: Sample, panels: int = 4) -> Observation:
+    """Pearson's r between the gates of neighbouring blocks of one width, over images and channels.
+
+    Args:
+        models: One network with gates, by its name.
+        sample: Images.
+        panels: Most matrices that are drawn.
+
+    Raises:
+        UserError: It has no two neighbouring gates of one width.
+    """
+    ((name, model),) = models.items()
+    found = [c for c in recorded(name, model, sample, correlation=True).correlations()]
+    if not found:
+        raise UserError(f"{name} has no two neighbouring gates of one width, which could be correlated")
+    rows = [
+        {
+            "model": name,
+            "stage": stage + 1,
+            "gate": group.paths[i],
+            "other": group.paths[j],
+            "pearson": round_to(group.pearson[i, j].item()),
+            "pearson_images": round_to(group.images[i, j].item()),
+        }
+        for stage, group in enumerate(found)
+        for i, j in torch.triu_indices(len(group.paths), len(group.paths), 1).T.tolist()
+    ]
+
+    def draw() -> Any:
+        shown = sorted(sorted(found, key=lambda c: -len(c.paths))[:panels], key=found.index)
+        figure, axes = new_figure(
+            f"Correlation between gates of {name}, {len(sample):,} images", 3.4, 1, len(shown)
+        )
+        picture = None
+        for axis, group in zip(axes[0], shown, strict=True):
+            picture = axis.imshow(group.pearson.numpy(), vmin=-1, vmax=1, cmap=DIVERGING)
+            count = len(group.paths)
+            # Where the names differ, by block: what they have in common is the title.
+            parts = [path.split(".") for path in group.paths]
+            differ = [i for i in range(len(parts[0])) if len({tuple(p[i : i + 1]) for p in parts}) > 1]
+            labels = [".".join(p[i] for i in differ if i < len(p)) for p in parts]
+            step = -(-count // 12)
+            ticks = range(0, count, step)
+            axis.set_xticks(ticks, labels[::step])
+            axis.set_yticks(ticks, labels[::step])
+            common = ".".join(parts[0][: differ[0]]) if differ else group.paths[0]
+            axis.set(title=f"{common}: mean {group.mean:.2f}", xlabel="block", ylabel="block")
+            axis.grid(False)
+            for i in range(count if count <= 6 else 0):
+                for j in range(count):
+                    value = group.pearson[i, j].item()
+                    ink = "white" if abs(value) > 0.6 else "black"
+                    axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
+        figure.colorbar(picture, ax=list(axes[0]), label="Pearson's r", shrink=0.8)
+        return figure
+
+    means = [group.mean for group in found]
+    pairs = [row["pearson_images"] for row in rows if row["pearson_images"] == row["pearson_images"]]
+    summary = [
+        (
+            f"Pearson's r, mean over pairs, then over {len(means)} stages",
+            f"{sum(means) / len(means):.2f} ({', '.join(f'{m:.2f}' for m in means)})",
+            "up to 0.85",
+        ),
+        (
+            "the same without each channel's mean: of what the image changes",
+            f"{sum(pairs) / len(pairs):.2f}" if pairs else "no gate depends on the image",
+            "–",
+        ),
+    ]
+    return Observation("correlation", rows, summary, draw, len(sample))

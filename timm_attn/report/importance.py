@@ -1,0 +1,117 @@
+"""Whether a gate is great where its channel matters.
+
+Paper: "Towards Understanding the Effectiveness of Attention Mechanism", Ye et al.
+https://arxiv.org/abs/2106.15067
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..gates import Gate
+from ..style import new_figure
+from .observation import Observation, Sample, recorded, round_to, spaced
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Spearman's ρ of each row, N; ties have their mean rank, and a row without variation is NaN."""
+    from scipy.stats import rankdata
+
+    ranks = [torch.from_numpy(rankdata(t.double().numpy(), axis=1)) for t in (a, b)]
+    x, y = (r - r.mean(1, keepdim=True) for r in ranks)
+    return (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))
+
+
+@torch.no_grad()
+def importances(model: nn.Module, gate: Gate, channels: list[int], sample: Sample) -> Tensor:
+    """|change of the cross-entropy| of each image when one channel is 0 after the gate, N × channels."""
+    off: list[int | None] = [None]
+
+    def hook(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+        if off[0] is None:
+            return y
+        y = y.clone()
+        y.select(gate.axis, off[0]).zero_()
+        return y
+
+    handle = model.get_submodule(gate.path).register_forward_hook(hook)
+    try:
+        parts = []
+        for x, labels in sample.batches(model):
+            columns = []
+            for off[0] in (None, *channels):
+                columns.append(F.cross_entropy(model(x).float(), labels, reduction="none").cpu())
+            parts.append(torch.stack([(c - columns[0]).abs() for c in columns[1:]], 1))
+    finally:
+        handle.remove()
+    return torch.cat(parts)
+
+
+def importance(models: dict[str, Any], sample: Sample, images: int = 64, most: int = 32) -> Observation:
+    """Spearman's ρ between the gates of an image and what the loss changes when their channels go.
+
+    Args:
+        models: One network with gates, by its name.
+        sample: Images, of which the first are taken.
+        images: How many.
+        most: Channels of a gate that are tried, evenly spaced.
+
+    Raises:
+        UserError: It has no gates.
+    """
+    ((name, model),) = models.items()
+    sample = sample.first(images)
+    found = recorded(name, model, sample, keep=len(sample))
+    rows, points = [], {}
+    for gate in found.gates:
+        channels = spaced(list(range(gate.channels)), most)
+        weight = found.kept[gate.path][:, channels].nan_to_num()
+        change = importances(model, gate, channels, sample)
+        rho = rank_correlation(weight, change)
+        rho = rho[rho.isfinite()]
+        points[gate.path] = rho, weight.mean(0), change.mean(0)
+        rows.append(
+            {
+                "model": name,
+                "gate": gate.path,
+                "channels": len(channels),
+                "spearman": round_to(rho.mean().item()) if len(rho) else math.nan,
+                "std_over_images": round_to(rho.std().item()) if len(rho) > 1 else math.nan,
+                "images": len(rho),
+            }
+        )
+    known = [row for row in rows if row["images"]]
+
+    def draw() -> Any:
+        figure, axes = new_figure(
+            f"Gates of {name} and the importance of their channels, {len(sample)} images",
+            3.4,
+            1,
+            2,
+            width_ratios=(3, 2),
+        )
+        axis = axes[0, 0]
+        for i, row in enumerate(rows):
+            axis.errorbar(i + 1, row["spearman"], row["std_over_images"], fmt="o", color="C0", capsize=2)
+        axis.axhline(0, color="0.5", linewidth=1)
+        axis.set(xlabel="gate, from input to output", ylabel="Spearman's ρ, mean ± std", ylim=(-1, 1))
+        if len(rows) <= 12:
+            axis.set_xticks(range(1, len(rows) + 1), [row["gate"] for row in rows], rotation=30, ha="right")
+        middle = sorted(known, key=lambda row: row["spearman"])[len(known) // 2]["gate"]
+        _, weight, change = points[middle]
+        axes[0, 1].scatter(weight, change, s=12)
+        axes[0, 1].set(xlabel=f"gate of {middle}, mean", ylabel="|change of the loss|, mean (nats)")
+        return figure
+
+    values = [row["spearman"] for row in known]
+    summary = [
+        (
+            f"Spearman's ρ, mean of images and {len(values)} gates",
+            f"{sum(values) / len(values):.2f} ({min(values):.2f} to {max(values):.2f})",
+            "weak: no figure readable",
+        )
+    ]
+    return Observation("importance", rows, summary, draw, len(sample))

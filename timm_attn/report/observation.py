@@ -1,0 +1,111 @@
+"""What is observed of networks on images, and how it is written down."""
+
+import csv
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import replace_file
+from ..record import Record, record
+from ..style import style, write_png
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Images to observe networks on.
+
+    Attributes:
+        images: B × C × H × W, normalised.
+        labels: Their classes, B.
+        names: Of the classes.
+        mean, std: What the images were normalised with, by channel.
+    """
+
+    images: Tensor
+    labels: Tensor
+    names: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def first(self, n: int) -> "Sample":
+        """The first n images."""
+        return Sample(self.images[:n], self.labels[:n], self.names, self.mean, self.std)
+
+    def batches(self, model: Any, size: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels on a network's device."""
+        like = next(model.parameters())
+        for i in range(0, len(self), size):
+            yield self.images[i : i + size].to(like), self.labels[i : i + size].to(like.device)
+
+    def pixels(self) -> Any:
+        """The images as they look, B × H × W × C in [0, 1], on the CPU."""
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return (self.images.cpu().float() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A picture, the figures in it, and what they come to.
+
+    Attributes:
+        name: Such as "stripes".
+        rows: Of the CSV.
+        summary: (quantity, ours, the paper's), in words.
+        draw: Makes the picture, a figure of matplotlib's.
+        images: Number of images that it was made on.
+    """
+
+    name: str
+    rows: list[dict[str, Any]]
+    summary: list[tuple[str, str, str]]
+    draw: Callable[[], Any]
+    images: int
+
+    def write(self, folder: Path) -> tuple[Path, Path]:
+        """Write ``<name>.png`` and ``<name>.csv`` into a folder, which is made if need be."""
+        folder.mkdir(parents=True, exist_ok=True)
+        picture, table = folder / f"{self.name}.png", folder / f"{self.name}.csv"
+        with style():
+            write_png(self.draw(), picture)
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, list(self.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        replace_file(table, stream.getvalue().encode())
+        return picture, table
+
+
+def recorded(name: str, model: Any, sample: Sample, keep: int = 0, correlation: bool = False) -> Record:
+    """What the gates of a network do on a sample.
+
+    Raises:
+        UserError: It has none.
+    """
+    with record(model, keep=keep, correlation=correlation) as gates, torch.no_grad():
+        for x, y in sample.batches(model):
+            gates.labels = y
+            model(x)
+    if not gates.gates:
+        raise UserError(f"{name} has no channel gates: choose a network with SE, ECA, DIA or the like")
+    return gates
+
+
+def spaced(items: list[Any], most: int) -> list[Any]:
+    """At most so many of a list, evenly spaced, with the first and the last."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def round_to(value: float, digits: int = 4) -> float:
+    """For tables: no more digits than mean something."""
+    return float(f"{value:.{digits}g}")

@@ -1,0 +1,339 @@
+"""One HTML file about a model: what it is, where it errs, what its attention does, how fast it is."""
+
+import base64
+import contextlib
+import io
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..files import replace_file
+from ..fold import FoldError, NothingToFold, example_input, fold, foldable, verify_fold
+from ..models import model_names, parse_name, stock_model
+from ..papers import PAPERS
+from ..style import SEQUENTIAL, new_figure, png, style
+from ..training import Recipe, load_model
+from ..training.curves import curves_figure
+from ..training.freezing import REPORT as FREEZE_REPORT
+from ..training.run import METRICS, hardware, read_metrics
+from ..training.validation import Evaluated, evaluated
+from .correlation import correlation
+from .observation import Sample
+from .stripes import stripes
+
+_PAGE = Path(__file__).with_name("report.html.jinja")
+#: Images for what is observed of gates.
+_OBSERVED = 512
+_BINS = 15
+
+
+def calibration(
+    probabilities: Tensor, labels: Tensor, bins: int = _BINS
+) -> tuple[float, list[dict[str, float]]]:
+    """Expected calibration error, and by bin of confidence what it comes from.
+
+    Source: "On Calibration of Modern Neural Networks", Guo et al., https://arxiv.org/abs/1706.04599
+
+    Args:
+        probabilities: B × classes.
+        labels: B.
+        bins: Of equal width.
+
+    Returns:
+        ECE between 0 and 1; of each bin that is not empty its edges, share of images, confidence, accuracy.
+    """
+    confidence, predicted = probabilities.double().max(1)
+    right = (predicted == labels).double()
+    which = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    found = []
+    for i in range(bins):
+        rows = which == i
+        if rows.any():
+            values = (rows.double().mean(), confidence[rows].mean(), right[rows].mean())
+            share, mean, accuracy = (v.item() for v in values)
+            edges = {"low": i / bins, "high": (i + 1) / bins}
+            found.append({**edges, "share": share, "confidence": mean, "accuracy": accuracy})
+    return sum(b["share"] * abs(b["confidence"] - b["accuracy"]) for b in found), found
+
+
+def write_report(source: str, recipe: Recipe, out: Path, show: bool = False) -> Path:
+    """Write a report on a model as one HTML file that needs nothing else.
+
+    Args:
+        source: As for :func:`~timm_attn.training.load_model`.
+        recipe: Data, split, columns, batch size.
+        out: The file.
+        show: Draw a progress bar.
+
+    Raises:
+        UserError: The model or the data cannot be used. Nothing is written then.
+    """
+    model = load_model(source)
+    seen = evaluated(model, recipe, show)
+    folder = Path(source.removeprefix("local-dir:"))
+    name = folder.name or source
+    sections = [
+        _curves(folder, name),
+        _accuracy(seen),
+        _confusion(seen),
+        _calibration(seen),
+        _mistakes(seen, model),
+        *_gates(model, name, seen),
+        _folded(model),
+        _frozen(folder),
+        _speed(model),
+    ]
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(_PAGE.read_text(encoding="utf-8")).render(
+        name=name,
+        facts=_facts(model, recipe, seen),
+        sections=[section for section in sections if section],
+    )
+    replace_file(out, page.encode())
+    return out
+
+
+def _section(
+    title: str, text: str = "", picture: Callable[[], Any] | None = None, **parts: Any
+) -> dict[str, Any]:
+    """A part of the page: a heading, a sentence, a picture for light and for dark, a table, images."""
+    pictures = {}
+    if picture is not None:
+        for dark in (False, True):
+            with style(dark):
+                pictures["dark" if dark else "light"] = _data_uri(png(picture()))
+    return {"title": title, "text": text, "pictures": pictures, **parts}
+
+
+def _data_uri(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def _facts(model: Any, recipe: Recipe, seen: Evaluated) -> list[tuple[str, str]]:
+    cfg = model.pretrained_cfg
+    architecture = cfg["architecture"]
+    mechanism = parse_name(architecture)[1] if architecture in model_names() else ""
+    p = seen.logits.softmax(1)
+    top = seen.logits.topk(min(5, p.shape[1])).indices == seen.labels[:, None]
+    loss = nn.functional.cross_entropy(seen.logits, seen.labels).item()
+    facts = [
+        ("architecture", architecture),
+        ("parameters", f"{sum(t.numel() for t in model.parameters()):,}"),
+        ("input", " × ".join(map(str, cfg["input_size"]))),
+        ("data", f"{recipe.data}, {seen.split.name} split, {len(seen.labels):,} images"),
+        ("top-1", f"{100 * top[:, 0].double().mean():.2f} %"),
+        ("top-5", f"{100 * top.any(1).double().mean():.2f} %"),
+        ("cross-entropy", f"{loss:.4f} nats"),
+        ("calibration error (ECE)", f"{100 * calibration(p, seen.labels)[0]:.2f} %"),
+    ]
+    if mechanism in PAPERS:
+        facts.insert(1, ("mechanism", f"{PAPERS[mechanism].summary} ({PAPERS[mechanism].title})"))
+    return facts
+
+
+def _curves(folder: Path, name: str) -> dict[str, Any] | None:
+    lines = read_metrics(folder) if (folder / METRICS).is_file() else []
+    return _section("Training", picture=lambda: curves_figure(lines, name)) if lines else None
+
+
+def _accuracy(seen: Evaluated) -> dict[str, Any]:
+    right = (seen.logits.argmax(1) == seen.labels).double()
+    by_class = [(100 * right[seen.labels == i].mean().item(), n) for i, n in enumerate(seen.names)]
+    by_class = sorted((a, n) for a, n in by_class if a == a)
+
+    def draw() -> Any:
+        few = len(by_class) <= 40
+        figure, axes = new_figure("Top-1 by class", 0.9 + 0.19 * len(by_class) if few else 3.2)
+        axis = axes[0, 0]
+        values = [a for a, _ in by_class]
+        if few:
+            bars = axis.barh([n for _, n in by_class], values)
+            axis.bar_label(bars, fmt="%.1f", padding=3)
+            axis.set(xlabel="top-1 (%)", xlim=(0, 108))
+            axis.grid(False, axis="y")
+        else:
+            axis.plot(range(1, len(values) + 1), values)
+            axis.set(xlabel="class, the worst first", ylabel="top-1 (%)", ylim=(0, 102))
+        return figure
+
+    if len(by_class) <= 40:
+        return _section("By class", picture=draw)
+    rows = [(n, f"{a:.1f}") for a, n in by_class[:10]]
+    return _section("By class", "The ten worst:", draw, table=[("class", "top-1 (%)"), *rows])
+
+
+def _confusion(seen: Evaluated) -> dict[str, Any]:
+    classes = len(seen.names)
+    counts = torch.bincount(seen.labels * classes + seen.logits.argmax(1), minlength=classes**2)
+    counts = counts.view(classes, classes)
+    wrong = counts - counts.diag().diag()
+    pairs = wrong.flatten().topk(min(10, wrong.numel()))
+    table = [("class", "taken for", "images")]
+    for count, index in zip(pairs.values.tolist(), pairs.indices.tolist(), strict=True):
+        if count:
+            table.append((seen.names[index // classes], seen.names[index % classes], f"{count:,}"))
+    if classes > 30:
+        return _section("Confusion", "The classes that are taken for one another most often:", table=table)
+
+    def draw() -> Any:
+        figure, axes = new_figure("Confusion", 2 + 0.27 * classes)
+        axis = axes[0, 0]
+        share = 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
+        picture = axis.imshow(share.numpy(), vmin=0, vmax=100, cmap=SEQUENTIAL, aspect="auto")
+        axis.set_xticks(range(classes), seen.names, rotation=45, ha="right")
+        axis.set_yticks(range(classes), seen.names)
+        axis.set(xlabel="taken for", ylabel="class")
+        axis.grid(False)
+        for i in range(classes):
+            for j in range(classes):
+                if counts[i, j]:
+                    ink = "black" if share[i, j] > 55 else "white"
+                    text = f"{share[i, j]:.0f}" if share[i, j] >= 0.95 else "<1"
+                    axis.text(j, i, text, ha="center", va="center", color=ink, fontsize=7)
+        figure.colorbar(picture, label="% of the class")
+        return figure
+
+    return _section("Confusion", "The most frequent mistakes are below the picture.", draw, table=table)
+
+
+def _calibration(seen: Evaluated) -> dict[str, Any]:
+    error, bins = calibration(seen.logits.softmax(1), seen.labels)
+
+    def draw() -> Any:
+        figure, axes = new_figure(f"Calibration: ECE {100 * error:.2f} %", 3.2, 1, 2)
+        centres = [(b["low"] + b["high"]) / 2 for b in bins]
+        width = 0.9 / _BINS
+        axes[0, 0].bar(centres, [b["accuracy"] for b in bins], width, label="accuracy")
+        axes[0, 0].plot([0, 1], [0, 1], color="0.5", linestyle="--", label="perfect")
+        axes[0, 0].set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
+        axes[0, 0].legend(loc="upper left")
+        axes[0, 1].bar(centres, [100 * b["share"] for b in bins], width, color="C1")
+        axes[0, 1].set(xlabel="confidence", ylabel="images (%)", xlim=(0, 1))
+        return figure
+
+    return _section(
+        "Calibration",
+        f"Confidence is the greatest probability; {_BINS} bins. Bars below the line: too sure of itself.",
+        draw,
+    )
+
+
+def _mistakes(seen: Evaluated, model: Any, most: int = 24) -> dict[str, Any] | None:
+    p = seen.logits.softmax(1)
+    confidence, predicted = p.max(1)
+    wrong = (predicted != seen.labels).nonzero().flatten()
+    rows = wrong[confidence[wrong].argsort(descending=True)][:most]
+    if not len(rows):
+        return None
+    x, _ = seen.images(rows)
+    cfg = seen.config
+    pixels = Sample(x, seen.labels[rows], seen.names, cfg["mean"], cfg["std"]).pixels()
+    figures = []
+    for picture, row in zip(pixels, rows.tolist(), strict=True):
+        label, guess = int(seen.labels[row]), int(predicted[row])
+        figures.append(
+            {
+                "image": _data_uri(_thumbnail(picture)),
+                "class": seen.names[label],
+                "guess": seen.names[guess],
+                "sure": f"{100 * p[row, guess]:.0f}\u00a0%",
+                "rest": f"{100 * p[row, label]:.1f}\u00a0%",
+            }
+        )
+    text = f"The {len(rows)} of {len(wrong):,} mistakes of which it was most sure."
+    return _section("Worst mistakes", text, mistakes=figures)
+
+
+def _thumbnail(pixels: Any, side: int = 160) -> bytes:
+    image = Image.fromarray((255 * pixels.squeeze()).round().astype("uint8"))
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _gates(model: Any, name: str, seen: Evaluated) -> list[dict[str, Any] | None]:
+    rows = torch.randperm(len(seen.labels), generator=torch.Generator().manual_seed(0))[:_OBSERVED]
+    x, y = seen.images(rows.sort().values)
+    sample = Sample(x, y, seen.names, seen.config["mean"], seen.config["std"])
+    sections = []
+    for title, observe in (("Stripes", stripes), ("Correlation", correlation)):
+        try:
+            found = observe({name: model}, sample)
+        except UserError:  # no gates, or no two that could be compared
+            continue
+        table = [("", "here", "paper"), *found.summary]
+        sections.append(_section(title, f"On {len(sample):,} images.", found.draw, table=table))
+    return sections
+
+
+def _folded(model: Any) -> dict[str, Any] | None:
+    if not foldable(model):
+        return None
+    try:
+        folded: Any = stock_model(model, fold(model))
+    except (NothingToFold, FoldError):
+        return None
+    report = verify_fold(model, folded, example_input(model, 8))
+    costs = (
+        ("parameters", report.parameters),
+        ("multiply-adds", report.multiply_adds),
+        ("bytes", report.bytes),
+    )
+    table = [("", "as it is", f"folded: {folded.pretrained_cfg['architecture']}")]
+    table += [(what, *(f"{cost:,}" for cost in pair)) for what, pair in costs]
+    text = f"Folding changes no logit by more than {report.max_relative:.0e} of the greatest."
+    return _section("Folded", text, table=table)
+
+
+def _frozen(folder: Path) -> dict[str, Any] | None:
+    path = folder / FREEZE_REPORT
+    if not path.is_file():
+        return None
+    report = json.loads(path.read_text(encoding="utf-8"))
+    table = [("gate", "kind", "due to the image", "KL alone (nats)", "")]
+    for gate in report["gates"]:
+        what = f"constant, {gate['where']}" if gate["frozen"] else f"stays: {gate['where']}"
+        share = f"{100 * gate['image_share']:.0f} %"
+        table.append((gate["path"], gate["kind"], share, f"{gate['kl']:.4f}", what))
+    before, after = report["before"], report["after"]
+    text = f"Made from {report['source']}. "
+    if before["top1"] is not None:
+        n = report["images"][-1]
+        text += f"Top-1 {before['top1']:.2f} % before, {after['top1']:.2f} % after, on {n:,} other images."
+    return _section("Gates into constants", text, table=table)
+
+
+@torch.no_grad()
+def _speed(model: Any, rounds: int = 7) -> dict[str, Any]:
+    """Median milliseconds, the network as it is and folded in turn."""
+    networks = {"as it is": model}
+    if foldable(model):
+        with contextlib.suppress(NothingToFold, FoldError):
+            networks["folded"] = fold(model)
+    table = [("batch", *(f"{name}, ms" for name in networks), *(["ratio"] if len(networks) > 1 else []))]
+    for batch in (1, 32):
+        x = example_input(model, batch)
+        taken: dict[str, list[float]] = {name: [] for name in networks}
+        for i in range(rounds + 1):
+            for name, network in networks.items():
+                start = time.perf_counter()
+                network(x)
+                if x.is_cuda:
+                    torch.cuda.synchronize()
+                if i:
+                    taken[name].append(1000 * (time.perf_counter() - start))
+        medians = [statistics.median(times) for times in taken.values()]
+        ratio = [f"{medians[1] / medians[0]:.2f}"] if len(medians) > 1 else []
+        table.append((str(batch), *(f"{m:.1f}" for m in medians), *ratio))
+    text = f"Medians of {rounds} in turn, float32, eager, on {hardware()}."
+    return _section("Speed", text, table=table)

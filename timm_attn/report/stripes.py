@@ -1,0 +1,108 @@
+"""Stripes: how little gates depend on the image.
+
+Paper: "Stripe Observation Guided Inference Cost-free Attention Mechanism", Zhong et al., ECCV 2024
+https://arxiv.org/abs/2304.06345
+"""
+
+from typing import Any
+
+from ..style import new_figure
+from .observation import Observation, Sample, recorded, round_to, spaced
+
+
+def stripes(models: dict[str, Any], sample: Sample, images: int = 32, panels: int = 9) -> Observation:
+    """Gates as maps of image × channel, and the stripe index: 1 − share of the variance due to the image.
+
+    Args:
+        models: Networks with gates by name, such as the checkpoints of a run, the oldest first. Maps are of
+            the last one.
+        sample: Images for all figures.
+        images: Of which maps show the gates.
+        panels: Number of maps.
+
+    Raises:
+        UserError: A network has no gates.
+    """
+    records = {name: recorded(name, model, sample, keep=images) for name, model in models.items()}
+    rows, before = [], None
+    for name, found in records.items():
+        for gate in found.gates:
+            statistics = found[gate.path]
+            std = statistics.variance.sqrt()
+            moved = None if before is None else (statistics.mean - before[gate.path].mean).abs().mean().item()
+            rows.append(
+                {
+                    "model": name,
+                    "gate": gate.path,
+                    "kind": gate.kind,
+                    "channels": gate.channels,
+                    "mean": round_to(statistics.mean.mean().item()),
+                    "std_over_images": round_to(std.mean().item()),
+                    "std_over_images_max": round_to(std.max().item()),
+                    "stripe_index": round_to(1 - statistics.image_share),
+                    "class_share": round_to(statistics.class_share),
+                    "moved": "" if moved is None else round_to(moved),
+                }
+            )
+        before = found
+    *_, (last, newest) = records.items()
+    of_last = [row for row in rows if row["model"] == last]
+
+    def draw() -> Any:
+        shown = spaced(newest.gates, panels)
+        columns = min(3, len(shown))
+        lines = -(-len(shown) // columns)
+        figure, axes = new_figure(
+            f"Gates of {last} on {min(images, len(sample))} images", 2.4 + 1.5 * lines, lines + 1, columns
+        )
+        values = [newest.kept[gate.path] for gate in shown]
+        low = min(v.nan_to_num(1e9).min().item() for v in values)
+        high = max(v.nan_to_num(-1e9).max().item() for v in values)
+        pictures = axes[:-1].flatten()
+        mappable = None
+        for axis, gate, value in zip(pictures, shown, values, strict=False):
+            mappable = axis.imshow(value.numpy(), aspect="auto", vmin=low, vmax=high, interpolation="nearest")
+            index = 1 - newest[gate.path].image_share
+            axis.set(title=f"{gate.path}: {index:.2f}", xlabel="channel", ylabel="image")
+            axis.grid(False)
+        for axis in pictures[len(shown) :]:
+            axis.remove()
+        figure.colorbar(mappable, ax=list(pictures[: len(shown)]), label="gate")
+        grid = axes[-1, 0].get_gridspec()
+        for axis in axes[-1]:
+            axis.remove()
+        axis = figure.add_subplot(grid[-1, :])
+        for name, found in records.items():
+            index = [1 - found[gate.path].image_share for gate in found.gates]
+            axis.plot(range(1, len(index) + 1), index, marker="o", markersize=3, label=name)
+        axis.set(xlabel="gate, from input to output", ylabel="stripe index", ylim=(-0.03, 1.03))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if len(records) > 1:
+            axis.legend()
+        return figure
+
+    indices = [row["stripe_index"] for row in of_last]
+    stds = [row["std_over_images"] for row in of_last]
+    summary = [
+        (
+            f"stripe index, mean of {len(indices)} gates (1: no gate depends on the image)",
+            f"{sum(indices) / len(indices):.2f} ({min(indices):.2f} to {max(indices):.2f})",
+            "near 1: shown as pictures, no figure",
+        ),
+        (
+            "standard deviation over images, mean of channels and gates",
+            f"{sum(stds) / len(stds):.3f} ({min(stds):.3f} to {max(stds):.3f})",
+            "small: shown as histograms",
+        ),
+    ]
+    if len(records) > 1:
+        for name in list(records)[1:]:
+            moved = [row["moved"] for row in rows if row["model"] == name]
+            summary.append(
+                (
+                    f"mean move of the gates' means up to {name}",
+                    f"{sum(moved) / len(moved):.4f}",
+                    "soon near constants",
+                )
+            )
+    return Observation("stripes", rows, summary, draw, len(sample))
