@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from timm_attn.images import DataError
 from timm_attn.training import pixels
 from timm_attn.training.augment import crop_and_flip
 from timm_attn.training.batches import Batch, Batches, Shard
 from timm_attn.training.data import load_split
-from timm_attn.images import DataError
 from timm_attn.training.recipe import Recipe
 
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from test_labels import TEST, TRAIN, class_labels, image_folder, strings
 
+from timm_attn.images import DataError
 from timm_attn.training.data import load_split
 from timm_attn.training.folders import image_splits
-from timm_attn.images import DataError
 
 
 def place(root: Path, *paths: str) -> None:

@@ -35,6 +35,7 @@ def style(dark: bool = False) -> Iterator[None]:
         "image.cmap": SEQUENTIAL,
         "legend.frameon": False,
         "savefig.dpi": 110,
+        "text.parse_math": False,  # names of classes may hold dollar signs
         **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), paper),
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color"), ink),
         **dict.fromkeys(("ytick.color", "grid.color"), ink),

@@ -18,6 +18,7 @@ NOISE = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2)
 STEPS = 11
 
 
+@torch.enable_grad()
 def gradient_norms(model: nn.Module, sample: Sample) -> Tensor:
     """‖∂p(y) / ∂x‖ of each image, N: of its class's probability by pixels from 0 to 1."""
     norms = []

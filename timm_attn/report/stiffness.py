@@ -31,14 +31,21 @@ def stiffness_of(model: nn.Module, sample: Sample) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {}
     last: dict[str, Any] = {}
     added: dict[str, Tensor] = {}
+    given: dict[str, Any] = {}
 
     def on_slot(path: str) -> Any:
-        return lambda module, args, y: added.__setitem__(path, y)
+        return lambda module, args, y: added.__setitem__(path, y.clone())  # blocks add in place
+
+    def before_block(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            given[path] = args[0].clone() if args and torch.is_tensor(args[0]) else None
+
+        return hook
 
     def on_block(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-            x = args[0] if args else None
-            if not torch.is_tensor(x) or not torch.is_tensor(y):
+            x = given.pop(path)
+            if x is None or not torch.is_tensor(y):
                 last.clear()
                 return
             f = added.get(path) if len(slots[path]) == 1 else y - x if y.shape == x.shape else None
@@ -57,7 +64,9 @@ def stiffness_of(model: nn.Module, sample: Sample) -> dict[str, Tensor]:
             if name in slots.get(path, ()):
                 stack.callback(module.register_forward_hook(on_slot(path)).remove)
         for path in slots:
-            stack.callback(model.get_submodule(path).register_forward_hook(on_block(path)).remove)
+            block = model.get_submodule(path)
+            stack.callback(block.register_forward_pre_hook(before_block(path)).remove)
+            stack.callback(block.register_forward_hook(on_block(path)).remove)
         for x, _ in sample.batches(model):
             last.clear()
             model(x)

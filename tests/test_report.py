@@ -1,0 +1,437 @@
+"""What is recorded, observed, reported and predicted, each figure recomputed by other code."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import scipy.stats
+import timm
+import torch
+import torch.distributed as dist
+from helpers import narrow, randomise
+from PIL import Image
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import timm_attn
+from timm_attn import cli
+from timm_attn.errors import UserError
+from timm_attn.images import DataError
+from timm_attn.predict import class_names, find_images
+from timm_attn.report import OBSERVATIONS, Sample
+from timm_attn.report.importance import importances, rank_correlation
+from timm_attn.report.landscape import NOISE, accuracy_under_noise, gradient_norms, path_variation
+from timm_attn.report.maps import activation_maps, confidences
+from timm_attn.report.page import calibration
+from timm_attn.report.stiffness import stiffness_of
+from timm_attn.training import load_model
+
+
+def sample(n=40, size=16, classes=10) -> Sample:
+    g = torch.Generator().manual_seed(5)
+    images = torch.randn(n, 3, 1, 1, generator=g) + torch.randn(n, 3, size, size, generator=g)
+    labels = torch.arange(n) % classes
+    return Sample(images, labels, [f"class {i}" for i in range(classes)], (0.5, 0.4, 0.3), (0.2, 0.25, 0.5))
+
+
+def se_network(**kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return randomise(narrow("resnet20_se", layers=[2, 1, 1], **kwargs)).eval()
+
+
+def gates_of(model, x, path) -> torch.Tensor:
+    """Gates of timm's SEModule by its own layers, B × C."""
+    module, found = model.get_submodule(path), []
+    hook = module.gate.register_forward_hook(lambda m, args, y: found.append(y.detach().flatten(1)))
+    with torch.no_grad():
+        model(x)
+    hook.remove()
+    return found[0].double()
+
+
+# ------------------------------------------------------------------------------------------------- the recorder
+
+
+def test_the_recorder_finds_the_gates_itself_and_goes():
+    model, data = se_network(), sample()
+    with pytest.raises(ZeroDivisionError), timm_attn.record(model):
+        raise ZeroDivisionError
+    with timm_attn.record(model, keep={3, 17}) as gates, torch.no_grad():
+        model(data.images[:16])
+        model(data.images[16:])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert [gate.path for gate in gates.gates] == [f"layer{n}.se" for n in ("1.0", "1.1", "2.0", "3.0")]
+    assert gates.images == 40 and len(gates) == 4
+    for gate in gates.gates:
+        values = gates_of(model, data.images, gate.path)
+        torch.testing.assert_close(gates[gate.path].mean, values.mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gates.kept[gate.path], values[[3, 17]], rtol=1e-4, atol=1e-5)
+    with pytest.raises(KeyError, match=r"no gate at 'layer1.0' has been recorded; gates are: layer1.0.se"):
+        gates["layer1.0"]
+
+
+def test_correlations_are_numpys():
+    model, data = se_network(), sample()
+    with timm_attn.record(model) as gates, torch.no_grad():
+        for x, _ in data.batches(model, 12):
+            model(x)
+    (found,) = gates.correlations()
+    assert found.paths == ("layer1.0.se", "layer1.1.se")
+    a, b = (gates_of(model, data.images, path).numpy() for path in found.paths)
+    assert found.pearson[0, 1].item() == pytest.approx(np.corrcoef(a.ravel(), b.ravel())[0, 1], abs=1e-4)
+    centred = [(v - v.mean(0)).ravel() for v in (a, b)]
+    assert found.images[0, 1].item() == pytest.approx(np.corrcoef(*centred)[0, 1], abs=1e-3)
+    assert found.mean == pytest.approx(found.pearson[1, 0].item())
+
+
+def test_a_gate_in_two_places_is_none_and_parts_of_a_network_may_be_called():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.se = timm.layers.SEModule(3, rd_channels=2)
+
+        def forward(self, x):
+            return self.se(self.se(x))
+
+    with timm_attn.record(Twice()) as gates:
+        gates_seen = Twice()(sample().images)  # another one: nothing is recorded of it
+        assert not len(gates) and gates_seen.shape[1] == 3
+    model = Twice()
+    with timm_attn.record(model) as gates:
+        model(sample().images)
+        model(sample().images)
+    assert not gates.gates and gates.unknown == {"se": "SEModule acts in several places"}
+    model = se_network()
+    with timm_attn.record(model) as gates, torch.no_grad():
+        model.forward_features(sample().images)
+        model.forward_features(sample().images)
+    assert gates.images == 80 and len(gates) == 4 and not gates.unknown
+
+
+def test_it_records_in_training_under_checkpoints_and_compile():
+    model, data = se_network(), sample(8)
+    expected = gates_of(model, data.images, "layer1.1.se").mean(0)
+    model.set_grad_checkpointing()
+    with timm_attn.record(model) as gates:
+        model(data.images).sum().backward()
+    assert gates.images == 8 and not gates.unknown  # the backward pass runs blocks again
+    torch.testing.assert_close(gates["layer1.1.se"].mean, expected, rtol=1e-4, atol=1e-5)
+    model = se_network()
+    compiled = torch.compile(model, backend="eager")
+    compiled(data.images)  # compiled without hooks
+    with timm_attn.record(compiled) as gates, torch.no_grad():
+        compiled(data.images)
+    torch.testing.assert_close(gates["layer1.1.se"].mean, expected, rtol=1e-4, atol=1e-5)
+    model.train()
+    with timm_attn.record(model) as gates, torch.autocast("cpu", torch.bfloat16):
+        model(data.images).sum().backward()
+    assert len(gates) == 4 and gates["layer3.0.se"].mean.isfinite().all()
+
+
+def test_it_records_on_a_wrapped_network(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(se_network())
+        with timm_attn.record(model) as gates:
+            model(sample(8).images).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert next(gate.path for gate in gates.gates) == "layer1.0.se" and gates.images == 8
+
+
+# ------------------------------------------------------------------------------------------------- observations
+
+
+def test_stripes_are_numpys():
+    model, data = se_network(), sample()
+    found = OBSERVATIONS["stripes"]({"a": model, "b": se_network()}, data)
+    assert len(found.rows) == 8
+    row = next(r for r in found.rows if r["gate"] == "layer1.1.se")
+    values = gates_of(model, data.images, "layer1.1.se").numpy()
+    assert row["stripe_index"] == pytest.approx(1 - values.var(0).mean() / values.var(), rel=1e-2)
+    assert row["std_over_images"] == pytest.approx(values.std(0).mean(), rel=1e-2)
+    assert found.rows[4]["moved"] == 0 and found.rows[0]["moved"] == ""
+    for observed in (found, OBSERVATIONS["correlation"]({"a": model}, data)):
+        assert len(observed.draw().axes) > 1 and observed.summary
+
+
+def test_stiffness_is_what_a_walk_through_the_blocks_gives():
+    model, data = randomise(narrow("resnet20", layers=[3, 1, 1])).eval(), sample(6)
+    found = stiffness_of(model, data)
+    assert list(found) == ["layer1.0", "layer1.1"]
+    with torch.no_grad():
+        x = model.maxpool(model.act1(model.bn1(model.conv1(data.images))))
+        xs, fs = [], []
+        for block in model.layer1:
+            f = block.bn2(block.conv2(block.act1(block.bn1(block.conv1(x)))))
+            xs.append(x)
+            fs.append(f)
+            x = (x + f).relu()
+    for t in (0, 1):
+        expected = (fs[t + 1] - fs[t]).flatten(1).norm(dim=1) / (xs[t + 1] - xs[t]).flatten(1).norm(dim=1)
+        torch.testing.assert_close(found[f"layer1.{t}"], expected, rtol=1e-4, atol=1e-5)
+    two = timm.create_model("test_vit", num_classes=3).eval()  # two branches a block
+    x = torch.randn(2, 3, 160, 160)
+    images = Sample(x, torch.zeros(2).long(), ["a", "b", "c"], (0.5,) * 3, (0.5,) * 3)
+    assert len(stiffness_of(two, images)) == len(two.blocks) - 1
+    assert OBSERVATIONS["stiffness"]({"vit": two}, images).draw().axes
+    with pytest.raises(UserError, match="has no two neighbouring residual blocks"):
+        OBSERVATIONS["stiffness"]({"vgg": timm.create_model("vgg11", num_classes=3).eval()}, images)
+
+
+def test_the_landscape_of_a_linear_network_is_known():
+    torch.manual_seed(0)
+    data = sample(12, size=4, classes=3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).eval()
+    with torch.no_grad():
+        p, w = model(data.images).softmax(1), model[1].weight
+        rise = p.gather(1, data.labels[:, None]) * (w[data.labels] - p @ w)
+        per_pixel = rise.view(12, 3, 16) / torch.tensor(data.std)[:, None]
+        torch.testing.assert_close(gradient_norms(model, data), per_pixel.flatten(1).norm(dim=1))
+        variation, changes = path_variation(model, data)
+        for i in range(11):
+            way = [data.images[i] + k / 10 * (data.images[i + 1] - data.images[i]) for k in range(11)]
+            p = torch.stack([model(x[None])[0].softmax(0) for x in way])
+            assert variation[i].item() == pytest.approx((p[1:] - p[:-1]).abs().sum().item(), rel=1e-4)
+            assert changes[i] == (p.argmax(1)[1:] != p.argmax(1)[:-1]).sum()
+        right = (model(data.images).argmax(1) == data.labels).double().mean().item()
+    given = []
+    watched = nn.Sequential(nn.Identity(), *model)
+    watched[0].register_forward_hook(lambda m, args, y: given.append(y))
+    noisy = accuracy_under_noise(watched, data)
+    for scale, x in zip(NOISE, given, strict=True):  # in pixels from 0 to 1
+        pixels = (x - data.images) * torch.tensor(data.std)[:, None, None]
+        assert pixels.std().item() == pytest.approx(scale, rel=0.1, abs=1e-6)
+    assert noisy[0] == pytest.approx(100 * right) and len(noisy) == len(NOISE)
+    assert len(OBSERVATIONS["landscape"]({"linear": model}, data).draw().axes) == 3
+
+
+def test_importance_is_scipys():
+    model, data = se_network(), sample(6)
+    with timm_attn.record(model) as gates, torch.no_grad():
+        before = nn.functional.cross_entropy(model(data.images), data.labels, reduction="none")
+    gate = gates.gates[1]
+    found = importances(model, gate, [0, 5], data)
+    with torch.no_grad():
+        off = model.layer1[1].se.register_forward_hook(
+            lambda m, args, y: y * (torch.arange(y.shape[1]) != 5)[:, None, None]
+        )
+        after = nn.functional.cross_entropy(model(data.images), data.labels, reduction="none")
+        off.remove()
+    torch.testing.assert_close(found[:, 1], (after - before).abs(), rtol=1e-4, atol=1e-6)
+    a, b = torch.randn(4, 9).round(decimals=1), torch.randn(4, 9)
+    rho = [scipy.stats.spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)]
+    np.testing.assert_allclose(rank_correlation(a, b), rho)
+    observed = OBSERVATIONS["importance"]({"se": model}, data)
+    assert [row["gate"] for row in observed.rows] == [g.path for g in gates.gates]
+    assert len(observed.draw().axes) == 2
+
+
+def test_class_activation_and_confidence():
+    model, data = randomise(narrow("resnet20_conam")).eval(), sample(3)
+    with torch.no_grad():
+        logits = model(data.images)
+        classes = logits.argmax(1)
+        cam = activation_maps(model, data.images, classes)
+        # Its mean and the bias are the logit.
+        mean = cam.mean((1, 2)) + model.fc.bias[classes]
+    torch.testing.assert_close(mean, logits.amax(1), rtol=1e-4, atol=1e-4)
+    eta = confidences(model, data.images)
+    assert list(eta) == [f"layer{i}.0.conam" for i in (1, 2, 3)]
+    torch.testing.assert_close(eta["layer1.0.conam"].sum((1, 2)), torch.ones(3))
+    observed = OBSERVATIONS["maps"]({"conam": model}, data)
+    assert "folding" in observed.summary[-1][0] and float(observed.summary[-1][1]) < 1e-4
+    assert len(observed.draw().axes) == 3 * 6
+    with pytest.raises(UserError, match="there are no maps"):
+        OBSERVATIONS["maps"](
+            {"mlp": timm.create_model("test_mambaout", num_classes=10).eval()}, sample(2, 96)
+        )
+
+
+def test_calibration_error_by_hand():
+    g = torch.Generator().manual_seed(0)
+    p = (3 * torch.randn(500, 4, generator=g)).softmax(1)
+    labels = torch.randint(0, 4, (500,), generator=g)
+    confidence, predicted = p.max(1)
+    expected = 0.0
+    for i in range(15):
+        rows = [k for k in range(500) if i / 15 < confidence[k].item() <= (i + 1) / 15]
+        if rows:
+            accuracy = sum((predicted[k] == labels[k]).item() for k in rows) / len(rows)
+            expected += len(rows) / 500 * abs(accuracy - sum(confidence[k].item() for k in rows) / len(rows))
+    assert calibration(p, labels)[0] == pytest.approx(expected, abs=1e-6)
+    assert calibration(torch.eye(4), torch.arange(4)) == (0, [pytest.approx({**_ONE})])
+
+
+_ONE = {"low": 14 / 15, "high": 1.0, "share": 1.0, "confidence": 1.0, "accuracy": 1.0}
+
+
+# --------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A trained run on digits, with checkpoints."""
+    out = tmp_path_factory.mktemp("report") / "run"
+    recipe = ["--data", "digits", "--img-size", "8", "--epochs", "3", "--keep-checkpoints", "9"]
+    kwargs = ["--model-kwargs", "channels=[8,8,8]", "layers=[2,1,1]"]
+    cli.main(["train", "resnet20_se", *recipe, *kwargs, "--out", str(out)])
+    return out
+
+
+def fails(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as status:
+        cli.main(list(arguments))
+    assert status.value.code == 2
+    (message,) = capsys.readouterr().err.strip().splitlines()
+    return message
+
+
+@pytest.mark.parametrize("what", OBSERVATIONS)
+def test_look_writes_a_picture_and_a_table(what, run, tmp_path, capsys):
+    cli.main(["look", what, str(run), "--data", "digits", "--out", str(tmp_path), "--max-images", "32"])
+    with Image.open(tmp_path / f"{what}.png") as image:
+        assert image.width > 800 and image.getextrema() != ((255, 255),) * 4
+    with (tmp_path / f"{what}.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert rows and "images of digits" in capsys.readouterr().out
+    if what == "stripes":  # every checkpoint of the run, and its end
+        assert list(dict.fromkeys(row["model"] for row in rows)) == ["step 11", "step 22", "run"]
+
+
+def test_look_says_what_is_wrong_in_one_line(run, tmp_path, capsys):
+    end = ["--data", "digits", "--out", str(tmp_path / "o")]
+    assert "correlation takes one model, got 2" in fails(
+        capsys, "look", "correlation", str(run), str(run), *end
+    )
+    assert "--max-images must be at least 2" in fails(
+        capsys, "look", "stripes", str(run), *end, "--max-images", "1"
+    )
+    plain = tmp_path / "plain"
+    kwargs = ["--model-kwargs", "channels=[8,8,8]", "layers=[1,1,1]"]
+    recipe = ["--data", "digits", "--img-size", "8", "--epochs", "1"]
+    cli.main(["train", "resnet20", *recipe, *kwargs, "--out", str(plain)])
+    capsys.readouterr()
+    for what in ("stripes", "correlation", "importance"):
+        assert "plain has no channel gates" in fails(capsys, "look", what, str(plain), *end)
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_report_stands_alone_and_renders(run, tmp_path):
+    out = tmp_path / "report.html"
+    cli.main(["report", str(run), "--data", "digits", "--out", str(out)])
+    page = out.read_text(encoding="utf-8")
+    results = json.loads((run / "results.json").read_text())
+    assert f"{results['top1']:.2f} %" in page
+    for title in ("Training", "By class", "Confusion", "Calibration", "Worst mistakes", "Stripes", "Speed"):
+        assert f"<h2>{title}</h2>" in page
+    links = re.findall(r'(?:src|href|srcset)="([^"]{0,12})', page)
+    assert links and all(link.startswith(("data:", "#")) for link in links)
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium here")
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
+    flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
+    seen = subprocess.run(
+        [chromium, *flags, "--enable-logging=stderr", "--window-size=400,900", "--dump-dom", out.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "<h2>Speed</h2>" in seen.stdout and "CONSOLE" not in seen.stderr
+
+
+def test_names_of_classes_cannot_break_the_page(tmp_path):
+    names = ["<b onclick=x>", "$x_$ & _$^"]
+    g = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in names:
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(6):
+                Image.fromarray(g.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    run, data = str(tmp_path / "run"), str(tmp_path / "data")
+    kwargs = ["--model-kwargs", "channels=[8,8,8]", "layers=[1,1,1]"]
+    recipe = ["--data", data, "--img-size", "8", "--epochs", "1", "--batch-size", "4"]
+    cli.main(["train", "resnet20", *recipe, *kwargs, "--out", run])
+    out = tmp_path / "report.html"
+    cli.main(["report", run, "--data", data, "--out", str(out)])
+    page = out.read_text(encoding="utf-8")
+    assert "&lt;b onclick=x&gt;" in page and "<b onclick" not in page
+
+
+# ------------------------------------------------------------------------------------------------------ predict
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "within").mkdir(parents=True)
+    g = np.random.default_rng(0)
+    for i in range(3):
+        pixels = g.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / ("within" if i else ".") / f"{i}.png")
+    (folder / "broken.jpg").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("no image either")
+    return folder
+
+
+def test_predict_prepares_images_as_evaluation_does(run, pictures):
+    model = load_model(str(run))
+    paths = sorted(pictures.rglob("*.png"))
+    predictions = timm_attn.predict(model, paths, topk=3)
+    assert [p.source for p in predictions] == [str(path) for path in paths]
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    for path, prediction in zip(paths, predictions, strict=True):
+        with torch.no_grad():
+            p = model(transform(Image.open(path).convert("RGB"))[None]).softmax(1)[0]
+        values, indices = p.topk(3)
+        assert prediction.probabilities == pytest.approx(values.tolist(), abs=1e-5)
+        assert prediction.classes == tuple(str(i) for i in indices.tolist())
+    batch = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
+    by_tensor = timm_attn.predict(model, batch, topk=3, batch_size=2)
+    assert [p.classes for p in by_tensor] == [p.classes for p in predictions]
+    with pytest.raises(DataError, match=r"broken.jpg"):
+        timm_attn.predict(model, [pictures / "broken.jpg"])
+    with pytest.raises(ValueError, match="no images"):
+        timm_attn.predict(model, [])
+    with pytest.raises(ValueError, match="topk"):
+        timm_attn.predict(model, batch, topk=0)
+    model.train()
+    timm_attn.predict(model, batch)
+    assert model.training
+
+
+def test_the_command_names_what_it_passes_over(run, pictures, tmp_path, capsys):
+    table, sheet = tmp_path / "p.csv", tmp_path / "sheet.png"
+    cli.main(["predict", str(run), str(pictures), "--topk", "2", "--out", str(table), "--show", str(sheet)])
+    out = capsys.readouterr().out
+    assert "broken.jpg" in out and "notes.txt" not in out
+    with table.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 3 * 2 and {row["rank"] for row in rows} == {"1", "2"}
+    assert Image.open(sheet).width > 800
+    assert "does not exist" in fails(capsys, "predict", str(run), str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    assert "no images in" in fails(capsys, "predict", str(run), str(tmp_path / "empty"))
+    (tmp_path / "empty" / "a.png").write_bytes(b"")
+    assert "none of 1 images can be read" in fails(capsys, "predict", str(run), str(tmp_path / "empty"))
+
+
+def test_classes_have_names():
+    imagenet = timm.create_model("resnet18")
+    assert class_names(imagenet)[207].startswith("golden retriever")
+    assert class_names(timm.create_model("resnet18", num_classes=3)) == ["0", "1", "2"]
+    assert class_names(timm.create_model("resnet18", num_classes=1000, in_chans=1))[1].startswith("goldfish")
+    with pytest.raises(UserError, match="does not exist"):
+        find_images([__import__("pathlib").Path("nowhere")])
