@@ -311,6 +311,9 @@ def test_look_says_what_is_wrong_in_one_line(run, tmp_path, capsys):
     assert "--max-images must be at least 2" in fails(
         capsys, "look", "stripes", str(run), *end, "--max-images", "1"
     )
+    message = fails(capsys, "look", "stripes", str(run), *end, "--gates", "layer1.0.sse")
+    assert "--gates 'layer1.0.sse' names no gate: gates are layer1.0.se" in message
+    assert "--gates is for stripes" in fails(capsys, "look", "maps", str(run), *end, "--gates", "layer1.0.se")
     plain = tmp_path / "plain"
     kwargs = ["--model-kwargs", "channels=[8,8,8]", "layers=[1,1,1]"]
     recipe = ["--data", "digits", "--img-size", "8", "--epochs", "1"]

@@ -1,7 +1,9 @@
 """The channel gates of a network: which modules they are, and what they multiply by."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -144,6 +146,24 @@ def gate_in(path: str, module: nn.Module, x: Any, y: Any) -> Gate | None:
 
 def _gate(path: str, module: nn.Module, found: tuple[int, int, bool]) -> Gate:
     return Gate(path, type(getattr(module, "mechanism", module)).__name__, *found[:2])
+
+
+def matching(paths: Sequence[str], patterns: Sequence[str], option: str) -> set[str]:
+    """The paths of gates that shell patterns name.
+
+    Args:
+        paths: Of the gates.
+        patterns: Such as ``layer3.*``.
+        option: Where they were given, for the message.
+
+    Raises:
+        ValueError: A pattern names no gate.
+    """
+    for pattern in patterns:
+        if not any(fnmatch(path, pattern) for path in paths):
+            near = get_close_matches(pattern, paths, n=3, cutoff=0.4) or list(paths[:3])
+            raise ValueError(f"{option} {pattern!r} names no gate: gates are {', '.join(near)} …")
+    return {path for path in paths if any(fnmatch(path, pattern) for pattern in patterns)}
 
 
 def _within(a: str, b: str) -> bool:

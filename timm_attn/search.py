@@ -2,15 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from difflib import get_close_matches
-from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .absorb import build_frozen, named_network
-from .gates import Gate
+from .gates import Gate, matching
 from .passes import Figures, Passes
 from .record import record
 
@@ -164,12 +162,7 @@ def _staying(gates: list[Gate], keep: Sequence[str]) -> dict[Gate, str]:
     Raises:
         ValueError: A pattern names no gate.
     """
-    paths = [gate.path for gate in gates]
-    for pattern in keep:
-        if not any(fnmatch(path, pattern) for path in paths):
-            near = get_close_matches(pattern, paths, n=2) or paths[:2]
-            raise ValueError(f"keep {pattern!r} names no gate: gates are {', '.join(near)} …")
-    kept = {path for path in paths if any(fnmatch(path, pattern) for pattern in keep)}
+    kept = matching([gate.path for gate in gates], keep, "keep")
     reasons = {}
     for gate in gates:
         reading = [path for path in gate.later if path in kept]

@@ -29,6 +29,7 @@ def look_command(
     /,
     images: OmitArgPrefixes[Images],
     out: Path = Path("look"),
+    gates: tuple[str, ...] = (),
     max_images: int = 512,
 ) -> None:
     """Observe what attention does, and write a picture and a table.
@@ -42,14 +43,17 @@ def look_command(
         models: Run folders, hub folders, model names with pretrained weights, or hf-hub:ORG/NAME. Several for
             stripes, stiffness and landscape; stripes takes all checkpoints of a run folder that has some.
         out: Folder for <what>.png and <what>.csv.
+        gates: Shell patterns of gates to look at, e.g. 'layer3.*'; all by default.
         max_images: Most images of the split, chosen at random, the same every time.
     """
-    from ..report import COMPARING, OBSERVATIONS
+    from ..report import COMPARING, OBSERVATIONS, OF_GATES
 
     if not models:
         raise UserError(f"name a model, e.g. `timm-attn look {what} resnet20_se --data DATA`")
     if len(models) > 1 and what not in COMPARING:
         raise UserError(f"{what} takes one model, got {len(models)}: {', '.join(models)}")
+    if gates and what not in OF_GATES:
+        raise UserError(f"--gates is for {', '.join(OF_GATES)}: leave it out for {what}")
     if max_images < 2:
         raise UserError(f"--max-images must be at least 2, got {max_images}")
     loaded = {name: load_model(source) for name, source in zip(short_names(models), models, strict=True)}
@@ -58,7 +62,7 @@ def look_command(
     sample = read_sample(next(iter(loaded.values())), images, max_images)
     for name, model in loaded.items():
         check_same_input(name, model, sample)
-    observation = OBSERVATIONS[what](loaded, sample)
+    observation = OBSERVATIONS[what](loaded, sample, **({"gates": gates} if gates else {}))
     picture, rows = observation.write(out)
     table = Table("", "here", "paper")
     for row in observation.summary:

@@ -1,7 +1,6 @@
 """What networks do, measured and drawn."""
 
 from collections.abc import Callable
-from typing import Any
 
 from .correlation import correlation
 from .importance import importance
@@ -12,7 +11,7 @@ from .stiffness import stiffness
 from .stripes import stripes
 
 #: By name, what makes the observation.
-OBSERVATIONS: dict[str, Callable[[dict[str, Any], Sample], Observation]] = {
+OBSERVATIONS: dict[str, Callable[..., Observation]] = {
     "stripes": stripes,
     "correlation": correlation,
     "stiffness": stiffness,
@@ -20,7 +19,8 @@ OBSERVATIONS: dict[str, Callable[[dict[str, Any], Sample], Observation]] = {
     "importance": importance,
     "maps": maps,
 }
-#: Those that compare several networks.
+#: Those that look at gates, and those that compare several networks.
+OF_GATES = ("stripes", "correlation", "importance")
 COMPARING = ("stripes", "stiffness", "landscape")
 
-__all__ = ["COMPARING", "OBSERVATIONS", "Observation", "Sample"]
+__all__ = ["COMPARING", "OBSERVATIONS", "OF_GATES", "Observation", "Sample"]

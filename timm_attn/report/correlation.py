@@ -4,6 +4,7 @@ Paper: "DIANet: Dense-and-Implicit Attention Network", Huang et al., AAAI 2020
 https://arxiv.org/abs/1905.10671
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,19 +14,22 @@ from ..style import DIVERGING, new_figure
 from .observation import Observation, Sample, recorded, round_to
 
 
-def correlation(models: dict[str, Any], sample: Sample, panels: int = 4) -> Observation:
+def correlation(
+    models: dict[str, Any], sample: Sample, gates: Sequence[str] = (), panels: int = 4
+) -> Observation:
     """Pearson's r between the gates of neighbouring blocks of one width, over images and channels.
 
     Args:
         models: One network with gates, by its name.
         sample: Images.
+        gates: Shell patterns of the paths of those to look at; all if there are none.
         panels: Most matrices that are drawn.
 
     Raises:
         UserError: It has no two neighbouring gates of one width.
     """
     ((name, model),) = models.items()
-    found = [c for c in recorded(name, model, sample, correlation=True).correlations()]
+    found = [c for c in recorded(name, model, sample, gates, correlation=True).correlations()]
     if not found:
         raise UserError(f"{name} has no two neighbouring gates of one width, which could be correlated")
     rows = [

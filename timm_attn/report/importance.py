@@ -5,6 +5,7 @@ https://arxiv.org/abs/2106.15067
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,12 +51,15 @@ def importances(model: nn.Module, gate: Gate, channels: list[int], sample: Sampl
     return torch.cat(parts)
 
 
-def importance(models: dict[str, Any], sample: Sample, images: int = 64, most: int = 32) -> Observation:
+def importance(
+    models: dict[str, Any], sample: Sample, gates: Sequence[str] = (), images: int = 64, most: int = 32
+) -> Observation:
     """Spearman's ρ between the gates of an image and what the loss changes when their channels go.
 
     Args:
         models: One network with gates, by its name.
         sample: Images, of which the first are taken.
+        gates: Shell patterns of the paths of those to look at; all if there are none.
         images: How many.
         most: Channels of a gate that are tried, evenly spaced.
 
@@ -64,7 +68,7 @@ def importance(models: dict[str, Any], sample: Sample, images: int = 64, most: i
     """
     ((name, model),) = models.items()
     sample = sample.first(images)
-    found = recorded(name, model, sample, keep=len(sample))
+    found = recorded(name, model, sample, gates, keep=len(sample))
     rows, points = [], {}
     for gate in found.gates:
         channels = spaced(list(range(gate.channels)), most)

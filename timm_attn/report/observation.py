@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import replace_file
+from ..gates import matching
 from ..record import Record, record
 from ..style import style, write_png
 
@@ -84,19 +85,42 @@ class Observation:
         return picture, table
 
 
-def recorded(name: str, model: Any, sample: Sample, keep: int = 0, correlation: bool = False) -> Record:
+def recorded(
+    name: str,
+    model: Any,
+    sample: Sample,
+    gates: Sequence[str] = (),
+    keep: int = 0,
+    correlation: bool = False,
+) -> Record:
     """What the gates of a network do on a sample.
 
+    Args:
+        name: Of the network.
+        model: In eval mode.
+        sample: Images.
+        gates: Shell patterns of their paths; all if there are none.
+        keep: Of how many images they are kept.
+        correlation: Collect what is between them, too.
+
     Raises:
-        UserError: It has none.
+        UserError: It has none, or a pattern names none.
     """
-    with record(model, keep=keep, correlation=correlation) as gates, torch.no_grad():
-        for x, y in sample.batches(model):
-            gates.labels = y
-            model(x)
-    if not gates.gates:
+    x, _ = next(sample.batches(model, 2))
+    with record(model, correlation=False) as found, torch.no_grad():
+        model(x)
+    if not found.gates:
         raise UserError(f"{name} has no channel gates: choose a network with SE, ECA, DIA or the like")
-    return gates
+    try:
+        chosen = matching([gate.path for gate in found.gates], gates or ["*"], "--gates")
+    except ValueError as error:
+        raise UserError(f"{error} in {name}") from None
+    asked = [gate for gate in found.gates if gate.path in chosen]
+    with record(model, asked, keep=keep, correlation=correlation) as found, torch.no_grad():
+        for x, y in sample.batches(model):
+            found.labels = y
+            model(x)
+    return found
 
 
 def spaced(items: list[Any], most: int) -> list[Any]:

@@ -4,26 +4,30 @@ Paper: "Stripe Observation Guided Inference Cost-free Attention Mechanism", Zhon
 https://arxiv.org/abs/2304.06345
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..style import new_figure
 from .observation import Observation, Sample, recorded, round_to, spaced
 
 
-def stripes(models: dict[str, Any], sample: Sample, images: int = 32, panels: int = 9) -> Observation:
+def stripes(
+    models: dict[str, Any], sample: Sample, gates: Sequence[str] = (), images: int = 32, panels: int = 9
+) -> Observation:
     """Gates as maps of image × channel, and the stripe index: 1 − share of the variance due to the image.
 
     Args:
         models: Networks with gates by name, such as the checkpoints of a run, the oldest first. Maps are of
             the last one.
         sample: Images for all figures.
+        gates: Shell patterns of the paths of those to look at; all if there are none.
         images: Of which maps show the gates.
         panels: Number of maps.
 
     Raises:
         UserError: A network has no gates.
     """
-    records = {name: recorded(name, model, sample, keep=images) for name, model in models.items()}
+    records = {name: recorded(name, model, sample, gates, keep=images) for name, model in models.items()}
     rows, before = [], None
     for name, found in records.items():
         for gate in found.gates:
