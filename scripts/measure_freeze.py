@@ -42,11 +42,12 @@ def measure(source: Path, budgets: list[float], recipe: Recipe, steps: int, out:
     known: dict[tuple[frozenset, bool], Figures] = {}
     before = search.work.figures(search.original, math.nan)
     for budget in budgets:
-        chosen, _ = search.choose(budget)
+        choice = search.choose(budget)
         for n in (0, steps):
+            chosen = choice.chosen
             network, found = search.network(chosen).model, None
             if n:
-                found = search.recovered(train, chosen, budget)
+                found = search.recovered(train, choice, budget)
                 network, chosen = (found[0].model, found[1]) if found else (network, chosen)
             key = frozenset(chosen), found is not None
             known[key] = known.get(key) or search.work.figures(network, math.nan)

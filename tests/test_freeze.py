@@ -23,6 +23,7 @@ from timm_attn.gates import Gate, find_gates, gate_of
 from timm_attn.layers.frozen import FrozenGate
 from timm_attn.publish import publish
 from timm_attn.record import held, record
+from timm_attn.search import GateSearch
 from timm_attn.training import load_model
 from timm_attn.training.run import save_model
 
@@ -196,6 +197,21 @@ def trained():
     """A small network that tells bright images from dark ones, and one that needs a gate for it."""
     torch.manual_seed(0)
     return lively(narrow_timm("seresnet18", channels=[8, 16, 16, 24], layers=[1] * 4))
+
+
+def test_a_gate_that_takes_long_does_not_use_up_the_budget():
+    slow, *quick = (Gate(name, "SE", 8) for name in "abcd")
+    search = object.__new__(GateSearch)
+    search.staying, search._loss = (
+        {},
+        lambda some: (sum(0.09 if gate is slow else 0.03 for gate in some), 0.0),
+    )
+    search.milliseconds = dict.fromkeys(quick, 1.0) | {slow: 2.9}  # its damage for its time is the least
+    search.orders = [[slow, *quick], [*quick, slow]]
+    assert search.choose(0.1) == (quick, {slow: "0.18 points with those before it"}, [*quick, slow])
+    search.milliseconds[slow] = 3.1
+    assert search.choose(0.1).chosen == [slow]
+    assert search.choose(1.0).chosen == [slow, *quick]
 
 
 def test_everything_within_a_large_budget_and_nothing_that_costs_more(trained):

@@ -107,8 +107,9 @@ def freeze(
     """Turn channel gates of a network into constants, as many as the budget allows.
 
     Each gate's mean over images is tried in its place. Gates are frozen in the order of the damage that they
-    do alone (Kullback–Leibler divergence from the original) over the time that they take; one that would
-    cost more than the budget, with those before it, stays.
+    do alone (Kullback–Leibler divergence from the original), and once more of the damage over the time that
+    they take; one that would cost more than the budget, with those before it, stays. What saves more time is
+    taken.
 
     Args:
         model: In eval mode; left as it is. Of timm, this package or anybody.
@@ -141,13 +142,13 @@ def freeze(
     search = GateSearch(original, found, parts, batch_size, keep, note)
     note("choice")
     limit = math.inf if every else budget
-    chosen, refused = search.choose(limit)
-    greedy = search.greedy(chosen)
+    choice = search.choose(limit)
+    chosen, refused, greedy = choice
     network = search.network(chosen)
     if recover is not None and greedy:
         note("recovery")
         refused = {g: f"{why}, before recovery" if "points" in why else why for g, why in refused.items()}
-        network, chosen = search.recovered(recover, chosen, limit) or (network, chosen)
+        network, chosen = search.recovered(recover, choice, limit) or (network, chosen)
     note("final figures")
     before, after = search.figures(network.model)
     drawn: dict[str, list[tuple[int, float, float]]] = {}

@@ -30,6 +30,20 @@ class Frozen(NamedTuple):
     loads: bool
 
 
+class Choice(NamedTuple):
+    """Gates that may be constants together.
+
+    Attributes:
+        chosen: Those, in the order in which they were tried.
+        refused: The others, and why each stays.
+        order: All that may go at all, the chosen first, then the next best.
+    """
+
+    chosen: list[Gate]
+    refused: dict[Gate, str]
+    order: list[Gate]
+
+
 class GateSearch:
     """The gates of a network held at their means, and what that costs. Nothing of it depends on a budget.
 
@@ -46,7 +60,8 @@ class GateSearch:
         damage: Divergence from the original when a gate alone is constant, nats.
         milliseconds: Of a batch that each gate takes in the original.
         staying: Gates that are kept, and those that feed them, with the reason.
-        order: The other gates, the least damage for its time first.
+        orders: The other gates by damage for the time that they take, and by damage alone: a gate that takes
+            long may use up the budget for several others.
         depth: The same in running order.
     """
 
@@ -73,24 +88,25 @@ class GateSearch:
         self.milliseconds = work.gate_times()
         self.damage = {gate: work.damage({gate: self.constants[gate]}) for gate in gates}
         free = [gate for gate in gates if gate not in self.staying]
-        self.order = _in_order(free, {g: self.damage[g] / max(self.milliseconds[g], 1e-6) for g in free})
+        rates = {gate: self.damage[gate] / max(self.milliseconds[gate], 1e-6) for gate in free}
+        self.orders = [_in_order(free, cost) for cost in (rates, self.damage)]
         self.depth = _in_order(free, {gate: gates.index(gate) for gate in free})
         self._few = work.few(4)
         self._losses: dict[frozenset[Gate], tuple[float, float]] = {}
 
-    def greedy(self, chosen: list[Gate]) -> list[Gate]:
-        """All gates that may go, those that are chosen first."""
-        return [*chosen, *(gate for gate in self.order if gate not in chosen)]
-
-    def choose(self, budget: float) -> tuple[list[Gate], dict[Gate, str]]:
-        """The gates that may be constants together, and why each of the others stays.
+    def choose(self, budget: float) -> Choice:
+        """The gates that may be constants together: of two greedy choices that which saves more time.
 
         Args:
             budget: Points of top-1; infinite for all.
         """
+        choices = [self._greedy(order, budget) for order in self.orders]
+        return max(choices, key=lambda choice: sum(self.milliseconds[gate] for gate in choice.chosen))
+
+    def _greedy(self, order: list[Gate], budget: float) -> Choice:
         chosen: list[Gate] = []
         refused = dict(self.staying)
-        for gate in self.order:
+        for gate in order:
             stays = [path for path in gate.later if path not in {g.path for g in chosen}]
             if stays:
                 refused[gate] = f"{stays[0]}, which stays, reads its cell"
@@ -100,7 +116,7 @@ class GateSearch:
                 chosen.append(gate)
             else:
                 refused[gate] = f"{loss:.2f} points with those before it"
-        return chosen, refused
+        return Choice(chosen, refused, [*chosen, *(gate for gate in order if gate not in chosen)])
 
     def _loss(self, some: Iterable[Gate]) -> tuple[float, float]:
         gates = frozenset(some)
@@ -117,18 +133,16 @@ class GateSearch:
     def _build(self, some: Sequence[Gate]) -> tuple[Any, dict[Gate, str]]:
         return build_frozen(self.original, {gate: self.constants[gate] for gate in some}, self._few)
 
-    def recovered(
-        self, recover: Recover, chosen: list[Gate], budget: float
-    ) -> tuple[Frozen, list[Gate]] | None:
+    def recovered(self, recover: Recover, choice: Choice, budget: float) -> tuple[Frozen, list[Gate]] | None:
         """The network with the most gates constant that keeps the budget when trained, or None; by bisection.
 
         Args:
             recover: Trains a network.
-            chosen: Gates that may go without training.
+            choice: What may go without training.
             budget: Points of top-1; infinite for all.
         """
-        order = self.greedy(chosen)
-        low, high, best = len(chosen), len(order), None
+        order = choice.order
+        low, high, best = len(choice.chosen), len(order), None
         while low < high or (best is None and high):
             count = high if math.isinf(budget) else (low + high + 1) // 2
             frozen = self.network(order[:count])

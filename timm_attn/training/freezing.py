@@ -180,7 +180,7 @@ def freeze_figure(report: FreezeReport, title: str) -> Any:
     """The same as a figure."""
     figure, axes = new_figure(title, 4.2)
     axis = axes[0, 0]
-    styles = {"greedy": ("o", "C0", "least damage for its time first"), "depth": ("s", "C1", "by depth")}
+    styles = {"greedy": ("o", "C0", "in the order of the choice"), "depth": ("s", "C1", "by depth")}
     for name, points in report.curves.items():
         marker, colour, label = styles[name]
         counts, right, times = zip(*points, strict=True)
