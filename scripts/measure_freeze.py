@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from timm_attn.gates import find_gates, gate_modules
+from timm_attn.load import load_model
 from timm_attn.passes import Figures
 from timm_attn.search import GateSearch
-from timm_attn.training import Recipe, load_model
+from timm_attn.training import Recipe
 from timm_attn.training.freezing import read_images, recovery
 from timm_attn.training.run import hardware
 

@@ -21,9 +21,9 @@ from rich.table import Table
 
 from timm_attn.errors import UserError
 from timm_attn.files import replace_file, sha256
+from timm_attn.load import check_model
 from timm_attn.training import Recipe
 from timm_attn.training.checkpoint import write_json
-from timm_attn.training.network import check_model
 from timm_attn.training.recipe_file import load_recipe, save_recipe
 from timm_attn.training.run import (
     CURVES,

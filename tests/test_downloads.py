@@ -13,7 +13,7 @@ from hub_server import HubServer
 from safetensors.torch import save
 from test_pretrained import write_hub
 
-from timm_attn.training import load_model
+from timm_attn.load import load_model
 from timm_attn.weights import CONFIG, WeightsError, fetch_folder, sha256, shipped_folder
 from timm_attn.weights.fetch import NotOnHub, fetch
 

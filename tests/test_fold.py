@@ -14,8 +14,8 @@ from timm_attn import cli, ends
 from timm_attn.algebra import fuse_conv_norm
 from timm_attn.fold import BOUNDS, example_input, relative_difference, verify_fold
 from timm_attn.layers import ASR
+from timm_attn.load import load_model
 from timm_attn.models import MECHANISMS, deployed, model_names, parse_name, stock_model
-from timm_attn.training import load_model
 
 fold_module = sys.modules["timm_attn.fold"]  # the name timm_attn.fold is the function's
 

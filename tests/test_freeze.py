@@ -21,10 +21,10 @@ from timm_attn.errors import UserError
 from timm_attn.freeze import _parts
 from timm_attn.gates import Gate, find_gates, gate_of
 from timm_attn.layers.frozen import FrozenGate
+from timm_attn.load import load_model
 from timm_attn.publish import publish
 from timm_attn.record import held, record
 from timm_attn.search import GateSearch
-from timm_attn.training import load_model
 from timm_attn.training.run import save_model
 
 

@@ -17,8 +17,9 @@ from helpers import ROOT, python, same, use_hub
 from hub_server import HubServer
 
 from timm_attn.errors import UserError
+from timm_attn.load import load_model
 from timm_attn.publish import export, publish
-from timm_attn.training import Recipe, load_model, train, train_seeds, validate
+from timm_attn.training import Recipe, train, train_seeds, validate
 from timm_attn.weights import WeightsError, read_index, sha256, store
 
 RECIPE = Recipe(data="digits", img_size=16, crop_padding=2, batch_size=256, lr=0.1, epochs=1)

@@ -13,8 +13,9 @@ from test_labels import TEST, TINY, TRAIN, image_folder, picture
 from timm_attn import images as images_module
 from timm_attn.cli import main
 from timm_attn.images import DataError, decode
+from timm_attn.load import load_model
 from timm_attn.publish import export
-from timm_attn.training import Recipe, load_model, validate
+from timm_attn.training import Recipe, validate
 from timm_attn.training.data import load_split
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 from timm_attn.cli import main
 from timm_attn.errors import UserError
 from timm_attn.images import DataError
-from timm_attn.training import Recipe, load_model, validate
+from timm_attn.load import load_model
+from timm_attn.training import Recipe, validate
 from timm_attn.training.data import load_split
 from timm_attn.training.labels import match_classes
 from timm_attn.training.setup import load_splits

@@ -22,7 +22,8 @@ from test_data import encode, picture, write
 
 from timm_attn.cli import main
 from timm_attn.errors import UserError
-from timm_attn.training import Interrupted, Recipe, load_model, resume, train, train_seeds, validate
+from timm_attn.load import load_model
+from timm_attn.training import Interrupted, Recipe, resume, train, train_seeds, validate
 from timm_attn.training import checkpoint as checkpoints
 from timm_attn.training import trainer as trainers
 from timm_attn.training.optim import make_optimizer, make_scheduler

@@ -21,6 +21,7 @@ import timm_attn
 from timm_attn import cli
 from timm_attn.errors import UserError
 from timm_attn.images import DataError
+from timm_attn.load import load_model
 from timm_attn.predict import class_names, find_images
 from timm_attn.report import OBSERVATIONS, Sample
 from timm_attn.report.importance import importances, rank_correlation
@@ -28,7 +29,6 @@ from timm_attn.report.landscape import NOISE, accuracy_under_noise, gradient_nor
 from timm_attn.report.maps import activation_maps, confidences
 from timm_attn.report.page import calibration
 from timm_attn.report.stiffness import stiffness_of
-from timm_attn.training import load_model
 
 
 def sample(n=40, size=16, classes=10) -> Sample:

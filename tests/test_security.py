@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from timm_attn.errors import UserError
+from timm_attn.load import load_model
 from timm_attn.models import MECHANISMS
 from timm_attn.publish.card import read_card
-from timm_attn.training import load_model
 from timm_attn.weights import WeightsError, read_config, read_folder, read_index, schema
 from timm_attn.weights.config import check_weights
 

@@ -104,7 +104,7 @@ def test_a_callers_accelerator_keeps_its_state(tmp_path, run):
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         mine = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=3)
-        from timm_attn.training import load_model
+        from timm_attn.load import load_model
 
         validate(load_model(str(run)), Recipe(**TINY))
         train("resnet20", Recipe(**TINY), tmp_path / "a")

@@ -18,7 +18,8 @@ from helpers import Stopped, flip_last_bit, found, same, stop_at, timeless
 from safetensors.torch import load_file
 
 from timm_attn.errors import UserError
-from timm_attn.training import Recipe, load_model, resume, train, validate
+from timm_attn.load import load_model
+from timm_attn.training import Recipe, resume, train, validate
 from timm_attn.training import checkpoint as checkpoints
 from timm_attn.training import trainer as trainers
 from timm_attn.training.evaluation import evaluate

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .errors import extra
 from .files import replace_file
 
 #: Okabe and Ito's colours, as seen on white and on black.
@@ -19,8 +20,9 @@ _WIDTH = 8.6  # inches: about 950 pixels, what a README shows
 @contextmanager
 def style(dark: bool = False) -> Iterator[None]:
     """Matplotlib's settings for pictures that are made inside."""
-    import matplotlib
-    from cycler import cycler
+    with extra("train"):
+        import matplotlib
+        from cycler import cycler
 
     ink, paper = ("#d8dee9", "#14181f") if dark else ("#222222", "#ffffff")
     settings: Any = {
@@ -52,7 +54,8 @@ def new_figure(title: str, height: float, rows: int = 1, columns: int = 1, **opt
         height: Inches.
         options: Of ``Figure.subplots``.
     """
-    from matplotlib.figure import Figure  # slow to import
+    with extra("train"):
+        from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)

@@ -8,8 +8,8 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from ..errors import UserError
 from ..fold import FoldError, NothingToFold, above_bound, example_input, fold, verify_fold
+from ..load import load_model
 from ..models import stock_model
-from ..training import load_model
 from ..training.run import save_model
 from ..weights import INDEX
 from .console import Images, Stopped, app, console

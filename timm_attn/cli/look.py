@@ -15,8 +15,8 @@ from tyro.conf import OmitArgPrefixes, Positional
 from ..errors import UserError
 from ..files import replace_file
 from ..images import DataError
+from ..load import load_model
 from ..predict import find_images, predict
-from ..training import load_model
 from ..training.checkpoint import folders
 from ..training.validation import evaluation_images
 from .console import Images, app, console

@@ -8,12 +8,11 @@ from rich.table import Table
 from tyro.conf import OmitArgPrefixes, Positional
 
 from ..errors import UserError
+from ..load import check_model, is_run, load_model
 from ..models import register
-from ..training import Recipe, load_model, resume_seeds, train_seeds, validate
+from ..training import Recipe, resume_seeds, train_seeds, validate
 from ..training import resume as resume_run
 from ..training import train as train_run
-from ..training.network import check_model
-from ..training.run import is_run
 from ..training.seeds import is_seeds
 from .console import Images, Stopped, app, console, figure
 

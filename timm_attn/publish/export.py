@@ -14,12 +14,13 @@ import yaml
 
 from ..errors import UserError
 from ..fold import BOUNDS, FoldError, NothingToFold, example_input, fold, relative_difference
+from ..load import RECIPE, load_model
 from ..models import GRAFT, model_names, parse_name, stock_model
 from ..models import mechanism as row_of
 from ..papers import PAPERS, TIMM
-from ..training import Recipe, load_model, validate
+from ..training import Recipe, validate
 from ..training.recipe_file import load_recipe
-from ..training.run import CURVES, METRICS, RECIPE, RESULTS, open_run, read_results, run_recipe, save_model
+from ..training.run import CURVES, METRICS, RESULTS, open_run, read_results, run_recipe, save_model
 from ..training.seeds import is_seeds, seed_runs, spread
 from ..weights import CONFIG, INDEX, Checkpoint, read_config, read_index, sha256, write_index
 from .datasets import license_of

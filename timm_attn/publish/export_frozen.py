@@ -8,10 +8,11 @@ from typing import Any
 
 from ..errors import UserError
 from ..fold import example_input, relative_difference
-from ..training import load_model, validate
+from ..load import RECIPE, load_model
+from ..training import validate
 from ..training.freezing import PICTURE, REPORT
 from ..training.recipe_file import load_recipe
-from ..training.run import RECIPE, save_model
+from ..training.run import save_model
 from ..training.seeds import spread
 from ..weights import CONFIG, INDEX, Checkpoint, WeightsError, read_config, read_index, sha256, write_index
 from .render import render, rendered

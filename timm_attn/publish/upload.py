@@ -20,7 +20,7 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, Repo
 
 from ..errors import UserError
 from ..fold import BOUNDS, example_input, relative_difference
-from ..training import load_model
+from ..load import load_model
 from ..weights import (
     CONFIG,
     INDEX,

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import extra
 from ..gates import Gate
 from ..style import new_figure
 from .observation import Observation, Sample, recorded, round_to, spaced
@@ -19,7 +20,8 @@ from .observation import Observation, Sample, recorded, round_to, spaced
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     """Spearman's ρ of each row, N; ties have their mean rank, and a row without variation is NaN."""
-    from scipy.stats import rankdata
+    with extra("train"):
+        from scipy.stats import rankdata
 
     ranks = [torch.from_numpy(rankdata(t.double().numpy(), axis=1)) for t in (a, b)]
     x, y = (r - r.mean(1, keepdim=True) for r in ranks)

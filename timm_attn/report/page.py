@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..files import replace_file
 from ..fold import FoldError, NothingToFold, example_input, fold, foldable, verify_fold
+from ..load import load_model
 from ..models import model_names, parse_name, stock_model
 from ..papers import PAPERS
 from ..style import SEQUENTIAL, new_figure, png, style
-from ..training import Recipe, load_model
+from ..training import Recipe
 from ..training.curves import curves_figure
 from ..training.freezing import REPORT as FREEZE_REPORT
 from ..training.run import METRICS, hardware, read_metrics

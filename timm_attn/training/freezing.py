@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..files import replace_file
 from ..freeze import FreezeReport, freeze
 from ..images import DataError
+from ..load import is_run, load_model
 from ..passes import Figures
 from ..search import Recover
 from ..style import new_figure, style, write_png
@@ -22,9 +23,9 @@ from .data import load_split
 from .labels import match_classes
 from .loop import resume, train
 from .recipe import Recipe
-from .run import hardware, is_run, save_model
+from .run import hardware, save_model
 from .setup import make_accelerator, own_accelerate_state, split_options
-from .validation import evaluation_split, load_model, split_tensors
+from .validation import evaluation_split, split_tensors
 
 REPORT, PICTURE = "freeze.json", "freeze.png"
 #: Images for the means, from the training split.

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..load import check_model
 from ..weights import sha256
 from . import checkpoint
-from .network import build, check_model, construction, rebuild
+from .network import build, construction, rebuild
 from .recipe import Recipe
 from .recipe_file import save_recipe
 from .run import (

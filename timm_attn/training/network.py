@@ -1,7 +1,6 @@
 """The network of a run, from a recipe, and the recipe with its open ends resolved."""
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +14,14 @@ from torch import nn
 
 from ..errors import UserError
 from ..graft import graft
-from ..models import graft_obstacle, model_names, parse_name, register_name
+from ..load import source_name
+from ..models import graft_obstacle, model_names, parse_name
 from ..models import mechanism as row_of
-from ..weights import CONFIG, WeightsError, fetch_folder, read_config, read_folder
 from .augment import derive_seed
 from .data import Split
 from .kernels import check_kernels
 from .labels import composed, some
 from .recipe import Recipe
-from .run import is_run, open_run
 
 
 def resolve_recipe(recipe: Recipe, split: Split, cfg: dict[str, Any] | None) -> Recipe:
@@ -213,36 +211,6 @@ def load_teacher(source: str, names: list[str], student: Any, recipe: Recipe) ->
     return teacher.to(memory_format=torch.channels_last) if recipe.channels_last else teacher
 
 
-def source_name(source: str) -> str:
-    """timm's name for weights: a model name, a run or hub folder, ``hf-hub:`` or ``local-dir:``.
-
-    What a folder or a repository holds is looked at before timm sees it.
-
-    Raises:
-        UserError: The source stands for none of these.
-        WeightsError: Its weights are missing, damaged or pickled, or its configuration cannot be trusted.
-    """
-    kind, _, rest = source.partition(":")
-    if kind in ("hf-hub", "hf_hub"):
-        folder = fetch_folder(rest)
-        config = read_config(folder / CONFIG)
-    elif kind == "local-dir" or Path(source).is_dir():
-        folder = Path(rest if kind == "local-dir" else source)
-        if is_run(folder):
-            open_run(folder, finished=True)
-        config = read_folder(folder)
-    else:
-        if "/" in source or Path(source).exists():
-            raise UserError(f"{source} is not a folder: name a model, a run folder or a hub folder")
-        check_model(source)
-        return source
-    if not register_name(config["architecture"]):
-        raise WeightsError(
-            f"{source} is a {config['architecture']!r}, which nobody has registered: import its package first"
-        )
-    return f"local-dir:{folder}"
-
-
 def freeze_backbone(network: nn.Module) -> list[nn.Module]:
     """Leave only the classifier and the mechanism to be trained.
 
@@ -281,13 +249,3 @@ def _image_size(network: Any, recipe: Recipe, split: Split) -> tuple[int, ...]:
     if split.pixels is not None:
         return tuple(split.pixels.shape[1:3])
     return (recipe.img_size,) * 2 if recipe.img_size else tuple(network.pretrained_cfg["input_size"][1:])
-
-
-def check_model(name: str) -> None:
-    """Raise a UserError with the nearest names if timm has no model of this name."""
-    if not register_name(name.partition(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = (
-            f"did you mean {' or '.join(near)}?" if near else "`timm-attn list` shows this package's models"
-        )
-        raise UserError(f"unknown model {name!r}: {hint}")

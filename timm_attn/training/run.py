@@ -33,12 +33,12 @@ from torch import nn
 
 from ..errors import UserError
 from ..files import disk_errors, replace_file
+from ..load import ENVIRONMENT, RECIPE, is_run
 from ..weights import CONFIG, WEIGHTS, read_config
 from .recipe import Recipe
 from .recipe_file import load_recipe
 
-RECIPE, ENVIRONMENT, METRICS, CURVES = "recipe.yaml", "environment.json", "metrics.jsonl", "curves.png"
-STEPS, RESULTS = "steps.jsonl", "results.json"
+METRICS, CURVES, STEPS, RESULTS = "metrics.jsonl", "curves.png", "steps.jsonl", "results.json"
 
 
 def refuse_full_folder(path: Path) -> None:
@@ -48,11 +48,6 @@ def refuse_full_folder(path: Path) -> None:
             f"go on with --resume {path}, or choose another --out" if is_run(path) else "choose another --out"
         )
         raise UserError(f"{path} is not empty: {hint}")
-
-
-def is_run(path: Path) -> bool:
-    """Whether a folder was made by a training run."""
-    return (path / RECIPE).is_file() and (path / ENVIRONMENT).is_file()
 
 
 def open_run(path: Path, finished: bool = False) -> dict[str, Any]:

@@ -11,13 +11,14 @@ from typing import Any
 from accelerate import PartialState
 
 from ..errors import UserError
+from ..load import RECIPE, is_run
 from ..weights import WEIGHTS
 from . import curves
 from .checkpoint import write_json
 from .loop import resume, train
 from .recipe import Recipe
 from .recipe_file import load_recipe, save_recipe
-from .run import CURVES, RECIPE, RESULTS, is_run, open_run, read_metrics, read_results, refuse_full_folder
+from .run import CURVES, RESULTS, open_run, read_metrics, read_results, refuse_full_folder
 
 SEEDS = "seeds.json"
 

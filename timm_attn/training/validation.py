@@ -1,44 +1,20 @@
-"""Load a model by whatever names it, and measure it on a data set."""
+"""A model measured on a data set."""
 
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from ..errors import UserError
-from ..weights import WeightsError, without_tokens
 from .batches import Batches, Shard
 from .data import Split, load_split
 from .evaluation import evaluate
 from .labels import match_classes
-from .network import source_name
 from .progress import track
 from .recipe import Recipe
 from .setup import make_accelerator, own_accelerate_state, split_options
-
-
-def load_model(name: str) -> Any:
-    """A model with its weights, in eval mode.
-
-    Args:
-        name: A model name with pretrained weights, a run folder, a hub folder, or ``hf-hub:`` or
-            ``local-dir:`` and what timm takes after them.
-
-    Raises:
-        UserError: The name stands for none of these.
-        WeightsError: The model has no weights, or damaged ones.
-    """
-    name = source_name(name)
-    try:
-        return timm.create_model(name, pretrained=True).eval()
-    except WeightsError:
-        raise
-    except Exception as error:  # timm, safetensors and the Hub client raise many types
-        reason = " ".join(without_tokens(error).split())  # the Hub client's messages have empty lines
-        raise UserError(f"cannot load {name}: {type(error).__name__}: {reason}") from None
 
 
 def evaluation_split(model: Any, recipe: Recipe, config: dict[str, Any]) -> Split:
