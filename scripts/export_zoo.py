@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from timm_attn.compare import FoldError
 from timm_attn.errors import UserError
-from timm_attn.fold import FoldError
 from timm_attn.models.deployed import fuse_conv_norms
 from timm_attn.publish import export
 from timm_attn.publish.export import link

@@ -25,7 +25,7 @@ from torch import nn
 
 import timm_attn
 from timm_attn.branches import branches, example_input
-from timm_attn.fold import relative_difference
+from timm_attn.compare import relative_difference
 from timm_attn.models.mechanisms import norm_layers
 
 FIELDS = (

@@ -12,7 +12,8 @@ from timm.utils import reparameterize_model
 import timm_attn
 from timm_attn import cli, ends
 from timm_attn.algebra import fuse_conv_norm
-from timm_attn.fold import BOUNDS, example_input, relative_difference, verify_fold
+from timm_attn.compare import BOUNDS, relative_difference
+from timm_attn.fold import example_input, verify_fold
 from timm_attn.layers import ASR
 from timm_attn.load import load_model
 from timm_attn.models import MECHANISMS, deployed, model_names, parse_name, stock_model

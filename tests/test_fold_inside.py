@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import timm_attn
-from timm_attn.fold import BOUNDS, example_input, relative_difference, verify_fold
+from timm_attn.compare import BOUNDS, relative_difference
+from timm_attn.fold import example_input, verify_fold
 from timm_attn.layers import ASR
 from timm_attn.models import MECHANISMS, parse_name
 

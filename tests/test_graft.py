@@ -8,7 +8,7 @@ from helpers import BACKBONES, MECHANISMS, SMALL, parse_name, randomise
 from timm.models.resnet import BasicBlock, Bottleneck
 
 import timm_attn
-from timm_attn.fold import BOUNDS, relative_difference
+from timm_attn.compare import BOUNDS, relative_difference
 from timm_attn.models import graft_obstacle, grafting
 from timm_attn.models.resnet_only import last_norm
 

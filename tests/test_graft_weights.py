@@ -135,3 +135,30 @@ def test_mechanisms_that_cannot_be_grafted_have_no_tag():
     grafted = {name for name in timm.list_models(pretrained=True) if ".graft_" in name}
     assert "resnet50_asr.graft_a1_in1k" in grafted
     assert not any(name.startswith("fmmnet") for name in grafted)
+
+
+def test_a_grafted_name_without_its_weights_ends_in_one_error(server, tmp_path):
+    code = """
+import timm, timm_attn, warnings
+try:
+    timm.create_model("resnet50_dia", pretrained=True)
+except timm_attn.WeightsError as error:
+    print(error)
+"""
+    home = {"HF_HOME": str(tmp_path / "home")}
+    gone = run_code(code, cwd=tmp_path, env={"HF_ENDPOINT": "http://127.0.0.1:9", **home})
+    assert gone.returncode == 0, gone.stderr[-2000:]
+    (message,) = gone.stdout.splitlines()
+    for part in (
+        "resnet50_dia.graft_a1_in1k is made from timm's weights of resnet50",
+        "hf download timm/resnet50.a1_in1k model.safetensors",
+        "TIMM_ATTN_HUB",
+        "timm_attn.graft('resnet50_dia', safetensors.torch.load_file(FILE))",
+        str(tmp_path / "home"),
+    ):
+        assert part in message
+    with HubServer() as other:
+        other.put_files("timm/resnet50.a1_in1k", {"model.safetensors": save({"a": torch.zeros(9)})})
+        other.corrupt("timm/resnet50.a1_in1k", "model.safetensors")
+        damaged = run_code(code, cwd=tmp_path, env={"HF_ENDPOINT": other.endpoint, **home})
+    assert "model.safetensors is damaged" in damaged.stdout, damaged.stderr[-2000:]

@@ -8,8 +8,8 @@ from reference import preact
 from reference.resnet import MECHANISMS, forward
 
 import timm_attn
+from timm_attn.compare import relative_difference
 from timm_attn.ends import DIARun, GateEnd
-from timm_attn.fold import relative_difference
 from timm_attn.layers import ASR, FMM, ConAM
 from timm_attn.layers.fmm import MODES as FMM_MODES
 from timm_attn.models import BACKBONES, parse_name

@@ -10,7 +10,7 @@ import torch
 from helpers import ROOT, fixed_images, parameters
 
 import timm_attn
-from timm_attn.fold import relative_difference
+from timm_attn.compare import relative_difference
 from timm_attn.publish.card import standard_error
 from timm_attn.training.run import read_metrics, read_results
 from timm_attn.training.seeds import spread

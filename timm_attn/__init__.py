@@ -5,7 +5,8 @@ Importing this package registers its models, so that ``timm.create_model("resnet
 
 from . import models
 from .attach import attach, create_model
-from .fold import FoldError, FoldReport, NothingToFold, fold, verify_fold
+from .compare import FoldError
+from .fold import FoldReport, NothingToFold, fold, verify_fold
 from .freeze import FreezeReport, freeze
 from .graft import graft
 from .models import model_names, register, register_folder

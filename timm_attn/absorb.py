@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from .affine import consumers, reading_weights, scaling_parameters
 from .branches import leaves_of
+from .compare import BOUNDS, FoldError, relative_difference
 from .ends import scale
-from .fold import BOUNDS, FoldError, relative_difference
 from .gates import Gate, gate_modules
 from .layers.frozen import FrozenGate
 from .models.frozen import remove_gate, stock_network

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .branches import example_input
+from .compare import FoldError
 from .ends import BranchEnd, GatedInput, GatedNorm
-from .fold import FoldError, fold
+from .fold import fold
 from .layers import ConAM
 from .layers.fmm import FMM
 from .models import GRAFT, register

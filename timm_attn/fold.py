@@ -1,7 +1,7 @@
 """Trained form to deployed form: fold what folds, and prove it on the spot."""
 
 from copy import deepcopy
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,25 +11,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from .branches import branches, example_input
+from .compare import FoldError, Inputs, above_bound, call, compared, relative, relative_difference
 from .ends import GatedInput, GatedNorm, GateEnd, scale, without_mixin
 from .layers import SSIA, ConstantGate
 from .models import mechanism as row_of
 from .models import model_names, parse_name
 from .models.deployed import conv_norm_pairs, fuse_conv_norms, separate_norms
 from .models.ssia import SSIANetwork
-
-#: What a model is called with: one tensor, a tuple of positional arguments or a dictionary of named ones.
-Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
-
-#: Greatest max|Δlogit| ÷ max|logit| that a fold may cause, by dtype. The half-precision bounds are a few
-#: roundings of the network's own arithmetic: folding moves the rounding of γ · v from run time to fold time.
-#: FMMNets multiply roundings: random ones of 50 layers differ from themselves in float64 by up to 4e-5 in
-#: float32, and from their fused form as much (3e-12 in float64). `fold` refuses those, in float32.
-BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
-
-class FoldError(RuntimeError):
-    """A folded model does not compute what the model it was made from computes."""
 
 
 class NothingToFold(ValueError):
@@ -107,13 +95,6 @@ def fold(model: nn.Module, inputs: Inputs | None = None, layer_scale: bool = Fal
             hint = "" if dtype == torch.float64 else " (fold model.double() if it is rounding)"
             raise FoldError(f"folding changed the output: {excess}{hint}")
     return folded.to(next(model.parameters()).device)
-
-
-def above_bound(error: float, dtype: torch.dtype) -> str:
-    """What to say of a max|Δlogit| ÷ max|logit| that is above :data:`BOUNDS` or NaN, or ''."""
-    if error <= BOUNDS[dtype]:
-        return ""
-    return f"max|Δlogit| / max|logit| = {error:.3g}, allowed {BOUNDS[dtype]:g}"
 
 
 def _fold(
@@ -260,7 +241,7 @@ def verify_fold(model: nn.Module, folded: nn.Module, inputs: Inputs) -> FoldRepo
         _check_inputs(m, inputs)
     modes = {module: module.training for m in (model, folded) for module in m.modules()}
     try:
-        pairs = _compared(model, folded, inputs)
+        pairs = compared(model, folded, inputs)
         costs = [_costs(m, tree_map_only(Tensor, lambda t: t[:1], inputs)) for m in (model, folded)]
     finally:
         for module, mode in modes.items():
@@ -270,7 +251,7 @@ def verify_fold(model: nn.Module, folded: nn.Module, inputs: Inputs) -> FoldRepo
     same = (a.argmax(1) == b.argmax(1)).double().mean().item() if a.ndim == 2 and not others else torch.nan
     return FoldReport(
         max_absolute=max((a - b).abs().max().item() for a, b in pairs),
-        max_relative=max(_relative(a, b) for a, b in pairs),
+        max_relative=max(relative(a, b) for a, b in pairs),
         top1_agreement=100 * same,
         images=len(next(leaf for leaf in tree_leaves(inputs) if torch.is_tensor(leaf))),
         parameters=parameters,
@@ -298,52 +279,10 @@ def _check_inputs(model: nn.Module, inputs: Any) -> None:
         )
 
 
-def _call(model: nn.Module, inputs: Inputs) -> Any:
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-
-
-def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """All tensors of a model's output in float64 on the CPU."""
-
-    def tensors(output: Any) -> list[Tensor]:
-        leaves = tree_leaves(output)
-        if len(leaves) == 1 and leaves[0] is output:
-            if torch.is_tensor(output):
-                return [torch.view_as_real(output) if output.is_complex() else output]
-            return tensors(vars(output)) if is_dataclass(output) else []
-        return [tensor for leaf in leaves for tensor in tensors(leaf)]
-
-    output = _call(model.eval(), inputs)
-    found = [tensor.cpu().double() for tensor in tensors(output) if tensor.numel()]
-    if not found:
-        raise ValueError(f"the output, {type(output).__name__}, holds no tensor that could be compared")
-    return found
-
-
-def _compared(model: nn.Module, other: nn.Module, inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
-    """The outputs of two models, in pairs."""
-    ours, theirs = _outputs(model, inputs), _outputs(other, inputs)
-    if not all(tensor.isfinite().all() for tensor in ours):
-        raise FoldError(
-            "the model's own output is not finite: its weights or the images hold NaN or infinity"
-        )
-    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (ours, theirs)]
-    if shapes[0] != shapes[1]:
-        raise FoldError(f"the outputs have the shapes {shapes[1]} instead of {shapes[0]}")
-    return list(zip(ours, theirs, strict=True))
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    difference = (a - b).abs().max().item()
-    return difference / a.abs().max().item() if difference else 0.0
-
-
 def _costs(model: nn.Module, image: Inputs) -> tuple[int, int, int]:
     """Parameters, multiply-adds for one image, bytes."""
     with FlopCounterMode(display=False) as counter:
-        _call(model, image)
+        call(model, image)
     tensors: Any = model.state_dict().values()
     return (
         sum(p.numel() for p in model.parameters()),
@@ -371,16 +310,3 @@ def _example_that_runs(model: nn.Module, needed: bool) -> Tensor | None:
             ) from error
         return None
     return images
-
-
-@torch.no_grad()
-def relative_difference(model: nn.Module, other: nn.Module, inputs: Inputs) -> float:
-    """max|Δlogit| ÷ max|logit| of two models, which are put in eval mode, on the same images.
-
-    Of several outputs, the largest of these.
-
-    Raises:
-        ValueError: The output holds no tensor.
-        FoldError: An output of the first model is not finite, or the other's has another shape.
-    """
-    return max(_relative(a, b) for a, b in _compared(model, other, inputs))

@@ -8,7 +8,7 @@ import timm
 from torch import Tensor, nn
 
 from .branches import example_input
-from .fold import FoldError, above_bound, relative_difference
+from .compare import FoldError, above_bound, relative_difference
 from .models import mechanism as row_of
 from .models import model_names, parse_name
 from .models.attached import check_graft

@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from ..compare import FoldError
 from ..errors import UserError
-from ..fold import FoldError
 from ..training.recipe_file import recipe_arguments
 from ..weights import WeightsError
 from . import deploy, hub, look, train  # noqa: F401 (the commands, in the order of the help)

@@ -6,8 +6,9 @@ from typing import Any, Literal
 from rich.table import Column, Table
 from tyro.conf import OmitArgPrefixes, Positional
 
+from ..compare import FoldError, above_bound
 from ..errors import UserError
-from ..fold import FoldError, NothingToFold, above_bound, example_input, fold, verify_fold
+from ..fold import NothingToFold, example_input, fold, verify_fold
 from ..load import load_model
 from ..models import stock_model
 from ..training.run import save_model

@@ -17,6 +17,7 @@ The layers' classes say what the options mean. timm files a model under the last
 
 import warnings
 from contextlib import suppress
+from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from .. import weights
 from ..branches import example_input
+from ..compare import above_bound, relative_difference
 from .backbones import BACKBONES, spec_of, stock_network
 from .deployed import folded, fuse_state, has_norms
 from .features import feature_maps
@@ -184,7 +186,8 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     by_timm = grafted and _by_timm(variant, kwargs)
     if by_timm:
         check_graft(variant)
-        build = partial(build, stock_tag=_tag(variant, kwargs).removeprefix(GRAFT))
+        tag = _tag(variant, kwargs).removeprefix(GRAFT)
+        build = partial(build, stock_tag=tag, stock_file=_stock_file(variant, tag))
     model: Any = build_model_with_cfg(
         build,
         variant,
@@ -201,13 +204,37 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     return model
 
 
-def _network(variant: str, stock_tag: str | None = None, **kwargs: Any) -> nn.Module:
+def _stock_file(variant: str, tag: str) -> str | None:
+    """timm's weights of the stock network, whose sha256 is the Hub's; None if timm reads them its own way.
+
+    Raises:
+        WeightsError: They cannot be had, or are damaged.
+    """
+    backbone = _VARIANTS[variant][0]
+    cfg: Any = timm.models.get_pretrained_cfg(f"{backbone}.{tag}")
+    if not cfg.hf_hub_id or cfg.custom_load == "hf":
+        return None
+    repo_id, _, revision = cfg.hf_hub_id.partition("@")
+    try:
+        return str(weights.fetch(repo_id, cfg.hf_hub_filename or weights.WEIGHTS, revision or None))
+    except weights.WeightsError as error:
+        raise type(error)(
+            f"{variant}.{GRAFT}{tag} is made from timm's weights of {backbone}: {error}. With their file at "
+            f"hand: timm_attn.graft({variant!r}, safetensors.torch.load_file(FILE))"
+        ) from None
+
+
+def _network(
+    variant: str, stock_tag: str | None = None, stock_file: str | None = None, **kwargs: Any
+) -> nn.Module:
     """The stock network with the mechanism; with a tag, of timm's weights, which are grafted."""
     backbone, key = _VARIANTS[variant]
     row = mechanism(key)
     name, arguments = row.stock_network(backbone, kwargs)
     if stock_tag is not None:
         arguments["pretrained_cfg"] = stock_tag
+    if stock_file is not None:  # not timm's own download; and it holds torch tensors, whatever others do
+        arguments["pretrained_cfg_overlay"] = {"file": stock_file, "custom_load": False}
     model: Any = stock_network(name, pretrained=stock_tag is not None, **arguments)
     model.stock_keys = set(model.state_dict())
     if name != backbone:  # what the attention on top adds is no part of the backbone
@@ -215,9 +242,15 @@ def _network(variant: str, stock_tag: str | None = None, **kwargs: Any) -> nn.Mo
         model.stock_keys &= set(stock_network(backbone, **{**plain, "device": "meta"}).state_dict())
     if not key or (key == "se" and name != backbone):
         return model
+    stock = deepcopy(model) if stock_tag is not None else None
     row.put(model, example_input(model, 1), **{k: v for k, v in kwargs.items() if k in options_of(row.put)})
-    if stock_tag is not None:
+    if stock is not None:
         start_constant(model, model.stock_keys)
+        images = example_input(model)
+        excess = above_bound(relative_difference(stock, model, images), images.dtype)
+        if excess:
+            raise GraftError(f"{variant} does not compute what timm's {name}.{stock_tag} computes: {excess}")
+        model.train()
     return model
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compare import FoldError
 from ..errors import UserError
-from ..fold import FoldError, example_input
+from ..fold import example_input
 
 ONNX = "model.onnx"
 PROGRAM = "model.pt2"

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import yaml
 
+from ..compare import BOUNDS, FoldError, relative_difference
 from ..errors import UserError
-from ..fold import BOUNDS, FoldError, NothingToFold, example_input, fold, relative_difference
+from ..fold import NothingToFold, example_input, fold
 from ..load import RECIPE, load_model
 from ..models import GRAFT, model_names, parse_name, stock_model
 from ..models import mechanism as row_of

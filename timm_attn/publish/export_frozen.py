@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..compare import relative_difference
 from ..errors import UserError
-from ..fold import example_input, relative_difference
+from ..fold import example_input
 from ..load import RECIPE, load_model
 from ..training import validate
 from ..training.freezing import PICTURE, REPORT

@@ -18,8 +18,9 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
+from ..compare import BOUNDS, relative_difference
 from ..errors import UserError
-from ..fold import BOUNDS, example_input, relative_difference
+from ..fold import example_input
 from ..load import load_model
 from ..weights import (
     CONFIG,

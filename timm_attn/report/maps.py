@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compare import FoldError
 from ..errors import UserError
-from ..fold import FoldError, NothingToFold, fold
+from ..fold import NothingToFold, fold
 from ..layers import ConAM
 from ..style import new_figure
 from .observation import Observation, Sample, round_to

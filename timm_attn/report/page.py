@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..compare import FoldError
 from ..errors import UserError
 from ..files import replace_file
-from ..fold import FoldError, NothingToFold, example_input, fold, foldable, verify_fold
+from ..fold import NothingToFold, example_input, fold, foldable, verify_fold
 from ..load import load_model
 from ..models import model_names, parse_name, stock_model
 from ..papers import PAPERS

@@ -3,7 +3,7 @@
 from ..files import sha256
 from .checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint
 from .config import fetch_folder, read_config, read_folder
-from .fetch import without_tokens
+from .fetch import fetch, without_tokens
 from .index import read_index, write_index
 from .schema import WeightsError
 from .store import SOURCES, add_folder, check_chosen, checkpoints, pretrained_cfgs, resolve, shipped_folder
@@ -18,6 +18,7 @@ __all__ = [
     "add_folder",
     "check_chosen",
     "checkpoints",
+    "fetch",
     "fetch_folder",
     "pretrained_cfgs",
     "read_config",

@@ -1,0 +1,83 @@
+"""Two networks on the same images."""
+
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+#: What a model is called with: one tensor, a tuple of positional arguments or a dictionary of named ones.
+Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
+
+#: Greatest max|Δlogit| ÷ max|logit| that a fold may cause, by dtype. The half-precision bounds are a few
+#: roundings of the network's own arithmetic: folding moves the rounding of γ · v from run time to fold time.
+#: FMMNets multiply roundings: random ones of 50 layers differ from themselves in float64 by up to 4e-5 in
+#: float32, and from their fused form as much (3e-12 in float64). `fold` refuses those, in float32.
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+class FoldError(RuntimeError):
+    """A folded model does not compute what the model it was made from computes."""
+
+
+def above_bound(error: float, dtype: torch.dtype) -> str:
+    """What to say of a max|Δlogit| ÷ max|logit| that is above :data:`BOUNDS` or NaN, or ''."""
+    if error <= BOUNDS[dtype]:
+        return ""
+    return f"max|Δlogit| / max|logit| = {error:.3g}, allowed {BOUNDS[dtype]:g}"
+
+
+@torch.no_grad()
+def relative_difference(model: nn.Module, other: nn.Module, inputs: Inputs) -> float:
+    """max|Δlogit| ÷ max|logit| of two models, which are put in eval mode, on the same images.
+
+    Of several outputs, the largest of these.
+
+    Raises:
+        ValueError: The output holds no tensor.
+        FoldError: An output of the first model is not finite, or the other's has another shape.
+    """
+    return max(relative(a, b) for a, b in compared(model, other, inputs))
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def outputs_of(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """All tensors of a model's output in float64 on the CPU."""
+
+    def tensors(output: Any) -> list[Tensor]:
+        leaves = tree_leaves(output)
+        if len(leaves) == 1 and leaves[0] is output:
+            if torch.is_tensor(output):
+                return [torch.view_as_real(output) if output.is_complex() else output]
+            return tensors(vars(output)) if is_dataclass(output) else []
+        return [tensor for leaf in leaves for tensor in tensors(leaf)]
+
+    output = call(model.eval(), inputs)
+    found = [tensor.cpu().double() for tensor in tensors(output) if tensor.numel()]
+    if not found:
+        raise ValueError(f"the output, {type(output).__name__}, holds no tensor that could be compared")
+    return found
+
+
+def compared(model: nn.Module, other: nn.Module, inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
+    """The outputs of two models, in pairs."""
+    ours, theirs = outputs_of(model, inputs), outputs_of(other, inputs)
+    if not all(tensor.isfinite().all() for tensor in ours):
+        raise FoldError(
+            "the model's own output is not finite: its weights or the images hold NaN or infinity"
+        )
+    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        raise FoldError(f"the outputs have the shapes {shapes[1]} instead of {shapes[0]}")
+    return list(zip(ours, theirs, strict=True))
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    difference = (a - b).abs().max().item()
+    return difference / a.abs().max().item() if difference else 0.0
