@@ -169,3 +169,20 @@ def test_a_network_of_timm_is_not_called_ours(tmp_path, monkeypatch):
     run("export", "a", "--tag", "x")
     card = (tmp_path / "hub" / "mobilenetv3_small_050.x" / "README.md").read_text()
     assert "A network of timm" in card and "Deep Residual" not in card
+
+
+def test_doctor_says_what_a_bug_report_needs(capsys, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "unused")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://me:secret@host")
+    cli.main(["doctor"])
+    out = capsys.readouterr().out
+    for part in (
+        timm.__version__,
+        torch.__version__,
+        "extra train",
+        "CPU",
+        "here",
+        "self-test: resnet20_asr loads and folds",
+    ):
+        assert part in out
+    assert "secret" not in out

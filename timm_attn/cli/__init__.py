@@ -13,7 +13,7 @@ from ..compare import FoldError
 from ..errors import UserError
 from ..training.recipe_file import recipe_arguments
 from ..weights import WeightsError
-from . import deploy, hub, look, train  # noqa: F401 (the commands, in the order of the help)
+from . import deploy, doctor, hub, look, train  # noqa: F401 (the commands, in the order of the help)
 from .console import Stopped, app
 
 
