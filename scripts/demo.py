@@ -68,7 +68,7 @@ def command(*arguments: str) -> None:
 
 
 def predict(name: str, process: str) -> dict:
-    """What :data:`PREDICT` says of a model, in a process with the plugin or with timm only."""
+    """What ``PREDICT`` says of a model, in a process with the plugin or with timm only."""
     code = [sys.executable, "-c", PREDICT, name, process]
     return json.loads(subprocess.run(code, check=True, env=ENVIRONMENT, stdout=subprocess.PIPE).stdout)
 

@@ -1,7 +1,8 @@
-"""The README's tables of what was measured, from the files of results that are committed."""
+"""The tables of README and docs of what was measured, from the files of results that are committed."""
 
 import csv
 import json
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,8 +15,11 @@ RESULTS = ROOT / "hub" / "results"
 
 
 def tables() -> dict[str, str]:
-    """Every other rendered table of the README, by name."""
+    """Every other rendered table, by name."""
     return {
+        "short results": short_results(),
+        "freeze accuracy": freeze_accuracy(),
+        "freeze speed": freeze_speed(),
         "comparison": comparison(),
         "parameters": parameters(),
         "sweep": sweep(),
@@ -40,6 +44,62 @@ def _read(name: str) -> dict:
 def _ratio(measured: dict, low: str = "ratio_min", middle: str = "ratio_median", high: str = "ratio_max"):
     """A median with the least and the greatest of the rounds."""
     return f"{float(measured[middle]):.2f} ({float(measured[low]):.2f} to {float(measured[high]):.2f})"
+
+
+def short_results() -> str:
+    """Accuracy, parameters and time of each shipped network."""
+    zoo = _read("zoo.json")
+    shipped = {c.name: c for c in read_index(ROOT / "hub")}
+    trained = [c for c in shipped.values() if not c.derived_from]
+    rows = []
+    for c in sorted(trained, key=lambda c: -c.over_seeds["top1"]["mean"]):
+        times = zoo["checkpoints"]
+        folded = times[c.folded] if c.folded else zoo["resnet20, norms fused"]
+        medians = [f"{float(t['ratio_median']):.2f}" for t in (times[c.name], folded)]
+        parameters = f"{c.metrics['parameters']:,}"
+        rows.append([f"`{c.architecture}`", parameters, figure(c.over_seeds["top1"]), *medians])
+    return _table(["model", "parameters", "top-1 (%), mean ± std (n)", "time", "folded"], rows)
+
+
+def freeze_accuracy() -> str:
+    """Top-1 lost by freezing within budgets, over seeds."""
+    with (RESULTS / "freeze_accuracy.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    steps = next(row["recover"] for row in rows if row["recover"] != "0")
+    table = []
+    for network, budget in dict.fromkeys((row["network"], row["budget"]) for row in rows):
+        cells = [f"`{network}`", "all" if budget == "inf" else budget]
+        for recover in ("0", steps):
+            found = [
+                row
+                for row in rows
+                if (row["network"], row["budget"], row["recover"]) == (network, budget, recover)
+            ]
+            lost = [float(row["top1_before"]) - float(row["top1"]) for row in found]
+            gates = " ".join(row["frozen"] for row in found)
+            cells += [gates, f"{statistics.mean(lost):.2f} ± {statistics.stdev(lost):.2f} ({len(lost)})"]
+        table.append(cells)
+    header = ["", "budget (points)", "gates frozen, by seed", "top-1 lost (points), mean ± std (n)"]
+    return _table([*header, f"with {steps} steps of recovery: gates", "top-1 lost"], table)
+
+
+def freeze_speed() -> str:
+    """Time of networks with frozen gates over the original's, and over that of the same without gates."""
+    with (RESULTS / "freeze_speed.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    cases = sorted({(row["compiled"], row["precision"], row["batch"]) for row in rows})
+    found = {(r["network"], r["compiled"], r["precision"], r["batch"]): r for r in rows}
+    names = [f"{'compiled' if c == '1' else 'eager'}, {p}, batch {b}" for c, p, b in cases]
+    table = []
+    for network in dict.fromkeys(row["network"] for row in rows):
+        cells = [f"`{network}`"]
+        for case in cases:
+            row = found.get((network, *case))
+            cells.append(
+                f"{float(row['over_original']):.2f}, {float(row['over_without']):.2f}" if row else ""
+            )
+        table.append(cells)
+    return _table(["frozen ÷ original, ÷ without gates", *names], table)
 
 
 def comparison() -> str:

@@ -190,7 +190,7 @@ def reading_weights(
 
     Args:
         node: Of a map with this many channels.
-        readers: From :func:`consumers`.
+        readers: From ``consumers``.
 
     Returns:
         Leaves, with their number of groups: O × C / groups (× kernel). To scale them by v along their inputs

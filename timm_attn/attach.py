@@ -27,7 +27,7 @@ def attach(model: nn.Module, mechanism: str, images: Tensor | None = None, **opt
     """Put a mechanism into a network, in place.
 
     The network keeps its own keys; those of the mechanism carry its name, such as
-    ``layer1.0.asr.generators.0.psi``. :func:`timm_attn.fold` makes it the stock network again where the
+    ``layer1.0.asr.generators.0.psi``. ``timm_attn.fold`` makes it the stock network again where the
     mechanism does not depend on the image.
 
     Args:
@@ -119,14 +119,14 @@ def create_model(
 
     Args:
         model_name: Of timm or this package.
-        attention: As for :func:`attach`. The variant of the two, such as ``resnet50_dia``, is registered
+        attention: As for ``attach``. The variant of the two, such as ``resnet50_dia``, is registered
             with timm if it is not yet.
         pretrained: Load timm's weights of the stock network; the mechanism starts so that it changes nothing.
         kwargs: Of the mechanism, and of ``timm.create_model``.
 
     Raises:
         GraftError: The mechanism cannot start without changing what the network computes.
-        ValueError: As for :func:`attach`.
+        ValueError: As for ``attach``.
     """
     if attention is None:
         return timm.create_model(model_name, pretrained=pretrained, **kwargs)

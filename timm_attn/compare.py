@@ -22,7 +22,7 @@ class FoldError(RuntimeError):
 
 
 def above_bound(error: float, dtype: torch.dtype) -> str:
-    """What to say of a max|Δlogit| ÷ max|logit| that is above :data:`BOUNDS` or NaN, or ''."""
+    """What to say of a max|Δlogit| ÷ max|logit| that is above ``BOUNDS`` or NaN, or ''."""
     if error <= BOUNDS[dtype]:
         return ""
     return f"max|Δlogit| / max|logit| = {error:.3g}, allowed {BOUNDS[dtype]:g}"

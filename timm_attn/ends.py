@@ -91,7 +91,7 @@ class BranchEnd(nn.Module):
 
 
 class GateEnd(BranchEnd):
-    """A gate that does not depend on the image; :func:`timm_attn.fold` multiplies it into the branch.
+    """A gate that does not depend on the image; ``timm_attn.fold`` multiplies it into the branch.
 
     Where the branch ends in a batch norm, that computes with its affine times the gate, as when it is folded:
     forward and backward pass each save a pass over the map.
@@ -163,7 +163,7 @@ def mixed(mixin: type, cls: type) -> type:
 
 
 def without_mixin(module: Any) -> Any:
-    """A module, of the class that it had before :func:`mixed`."""
+    """A module, of the class that it had before ``mixed``."""
     module.__class__ = type(module).__mro__[2]
     return module
 
@@ -178,7 +178,7 @@ def _new(mixin: type, cls: type) -> Any:
 
 
 class GatedBatchNorm2d(nn.BatchNorm2d):
-    """The norm before a :class:`GateEnd`, with the same parameters and buffers as any."""
+    """The norm before a ``GateEnd``, with the same parameters and buffers as any."""
 
     end: tuple[GateEnd]
 

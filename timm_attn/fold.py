@@ -79,7 +79,7 @@ def fold(model: nn.Module, inputs: Inputs | None = None, layer_scale: bool = Fal
         NothingToFold: Every network in it is a plain one, or folded already.
         ValueError: ``inputs`` are no images, or of another dtype than the model, or are needed; the output
             holds no tensor; or the model cannot be copied, as it is pruned by hooks.
-        FoldError: max|Δlogit| ÷ max|logit| is above :data:`BOUNDS`, or an output is not finite.
+        FoldError: max|Δlogit| ÷ max|logit| is above ``BOUNDS``, or an output is not finite.
     """
     original, folded = _fold(model, layer_scale, inputs)
     if inputs is not None:

@@ -56,7 +56,7 @@ class GateReport:
 
 @dataclass(frozen=True)
 class FreezeReport:
-    """What :func:`freeze` did.
+    """What ``freeze`` did.
 
     Attributes:
         model: The result, in eval mode. Where an architecture of this name can be built, it is one:
@@ -68,7 +68,7 @@ class FreezeReport:
         images: Number of images for means, choosing and final figures.
         curves: For each order, by ``greedy`` and by ``depth``: (gates frozen, top-1 or agreement in %,
             milliseconds), measured on the images for choosing, without recovery.
-        loads: Whether :func:`timm.create_model` builds the result by name.
+        loads: Whether ``timm.create_model`` builds the result by name.
     """
 
     model: nn.Module

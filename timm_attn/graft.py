@@ -58,7 +58,7 @@ def graft(
     training only. The two networks are compared on fixed random images before the variant is returned.
 
     Args:
-        architecture: One of :func:`timm_attn.model_names`.
+        architecture: One of ``timm_attn.model_names``.
         source: A name of timm's or this package's with or without tag, ``hf-hub:ORG/NAME`` or
             ``local-dir:FOLDER`` (weights are loaded); or a network; or its state dict.
         num_classes: Another number of classes than the source's gets a new classifier, made after the
@@ -72,7 +72,7 @@ def graft(
     Raises:
         GraftError: The architecture is not one of them, or its mechanism cannot be grafted (FMM: a product
             cannot represent a sum; ConAM with literal patches); the weights are not those of its backbone;
-            or the two networks differ by more than :data:`timm_attn.fold.BOUNDS`.
+            or the two networks differ by more than ``timm_attn.fold.BOUNDS``.
         TypeError: The source is none of these, or something is given that is the source's: ``in_chans``,
             ``pretrained``, ``pretrained_cfg_overlay``, ``checkpoint_path``, ``device`` or ``dtype``.
     """

@@ -102,9 +102,9 @@ class Correlation:
 
 
 class Record:
-    """What :func:`record` has collected of the gates of a network.
+    """What ``record`` has collected of the gates of a network.
 
-    ``record[path]`` is the :class:`GateStatistics` of a gate. Set ``labels`` to the classes of the images
+    ``record[path]`` is the ``GateStatistics`` of a gate. Set ``labels`` to the classes of the images
     before a forward pass to learn what is between classes.
 
     Attributes:
@@ -220,7 +220,7 @@ def record(
 
     Args:
         model: Of timm, this package or anybody.
-        gates: From :func:`~timm_attn.gates.find_gates`; by default those that are seen at work.
+        gates: From ``find_gates``; by default those that are seen at work.
         also: Further classes, or paths, of modules that are channel gates.
         keep: Of which images to keep the gates in ``kept``: of the first ones, if it is a number; else the
             numbers of the images, counted from 0 as they pass.

@@ -22,7 +22,7 @@ class Frozen(NamedTuple):
     Attributes:
         model: In eval mode.
         where: What took in the constant of each gate, or "a multiplication".
-        loads: Whether :func:`timm.create_model` builds it by name.
+        loads: Whether ``timm.create_model`` builds it by name.
     """
 
     model: nn.Module

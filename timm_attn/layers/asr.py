@@ -107,7 +107,7 @@ class ASR(ConstantGate):
         channels: Width C of the feature map.
         delta: Number δ of generators (the paper's insertion frequency).
         reduction: Reduction ratio of each SE generator, 16 by default; the others have none.
-        generator: T, one of :data:`GENERATORS`.
+        generator: T, one of ``GENERATORS``.
 
     Raises:
         TypeError: An option is of the wrong type.

@@ -46,7 +46,7 @@ class FMM(nn.Module):
 
     Args:
         channels: Width C of both factors.
-        mode: One of :data:`MODES`.
+        mode: One of ``MODES``.
         norm_layer: Makes the norm of an identity shortcut; None where the shortcut has one.
 
     Raises:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 class ConstantGate(nn.Module):
     """One factor above zero for each channel, the same for every image.
 
-    :func:`timm_attn.fold` multiplies it into the parameters before it. A subclass has :meth:`gate`.
+    ``timm_attn.fold`` multiplies it into the parameters before it. A subclass has ``gate``.
     """
 
     def gate(self) -> Tensor:

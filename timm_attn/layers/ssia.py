@@ -82,7 +82,7 @@ class SSIA(nn.Module):
 
     Args:
         channels: Widths of the stages, the lowest first.
-        target: One of :data:`TARGETS`.
+        target: One of ``TARGETS``.
         aux_weight: λ.
 
     Raises:

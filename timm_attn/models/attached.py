@@ -77,7 +77,7 @@ def parse_name(architecture: str) -> tuple[str, str]:
     """Backbone and mechanism ('' for a plain network) of an architecture of this package.
 
     Raises:
-        KeyError: It is not one of :func:`model_names`.
+        KeyError: It is not one of ``model_names``.
     """
     return _VARIANTS[architecture]
 
@@ -87,7 +87,7 @@ def stock_model(model: Any, folded: nn.Module) -> Any:
 
     Args:
         model: The model before folding, made by ``timm.create_model``.
-        folded: What :func:`timm_attn.fold` made of it.
+        folded: What ``timm_attn.fold`` made of it.
     """
     cfg = model.pretrained_cfg
     backbone, key = parse_name(cfg["architecture"])
@@ -158,7 +158,7 @@ def graft_obstacle(architecture: str) -> str:
 
 
 def check_graft(architecture: str) -> None:
-    """Raise a :class:`GraftError` if stock weights cannot become those of a variant."""
+    """Raise a ``GraftError`` if stock weights cannot become those of a variant."""
     reason = graft_obstacle(architecture)
     if reason:
         raise GraftError(f"{architecture} cannot be grafted: {reason}")
@@ -363,7 +363,7 @@ def register(backbone: str, key: str) -> str:
 
     Args:
         backbone: Name of an architecture, without tag.
-        key: As for :func:`timm_attn.attach`.
+        key: As for ``timm_attn.attach``.
 
     Returns:
         The name; where it is registered already, nothing else happens.

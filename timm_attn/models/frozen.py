@@ -20,7 +20,7 @@ def remove_gate(model: nn.Module, path: str, constant: FrozenGate | None = None)
     """Take a gate out of a network, in place, or put a constant where it was.
 
     Args:
-        model: With a gate at ``path``, as :func:`timm_attn.record.find_gates` names it. Of the gates that
+        model: With a gate at ``path``, as ``timm_attn.record.find_gates`` names it. Of the gates that
             share a cell, the last goes first.
         path: Of the module that multiplies.
         constant: What multiplies now.
@@ -79,7 +79,7 @@ default_cfgs = generate_default_cfgs(_CFGS)
 
 @register_model
 def frozen(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """A network without some of its gates, as ``timm-attn freeze`` makes it; see :func:`frozen_network`."""
+    """A network without some of its gates, as ``timm-attn freeze`` makes it; see ``frozen_network``."""
     if pretrained:
         kwargs |= weights.resolve("frozen", kwargs)
     backbone = kwargs.pop("backbone", None)

@@ -53,7 +53,7 @@ class Mechanism:
             options as keyword-only parameters.
         name: A backbone's name to the model's; by default ``<backbone>_<key of the row>``.
         graft: Why no parameters of it make it compute what the stock network computes, or ''.
-        folds: Nothing of it is left after :func:`timm_attn.fold`, another attention on top aside.
+        folds: Nothing of it is left after ``timm_attn.fold``, another attention on top aside.
         fuses: It depends on the image; on ResNets its folded form (``folded=True``) is the same network with
             norms fused into convolutions.
         on: On which rows of the table of backbones it is registered.
@@ -133,7 +133,7 @@ def on_branches(key: str, layer: Callable[..., nn.Module]) -> Put:
     Args:
         key: Name of the mechanism.
         layer: Called as ``layer(channels, device=, dtype=, **options)``; takes and returns B × C × H × W. A
-            :class:`timm_attn.layers.ConstantGate` folds.
+            ``timm_attn.layers.ConstantGate`` folds.
     """
     options = [p for n, p in inspect.signature(layer).parameters.items() if n not in ("device", "dtype")][1:]
     options = [p for p in options if p.kind is not p.VAR_KEYWORD]

@@ -27,7 +27,7 @@ def write_onnx(model: nn.Module, path: Path) -> float:
 
     Raises:
         UserError: The packages of the extra ``export`` are not installed.
-        FoldError: The difference is above :data:`BOUND`; the file is removed.
+        FoldError: The difference is above ``BOUND``; the file is removed.
     """
     model = deepcopy(model).cpu().eval()
     try:
@@ -64,7 +64,7 @@ def write_program(model: nn.Module, path: Path) -> float:
         Greatest max|Δlogit| ÷ max|logit| over batches of one and of five images.
 
     Raises:
-        FoldError: The difference is above :data:`BOUND`; the file is removed.
+        FoldError: The difference is above ``BOUND``; the file is removed.
     """
     model = deepcopy(model).cpu().eval()  # a program names the device of its constants
     program = torch.export.export(model, (example_input(model),), dynamic_shapes=_dynamic_batch())

@@ -52,7 +52,7 @@ def path_variation(model: nn.Module, sample: Sample) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def accuracy_under_noise(model: nn.Module, sample: Sample) -> list[float]:
-    """Top-1 in % for each of :data:`NOISE`; every network gets the same noise."""
+    """Top-1 in % for each of ``NOISE``; every network gets the same noise."""
     right = torch.zeros(len(NOISE))
     generator = torch.Generator().manual_seed(0)
     std = torch.tensor(sample.std).view(1, -1, 1, 1)

@@ -71,7 +71,7 @@ def write_report(source: str, recipe: Recipe, out: Path, show: bool = False) -> 
     """Write a report on a model as one HTML file that needs nothing else.
 
     Args:
-        source: As for :func:`~timm_attn.training.load_model`.
+        source: As for ``load_model``.
         recipe: Data, split, columns, batch size.
         out: The file.
         show: Draw a progress bar.

@@ -12,7 +12,7 @@ MOST = 48
 
 
 def contact_sheet(predictions: Sequence[Prediction], title: str) -> Any:
-    """A figure of images with their most probable class, at most :data:`MOST` of them.
+    """A figure of images with their most probable class, at most ``MOST`` of them.
 
     Args:
         predictions: Whose sources are files.

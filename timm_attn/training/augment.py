@@ -20,7 +20,7 @@ def derive_seed(*parts: Any) -> int:
 
 
 def generator(*parts: Any) -> torch.Generator:
-    """A CPU generator seeded by :func:`derive_seed`."""
+    """A CPU generator seeded by ``derive_seed``."""
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 

@@ -116,7 +116,7 @@ class Batches:
 
     @property
     def evaluation_steps(self) -> int:
-        """Batches of :meth:`evaluate`."""
+        """Batches of ``evaluate``."""
         return len(self._evaluation_indices())
 
     def _evaluation_indices(self) -> tuple[Tensor, ...]:

@@ -50,7 +50,7 @@ def freeze_trained(
     choice and for the final figures.
 
     Args:
-        source: As for :func:`load_model`.
+        source: As for ``load_model``.
         recipe: Data, columns, batch size, workers; and of recovery, the optimiser and what goes with it.
         out: Folder to write, with config.json, model.safetensors, freeze.json and freeze.png.
         budget: Points of top-1.
@@ -104,7 +104,7 @@ def recovery(source: str, recipe: Recipe, steps: int, out: Path, names: list[str
     """Distillation from the original by the trainer.
 
     Args:
-        source: The original, as for :func:`load_model`.
+        source: The original, as for ``load_model``.
         recipe: Data, optimiser and what goes with it.
         steps: Number of optimiser steps.
         out: Folder of the runs. One that is there is resumed, or not repeated.

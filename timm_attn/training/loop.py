@@ -94,7 +94,7 @@ def resume(run: str | Path, on_step: OnStep | None = None, data: str | None = No
         data: Where the data lies now, if it has moved.
 
     Returns:
-        The run's results, as :func:`train`; those of a finished run without further work.
+        The run's results, as ``train``; those of a finished run without further work.
 
     Raises:
         UserError: The folder is not a run, or the data is not that which it was started with.

@@ -96,7 +96,7 @@ def build(
 
 
 def construction(network: Any) -> dict[str, Any]:
-    """What :func:`rebuild` needs: the arguments and the configuration of a network, JSON values."""
+    """What ``rebuild`` needs: the arguments and the configuration of a network, JSON values."""
     # Those of create_model and of the weights that it started from, which may have another classifier.
     arguments = {**network._model_args, "num_classes": network.num_classes}
     return {"model_args": arguments, "pretrained_cfg": network.pretrained_cfg}

@@ -58,7 +58,7 @@ def load_recipe(path: str | Path) -> Recipe:
     """A recipe from a YAML file.
 
     Raises:
-        UserError: As :func:`recipe_arguments`, or a value is out of range.
+        UserError: As ``recipe_arguments``, or a value is out of range.
         SystemExit: A value is of the wrong type; the parser has printed which.
     """
     import tyro  # slow to import, and only commands need it

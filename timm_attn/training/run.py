@@ -146,7 +146,7 @@ def _write_config(model: nn.Module, path: Path, label_names: list[str]) -> None:
 
 
 def check_readable(model: nn.Module, label_names: list[str]) -> None:
-    """Refuse a network that could not be loaded again from what :func:`save_model` would write of it.
+    """Refuse a network that could not be loaded again from what ``save_model`` would write of it.
 
     Raises:
         UserError: Its configuration says what no reader takes, or leads to another network.

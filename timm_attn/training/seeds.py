@@ -36,7 +36,7 @@ def train_seeds(model: str, recipe: Recipe, out: str | Path, seeds: Sequence[int
         the runs' results; the standard deviation is that of a sample (n - 1).
 
     Raises:
-        UserError: As :func:`~timm_attn.training.train`.
+        UserError: As ``train``.
     """
     out = Path(out)
     if not seeds or len(set(seeds)) != len(seeds):
@@ -50,7 +50,7 @@ def train_seeds(model: str, recipe: Recipe, out: str | Path, seeds: Sequence[int
 
 
 def resume_seeds(out: str | Path, data: str | None = None) -> dict[str, Any]:
-    """Go on with the runs of :func:`train_seeds`; finished ones are left as they are.
+    """Go on with the runs of ``train_seeds``; finished ones are left as they are.
 
     Args:
         out: Their folder.
@@ -69,13 +69,13 @@ def resume_seeds(out: str | Path, data: str | None = None) -> dict[str, Any]:
 
 
 def gather_seeds(out: str | Path) -> dict[str, Any]:
-    """Take the finished runs ``out/seed-<seed>``, made one by one, as those of :func:`train_seeds`.
+    """Take the finished runs ``out/seed-<seed>``, made one by one, as those of ``train_seeds``.
 
     Where the data lay may differ between them (a folder, a Hub id), but not how many images it had nor their
     classes; commit and hardware may differ too.
 
     Returns:
-        As :func:`train_seeds`.
+        As ``train_seeds``.
 
     Raises:
         UserError: None is finished, or they differ in more than the seed.

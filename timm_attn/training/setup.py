@@ -132,7 +132,7 @@ def recipe_accelerator(recipe: Recipe, run: Path) -> Accelerator:
 
 
 def split_options(recipe: Recipe, size: tuple[int, int] | None) -> dict[str, Any]:
-    """What a recipe says to :func:`load_split` of any split; ``size`` is width and height."""
+    """What a recipe says to ``load_split`` of any split; ``size`` is width and height."""
     return {
         "size": size,
         "image_column": recipe.image_column,

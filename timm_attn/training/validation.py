@@ -49,7 +49,7 @@ def split_tensors(
     """Images B × C × H × W as the model takes them, and labels, of a split or of so many of it, at random.
 
     Args:
-        split: From :func:`evaluation_split`, say.
+        split: From ``evaluation_split``, say.
         recipe: Batch size, workers, what is done about corrupt images.
         config: timm's data configuration of the model.
         most: Number of images.
@@ -117,7 +117,7 @@ def evaluated(model: Any, recipe: Recipe, show: bool = False) -> Evaluated:
     """Logits of every image of the evaluation split, without keeping the images.
 
     Args:
-        model: From :func:`load_model`.
+        model: From ``load_model``.
         recipe: Data, split, columns, batch size. Corrupt images must not be skipped.
         show: Draw a progress bar.
 
@@ -141,10 +141,10 @@ def evaluated(model: Any, recipe: Recipe, show: bool = False) -> Evaluated:
 
 @own_accelerate_state()
 def validate(model: Any, recipe: Recipe, show: bool = False) -> dict[str, float]:
-    """Measure a model on the evaluation split of a recipe's data; see :func:`evaluate` for the figures.
+    """Measure a model on the evaluation split of a recipe's data; see ``evaluate`` for the figures.
 
     Args:
-        model: From :func:`load_model`.
+        model: From ``load_model``.
         recipe: Data, split, columns, batch size, precision, workers.
         show: Draw a progress bar.
 

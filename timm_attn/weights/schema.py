@@ -1,6 +1,6 @@
 """What an index and a configuration may say: both can come from anybody.
 
-A check takes a value and where it stands, and raises a :class:`WeightsError` that names both.
+A check takes a value and where it stands, and raises a ``WeightsError`` that names both.
 """
 
 import json
@@ -259,7 +259,7 @@ def _argument(value: Any, where: str, depth: int = 4) -> None:
 def model_args(value: Any, where: str) -> None:
     """Keyword arguments of an architecture, any one's: bounded in structure and size, not by name.
 
-    How large a network they ask for is found out by :func:`~timm_attn.weights.config.check_size`.
+    How large a network they ask for is found out by ``check_size``.
     """
     table(_KEY, anything, 100)(value, where)
     for name, element in value.items():

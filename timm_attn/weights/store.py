@@ -2,7 +2,7 @@
 
 These are searched, in this order:
 
-1. folders given to :func:`add_folder`, the last one first;
+1. folders given to ``add_folder``, the last one first;
 2. the environment variable TIMM_ATTN_HUB, read once: a hub folder, or an organisation of the Hub, whose
    repositories, at their newest, take the place of the index's;
 3. what ships with the package;
@@ -62,7 +62,7 @@ def _chosen() -> tuple[Path | None, str | None]:
 
 
 def check_chosen() -> None:
-    """Raise a :class:`WeightsError` if TIMM_ATTN_HUB names a folder that is no hub folder."""
+    """Raise a ``WeightsError`` if TIMM_ATTN_HUB names a folder that is no hub folder."""
     folder, _ = _chosen()
     if folder:
         read_index(folder)
