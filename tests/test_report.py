@@ -23,6 +23,7 @@ from timm_attn.errors import UserError
 from timm_attn.images import DataError
 from timm_attn.load import load_model
 from timm_attn.predict import class_names, find_images
+from timm_attn.publish import export_frozen
 from timm_attn.report import OBSERVATIONS, Sample
 from timm_attn.report.importance import importances, rank_correlation
 from timm_attn.report.landscape import NOISE, accuracy_under_noise, gradient_norms, path_variation
@@ -245,7 +246,7 @@ def test_class_activation_and_confidence():
     torch.testing.assert_close(eta["layer1.0.conam"].sum((1, 2)), torch.ones(3))
     observed = OBSERVATIONS["maps"]({"conam": model}, data)
     assert "folding" in observed.summary[-1][0] and float(observed.summary[-1][1]) < 1e-4
-    assert len(observed.draw().axes) == 3 * 6
+    assert len(observed.draw().axes) == 3 * 6 + 5  # a colour bar for each column but the first
     with pytest.raises(UserError, match="there are no maps"):
         OBSERVATIONS["maps"](
             {"mlp": timm.create_model("test_mambaout", num_classes=10).eval()}, sample(2, 96)
@@ -438,3 +439,146 @@ def test_classes_have_names():
     assert class_names(timm.create_model("resnet18", num_classes=1000, in_chans=1))[1].startswith("goldfish")
     with pytest.raises(UserError, match="does not exist"):
         find_images([__import__("pathlib").Path("nowhere")])
+
+
+# ----------------------------------------------------------------------------------- what a new user ran into
+
+
+def with_dead_channels(n: int) -> nn.Module:
+    """A gate behind a ReLU that n of its 12 channels never pass."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), timm.layers.SEModule(12, rd_channels=4))
+    with torch.no_grad():
+        model[0].bias[:n] = -1e3
+        model[2].fc2.weight.mul_(20)
+    return nn.Sequential(*model, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
+
+def test_channels_of_which_nothing_is_known_do_not_count():
+    model, data = with_dead_channels(8), sample(classes=12)
+    values = gates_of(model, data.images, "2").numpy()[:, 8:]
+    with timm_attn.record(model) as gates, torch.no_grad():
+        model(data.images)
+    assert gates["2"].known.sum() == 4
+    share = values.var(0).mean() / values.var()
+    assert gates["2"].image_share == pytest.approx(share, rel=1e-3)
+    (row,) = OBSERVATIONS["stripes"]({"a": model}, data).rows
+    assert row["dead_channels"] == 8 and row["mean"] == pytest.approx(values.mean(), rel=1e-3)
+    weight = torch.tensor([[1.0, torch.nan, 2.0, 3.0, torch.nan]])
+    change = torch.tensor([[9.0, 0.0, 8.0, 7.0, 0.0]])
+    assert rank_correlation(weight, change).item() == pytest.approx(-1)
+
+
+def test_a_pass_that_raises_leaves_nothing():
+    model, data = se_network(), sample(6)
+
+    def stop(*_):
+        raise RuntimeError("stop")
+
+    with timm_attn.record(model) as gates, torch.no_grad():
+        hook = model.layer3.register_forward_pre_hook(stop)
+        with pytest.raises(RuntimeError, match="stop"):
+            model(data.images)
+        hook.remove()
+        model(data.images)
+    assert gates.images == 6 and {gates[gate.path].images for gate in gates.gates} == {6}
+    with timm_attn.record(model) as gates, torch.no_grad():
+        model.layer3.register_forward_pre_hook(stop)
+        with pytest.raises(RuntimeError, match="stop"):
+            model(data.images)
+    assert gates.images == 0
+
+
+def test_labels_are_of_one_pass_and_as_many_as_images():
+    model, data = se_network(), sample(6)
+    with timm_attn.record(model) as gates, torch.no_grad():
+        gates.labels = [0, 0, 0, 1, 1, 1]
+        model(data.images)
+        share = gates["layer3.0.se"].class_share
+        model(data.images + 1)  # without labels
+        assert share == share and gates.labels is None
+        model(data.images[:0])  # nothing to see
+        gates.labels = [0, 1]
+        with pytest.raises(ValueError, match=r"labels of shape \(2,\) for 6 images"):
+            model(data.images)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"also": ["layer9.se"]}, ValueError, "no module 'layer9.se' in CifarResNet: name one such as"),
+        ({"also": "layer1.0.se"}, TypeError, "further gates are a list"),
+        ({"keep": -1}, ValueError, "keep must not be below 0"),
+        ({"keep": "abc"}, TypeError, "keep is a number of images"),
+        ({"gates": ["layer1.0.se"]}, TypeError, "gates are those of find_gates"),
+    ],
+)
+def test_bad_arguments_are_named(given, error, message):
+    with pytest.raises(error, match=message), timm_attn.record(se_network(), **given):
+        pass
+    with pytest.raises(TypeError, match="record needs a network, got str"), timm_attn.record("resnet18"):
+        pass
+
+
+def test_networks_that_show_nothing_say_why():
+    data = sample(4)
+    fresh = narrow("resnet20_se").eval()  # timm starts the last norm of a branch at zero
+    for what in ("stripes", "importance", "correlation"):
+        with pytest.raises(
+            UserError, match="see nothing but zeros, as its branches are still zero: train it"
+        ):
+            OBSERVATIONS[what]({"fresh": fresh}, data)
+    with pytest.raises(UserError, match="whose branches are not zero"):
+        OBSERVATIONS["stiffness"]({"fresh": fresh}, data)
+    with pytest.raises(UserError, match="are constants, the same for every image, and fold away"):
+        OBSERVATIONS["stripes"]({"asr": randomise(narrow("resnet20_asr")).eval()}, data)
+    broken = se_network()
+    with torch.no_grad():
+        broken.layer2[0].conv1.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"is not finite after layer2.0.se in 4 of 4 images"):
+        OBSERVATIONS["stripes"]({"broken": broken}, data)
+
+
+def test_a_gate_may_be_called_by_keyword():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.se = timm.layers.SEModule(3, rd_channels=2)
+
+        def forward(self, x):
+            return self.se(x=x)
+
+    model = Named()
+    with timm_attn.record(model) as gates:
+        model(sample(4).images)
+    assert gates["se"].images == 4
+
+
+def test_places_that_cannot_be_written_are_refused_before_the_work(
+    run, pictures, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("timm_attn.cli.look.load_model", None)  # it is not reached
+    no = str(tmp_path / "no" / "a")
+    assert "does not exist: make it" in fails(capsys, "report", str(run), "--data", "digits", "--out", no)
+    for option in ("--out", "--show"):
+        assert "does not exist" in fails(capsys, "predict", str(run), str(pictures), option, no)
+        assert "is a folder" in fails(capsys, "predict", str(run), str(pictures), option, str(tmp_path))
+    message = fails(capsys, "look", "landscape", str(run), str(run), "--data", "digits")
+    assert "a model is named twice" in message
+
+
+def test_names_in_brackets_are_shown_as_they_are(run, tmp_path, capsys):
+    pixels = np.zeros((8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "[red]a.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    cli.main(["predict", str(run), str(tmp_path), "--topk", "1"])
+    out = capsys.readouterr().out
+    assert "[red]a.png" in out and "left out: cannot read" in out and "gone.png" in out
+    assert "--on-corrupt" not in out and "object at" not in out
+
+
+def test_a_bad_tag_of_a_frozen_network_is_refused_first(tmp_path):
+    for tag in ("my tag", "", "a/b", "graft_x"):
+        with pytest.raises(UserError, match="tag"):
+            export_frozen(tmp_path / "none", tag, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -20,6 +20,7 @@ from timm.layers.cbam import ChannelAttn
 from timm.layers.squeeze_excite import SqueezeExciteCl
 from timm.models import senet
 from timm.models._efficientnet_blocks import SqueezeExcite
+from timm.models.hgnet import EseModule
 from timm.models.rdnet import BlockESE
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
@@ -30,7 +31,7 @@ from .layers import SEM, SPEM
 
 #: Layers that multiply each channel of a map by a number of their own for each image.
 GATES = (
-    *(SEModule, SqueezeExcite, EffectiveSEModule, SqueezeExciteCl, senet.SEModule, BlockESE),
+    *(SEModule, SqueezeExcite, EffectiveSEModule, SqueezeExciteCl, senet.SEModule, BlockESE, EseModule),
     *(EcaModule, CecaModule, GatherExcite, GlobalContext, ChannelAttn),
     *(SqueezeExcitation, SEM, SPEM, DIAEnd),
 )
@@ -65,10 +66,22 @@ def gate_modules(model: nn.Module, also: Iterable[type | str] = ()) -> dict[str,
 
     Args:
         also: Further classes, or paths of modules.
+
+    Raises:
+        ValueError: A path names no module of the network.
     """
+    if isinstance(also, str):
+        raise TypeError(f"further gates are a list, got {also!r}")
     also = tuple(also)
     kinds = (*GATES, *(kind for kind in also if isinstance(kind, type)))
-    return {path: m for path, m in model.named_modules() if isinstance(m, kinds) or path in also}
+    known = {path: m for path, m in model.named_modules() if isinstance(m, kinds) or path in also}
+    missing = [name for name in also if isinstance(name, str) and name not in known]
+    if missing:
+        paths = [path for path, _ in model.named_modules()]
+        near = [path for path in paths if path.endswith(missing[0].rpartition(".")[2])][:3]
+        near = near or get_close_matches(missing[0], paths, n=3)
+        raise ValueError(f"no module {missing[0]!r} in {type(model).__name__}: name one such as {near}")
+    return known
 
 
 @torch.no_grad()
@@ -93,10 +106,6 @@ def find_gates(
     """
     also = tuple(also)
     known = gate_modules(model, also)
-    missing = [name for name in also if isinstance(name, str) and name not in known]
-    if missing:
-        near = [path for path, _ in model.named_modules() if path.endswith(missing[0].rpartition(".")[2])]
-        raise ValueError(f"no module {missing[0]!r} in {type(model).__name__}: name one such as {near[:3]}")
     attention = tuple({kind for name in _ATTENTION if isinstance(kind := get_attn(name), type)})
     seen: dict[str, Any] = {}
     calls: dict[str, int] = {}

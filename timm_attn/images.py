@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,9 @@ def decode(cell: dict[str, Any], where: str) -> Image.Image:
             return ImageOps.exif_transpose(shown)
     except Exception as error:  # Pillow's plugins raise whatever their codecs raise
         path = (cell or {}).get("path")
+        reason = re.sub(r" <_io\.\w+ object at 0x[0-9a-f]+>", "", str(error))  # Pillow's name for our bytes
         raise DataError(
-            f"corrupt or unreadable image in {where}{f', path {path}' if path else ''}: {error}. "
+            f"corrupt or unreadable image in {where}{f', path {path}' if path else ''}: {reason}. "
             "Repair, convert or remove it, or leave such images out: --on-corrupt skip, of train and validate"
         ) from error
 

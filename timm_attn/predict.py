@@ -133,7 +133,11 @@ def read_image(path: Path) -> Image.Image:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
-    return decode({"bytes": content, "path": None}, str(path))
+    try:
+        return decode({"bytes": content, "path": None}, str(path))
+    except DataError as error:
+        reason = str(error).partition(": ")[2].partition(". Repair")[0]
+        raise DataError(f"cannot read {path}: {reason}") from None
 
 
 def find_images(places: Iterable[Path]) -> list[Path]:
@@ -150,7 +154,9 @@ def find_images(places: Iterable[Path]) -> list[Path]:
         if not place.exists():
             raise UserError(f"{place} does not exist: name images or folders of images")
         if place.is_dir():
-            inside = (p for p in sorted(place.rglob("*")) if p.suffix.lower() in extensions and p.is_file())
+            inside = (
+                p for p in sorted(place.rglob("*")) if p.suffix.lower() in extensions and not p.is_dir()
+            )
             found += inside
         else:
             found.append(place)

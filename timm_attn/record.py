@@ -18,11 +18,12 @@ class GateStatistics:
 
     Attributes:
         images: Number of images.
+        not_finite: How many of them had an output that is not finite.
         low, high: Extremes, each C.
     """
 
     def __init__(self, channels: int) -> None:
-        self.images = 0
+        self.images = self.not_finite = 0
         self.low, self.high = torch.full((channels,), torch.inf), torch.full((channels,), -torch.inf)
         # Of each channel: images in which it was not 0 everywhere, sum, sum of squares; two of them by class.
         self._sums = torch.zeros(3, channels, dtype=torch.float64)
@@ -44,8 +45,13 @@ class GateStatistics:
                 self._by_class[label] = self._by_class.get(label, 0) + sums
 
     @property
+    def known(self) -> Tensor:
+        """Channels of which anything is known, C: of what is 0 everywhere, no gate can be seen."""
+        return self._sums[0] > 0
+
+    @property
     def mean(self) -> Tensor:
-        """Mean of each channel over the images, C; 1 where the channel was always 0 and nothing is known."""
+        """Mean of each channel over the images, C; 1 where nothing is known."""
         count, total, _ = self._sums
         return torch.where(count > 0, total / count, 1.0)
 
@@ -57,9 +63,11 @@ class GateStatistics:
 
     @property
     def image_share(self) -> float:
-        """Share of the variance over images and channels that is due to the image, from 0 to 1."""
-        within = self.variance.mean().item()
-        total = within + self.mean.var(unbiased=False).item()
+        """Share of the variance over images and known channels that is due to the image, from 0 to 1."""
+        if not self.known.any():
+            return 0.0
+        within = self.variance[self.known].mean().item()
+        total = within + self.mean[self.known].var(unbiased=False).item()
         return within / total if total else 0.0
 
     @property
@@ -104,8 +112,8 @@ class Correlation:
 class Record:
     """What ``record`` has collected of the gates of a network.
 
-    ``record[path]`` is the ``GateStatistics`` of a gate. Set ``labels`` to the classes of the images
-    before a forward pass to learn what is between classes.
+    ``record[path]`` is the ``GateStatistics`` of a gate. Set ``labels`` to the classes of the images, B,
+    before each forward pass to learn what is between classes.
 
     Attributes:
         gates: In running order.
@@ -123,11 +131,11 @@ class Record:
         self.unknown: dict[str, str] = {}
         self.kept: dict[str, Tensor] = {}
         self.images = 0
-        self.labels: Tensor | None = None
+        self.labels: Any = None
         self._keep = frozenset(range(keep) if isinstance(keep, int) else keep)
         self._correlation = correlation
         self._inside = False
-        self._passing: dict[str, Tensor] = {}
+        self._passing: dict[str, tuple[Gate, Tensor, Tensor]] = {}
         self._sums: dict[tuple[str, ...], Tensor] = {}
 
     def __getitem__(self, path: str) -> GateStatistics:
@@ -152,19 +160,16 @@ class Record:
             found.append(Correlation(paths, pearson, _ratio(centred, variance)))
         return found
 
-    def _take(self, gate: Gate, values: Tensor) -> None:
-        """Take up gates B × C of one pass."""
+    def take(self, gate: Gate, values: Tensor, finite: Tensor) -> None:
+        """Take up gates B × C of a pass, and whether each image's output is finite, B."""
         if gate.path in self._passing and not self._inside:  # a part of the network is called, not the whole
             self.end_pass()
-        if gate.path in self._passing:
+        if gate.path in self._passing:  # one constant could not stand for both
             self.unknown[gate.path] = f"{gate.kind} acts in several places"
             self.gates.remove(gate)
             del self.statistics[gate.path], self._passing[gate.path]
             return
-        labels = self.labels if self.labels is not None and len(self.labels) == len(values) else None
-        values = values.cpu()
-        self.statistics[gate.path].add(values, labels)
-        self._passing[gate.path] = values
+        self._passing[gate.path] = gate, values.cpu(), finite.cpu()
 
     def begin_pass(self, *_: Any) -> None:
         """A forward pass of the network begins; what one that raised has left is dropped."""
@@ -172,19 +177,34 @@ class Record:
         self._passing.clear()
 
     def end_pass(self, *_: Any) -> None:
-        """Take up what is between the gates of a pass, and count its images."""
+        """Take up the gates of a pass and what is between them, and count its images.
+
+        Raises:
+            ValueError: There are labels, and not as many as images.
+        """
         passing, self._passing, self._inside = self._passing, {}, False
+        labels, self.labels = self.labels, None
         if not passing:
             return
-        rows = [i for i in range(len(next(iter(passing.values())))) if self.images + i in self._keep]
-        for path, values in passing.items() if rows else ():
-            kept = self.kept.get(path, values[:0])
-            self.kept[path] = torch.cat([kept, values[rows]])
-        self.images += len(next(iter(passing.values())))
-        for _, group in groupby(passing.items() if self._correlation else (), lambda item: item[1].shape):
-            paths, values = zip(*group, strict=True)
+        batch = len(next(iter(passing.values()))[1])
+        if labels is not None:
+            labels = torch.as_tensor(labels).cpu()
+            if labels.shape != (batch,):
+                raise ValueError(f"labels of shape {tuple(labels.shape)} for {batch} images: give one each")
+        kept = [i for i in range(batch) if self.images + i in self._keep]
+        for path, (_gate, values, finite) in passing.items():
+            statistics = self.statistics[path]
+            # A block may take the windows of an image for images.
+            statistics.add(values, labels if len(values) == batch else None)
+            statistics.not_finite += int((~finite).sum())
+            if kept:
+                self.kept[path] = torch.cat([self.kept.get(path, values[:0]), values[kept]])
+        self.images += batch
+        neighbours = [(path, passed[1]) for path, passed in passing.items() if self._correlation]
+        for _size, group in groupby(neighbours, lambda item: item[1].shape):
+            paths, stacked = zip(*group, strict=True)
             if len(paths) > 1:
-                g = torch.stack(values)
+                g = torch.stack(stacked)
                 known = (~g.isnan()).double()
                 g = g.nan_to_num()
                 pairs = ((known, known), (g, known), (g.square(), known), (g, g))
@@ -225,7 +245,21 @@ def record(
         keep: Of which images to keep the gates in ``kept``: of the first ones, if it is a number; else the
             numbers of the images, counted from 0 as they pass.
         correlation: Collect what is between neighbouring gates, too.
+
+    Raises:
+        TypeError: It is no network; ``gates`` are none; ``keep`` are no numbers.
+        ValueError: ``also`` names a module that there is not, or ``keep`` is below 0.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"record needs a network, got {type(model).__name__}")
+    gates = None if gates is None else list(gates)
+    if not all(isinstance(gate, Gate) for gate in gates or ()):
+        raise TypeError("gates are those of find_gates; for paths there is also=[...]")
+    numbers = [keep] if isinstance(keep, int) else keep
+    if isinstance(keep, str) or not all(isinstance(i, int) for i in numbers):
+        raise TypeError(f"keep is a number of images, or numbers of images, got {keep!r}")
+    if any(i < 0 for i in numbers):
+        raise ValueError(f"keep must not be below 0, got {keep!r}")
     model = unwrap_model(model)
     known = None if gates is None else {gate.path: gate for gate in gates}
     found = Record(known.values() if known else (), keep, correlation)
@@ -233,10 +267,12 @@ def record(
     seen = dict(known or {})
 
     def watch(path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
             if path in found.unknown or torch._C._current_graph_task_id() != -1:
                 return  # the backward pass runs a checkpointed block again
-            x = args[0] if args else None
+            x = next((t for t in (*args, *kwargs.values()) if torch.is_tensor(t)), None)
+            if x is None or not x.numel():
+                return
             if path not in seen:
                 gate = gate_in(path, module, x, y)
                 if gate is None:
@@ -245,11 +281,11 @@ def record(
                 seen[path] = gate
                 found.gates.append(gate)
                 found.statistics[path] = GateStatistics(gate.channels)
-            found._take(seen[path], gate_of(x, y, seen[path].axis)[0])  # pyright: ignore
+            found.take(seen[path], gate_of(x, y, seen[path].axis)[0], y.detach().isfinite().flatten(1).all(1))
 
         return hook
 
-    hooks = [module.register_forward_hook(watch(path)) for path, module in modules.items()]
+    hooks = [module.register_forward_hook(watch(path), with_kwargs=True) for path, module in modules.items()]
     hooks.append(model.register_forward_pre_hook(found.begin_pass))
     hooks.append(model.register_forward_hook(found.end_pass))
     try:
@@ -258,7 +294,8 @@ def record(
     finally:
         for hook in hooks:
             hook.remove()
-        found.end_pass()
+        if not found._inside:  # else the last pass has raised
+            found.end_pass()
         found.gates = with_runs(model, found.gates)
 
 

@@ -1,6 +1,7 @@
 """One look for all pictures: colours that the colour-blind can tell apart, light or dark."""
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,11 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 _ON_DARK = ("#56B4E9", "#E69F00", "#2FC79B", "#F0794A", "#E29BC4", "#8CC8F0")
 #: Of small and great values, and of values around 0.
 SEQUENTIAL, DIVERGING = "cividis", "PuOr"
+#: Fonts for names of classes in other scripts, where they are installed.
+_SCRIPTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC"),
+    *("Hiragino Sans", "Malgun Gothic", "Noto Sans Devanagari", "Noto Sans Arabic", "Arial Unicode MS"),
+)
 _WIDTH = 8.6  # inches: about 950 pixels, what a README shows
 
 
@@ -23,6 +29,7 @@ def style(dark: bool = False) -> Iterator[None]:
     with extra("train"):
         import matplotlib
         from cycler import cycler
+        from matplotlib.font_manager import get_font_names
 
     ink, paper = ("#d8dee9", "#14181f") if dark else ("#222222", "#ffffff")
     settings: Any = {
@@ -32,6 +39,7 @@ def style(dark: bool = False) -> Iterator[None]:
         "axes.spines.right": False,
         "axes.titlesize": "medium",
         "figure.titlesize": "large",
+        "font.family": ["DejaVu Sans", *(name for name in _SCRIPTS if name in get_font_names())],
         "font.size": 9,
         "grid.alpha": 0.25,
         "image.cmap": SEQUENTIAL,
@@ -63,10 +71,26 @@ def new_figure(title: str, height: float, rows: int = 1, columns: int = 1, **opt
     return figure, axes
 
 
+def shades(count: int) -> list[Any]:
+    """Colours of so many lines; of many, from dark to light, as of things in order."""
+    if count <= len(COLOURS):
+        return [f"C{i}" for i in range(count)]
+    from matplotlib import colormaps
+
+    return [colormaps[SEQUENTIAL](i / count) for i in range(count)]
+
+
+def short(name: str, most: int = 22) -> str:
+    """A name, cut so that it fits beside a picture."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
 def png(figure: Any) -> bytes:
     """A figure as a PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # no font here has every script
+        figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -9,7 +9,7 @@ from tyro.extras import SubcommandApp
 from ..training import Recipe
 
 app = SubcommandApp()
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False, markup=False)  # names may hold brackets
 if not console.is_terminal:
     console.width = 140  # a pipe has no width, and tables cut to 80 columns lose names
 

@@ -52,6 +52,9 @@ def look_command(
         raise UserError(f"name a model, e.g. `timm-attn look {what} resnet20_se --data DATA`")
     if len(models) > 1 and what not in COMPARING:
         raise UserError(f"{what} takes one model, got {len(models)}: {', '.join(models)}")
+    if len(set(models)) < len(models):
+        raise UserError(f"a model is named twice: {', '.join(models)}")
+    check_folder(out)
     if gates and what not in OF_GATES:
         raise UserError(f"--gates is for {', '.join(OF_GATES)}: leave it out for {what}")
     if max_images < 2:
@@ -69,6 +72,20 @@ def look_command(
         table.add_row(*row)
     console.print(table)
     console.print(f"{observation.images:,} images of {images.data}; {picture}, {rows}")
+
+
+def check_file(path: Path, option: str) -> None:
+    """Raise a UserError if a file cannot be written there, before the work is done."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file with {option}")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path.parent} does not exist: make it, or choose another {option}")
+
+
+def check_folder(path: Path) -> None:
+    """Raise a UserError if files cannot be written into a folder of this name."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file: name a folder with --out")
 
 
 def short_names(sources: tuple[str, ...]) -> list[str]:
@@ -126,8 +143,7 @@ def report_command(
 
     if images.on_corrupt == "skip":
         raise UserError("report needs every image that it counts: leave --on-corrupt skip out")
-    if out.is_dir():
-        raise UserError(f"{out} is a folder: name a file with --out")
+    check_file(out, "--out")
     write_report(model, images.recipe(), out, console.is_terminal)
     console.print(f"{out} ({out.stat().st_size / 1e6:.1f} MB): open it in a browser")
 
@@ -156,13 +172,16 @@ def predict_command(
         raise UserError("name images or folders of images")
     if topk < 1 or batch_size < 1:
         raise UserError(f"--topk and --batch-size must be at least 1, got {topk} and {batch_size}")
+    for path, option in ((out, "--out"), (show, "--show")):
+        if path is not None:
+            check_file(path, option)
     files = find_images(places)
     network = load_model(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         predictions = predict(network, files, topk, batch_size, on_corrupt="skip")
     for warning in caught:
-        console.print(str(warning.message), style="yellow", markup=False)
+        console.print(str(warning.message), style="yellow")
     if not predictions:
         raise DataError(f"none of {len(files):,} images can be read")
     table = Table("image", *(f"{i + 1}." for i in range(len(predictions[0].classes))))

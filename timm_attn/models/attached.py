@@ -398,6 +398,11 @@ def register_name(architecture: str) -> bool:
     return timm.is_model(architecture)
 
 
+def known_architecture(architecture: str) -> bool:
+    """Whether it is one of this package's; a pair of a network and a mechanism becomes one."""
+    return register_name(architecture) and architecture in _VARIANTS
+
+
 def register_folder(folder: str | Path) -> list[str]:
     """Let ``pretrained=True`` find the checkpoints of a hub folder, before all other places.
 
@@ -411,10 +416,14 @@ def register_folder(folder: str | Path) -> list[str]:
     Raises:
         WeightsError: It is no hub folder, or its index says what it must not.
     """
-    found = [c for c in weights.add_folder(folder) if c.architecture in _VARIANTS]
+    found = [c for c in weights.add_folder(folder) if known_architecture(c.architecture)]
     for variant in {c.architecture for c in found}:
         default_cfgs.update(generate_default_cfgs(_cfgs(variant)))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Overwriting")
             _register(variant)
     return [c.name for c in found]
+
+
+for _checkpoint in weights.checkpoints():  # a hub folder may hold networks whose names are nobody's yet
+    known_architecture(_checkpoint.architecture)

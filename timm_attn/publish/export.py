@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -77,10 +78,7 @@ def export(
     """
     runs = _finished(run)
     about = open_run(runs[0])
-    if not tag or not tag.replace("_", "").isalnum():
-        raise UserError(f"tag {tag!r} must be letters, digits and underscores, e.g. sgd_c10")
-    if tag.startswith(GRAFT):
-        raise UserError(f"tag {tag!r} would stand for grafted weights: begin it otherwise than with {GRAFT}")
+    check_tag(tag)
     dataset = str(dataset or about["data"])
     license_ = license_of(dataset, dataset_license)
     if hub.exists() and not hub.is_dir():
@@ -154,6 +152,14 @@ def export(
     write_index(hub, linked)
     render(hub)  # the cards of those that were there may name the new ones
     return [c for c in linked if c.name in {form.name for form in forms}]
+
+
+def check_tag(tag: str) -> None:
+    """Raise a UserError if a checkpoint cannot be named so."""
+    if not re.fullmatch("[A-Za-z0-9_]+", tag) or not tag.strip("_"):
+        raise UserError(f"tag {tag!r} must be letters, digits and underscores, e.g. sgd_c10")
+    if tag.startswith(GRAFT):
+        raise UserError(f"tag {tag!r} would stand for grafted weights: begin it otherwise than with {GRAFT}")
 
 
 def link(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:

@@ -16,6 +16,7 @@ from ..training.recipe_file import load_recipe
 from ..training.run import save_model
 from ..training.seeds import spread
 from ..weights import CONFIG, INDEX, Checkpoint, WeightsError, read_config, read_index, sha256, write_index
+from .export import check_tag
 from .render import render, rendered
 
 _COPIED = ("gates", "frozen", "budget", "steps", "images", "before", "after", "batch_size", "hardware")
@@ -42,6 +43,7 @@ def export_frozen(folder: Path, tag: str, hub: Path, data: str | None = None) ->
         UserError: The folder is not what it should be, the original is not in the index, or a checkpoint of
             that name is there. Nothing is written then.
     """
+    check_tag(tag)
     report = _report(folder / REPORT)
     original = _original(str(report["source"]), hub)
     model: Any = load_model(f"local-dir:{folder}")

@@ -17,7 +17,9 @@ from .observation import Observation, Sample, recorded, round_to
 def correlation(
     models: dict[str, Any], sample: Sample, gates: Sequence[str] = (), panels: int = 4
 ) -> Observation:
-    """Pearson's r between the gates of neighbouring blocks of one width, over images and channels.
+    """Pearson's r between the gates of neighbouring blocks of one width, such as a stage has.
+
+    Over images and channels.
 
     Args:
         models: One network with gates, by its name.
@@ -29,43 +31,43 @@ def correlation(
         UserError: It has no two neighbouring gates of one width.
     """
     ((name, model),) = models.items()
-    found = [c for c in recorded(name, model, sample, gates, correlation=True).correlations()]
+    recorded_gates = recorded(name, model, sample, gates, correlation=True)
+    seen = {gate.path for gate in recorded_gates.gates}
+    found = [c for c in recorded_gates.correlations() if seen & set(c.paths)]
     if not found:
         raise UserError(f"{name} has no two neighbouring gates of one width, which could be correlated")
     rows = [
         {
             "model": name,
-            "stage": stage + 1,
+            "run": number + 1,
             "gate": group.paths[i],
             "other": group.paths[j],
             "pearson": round_to(group.pearson[i, j].item()),
             "pearson_images": round_to(group.images[i, j].item()),
         }
-        for stage, group in enumerate(found)
+        for number, group in enumerate(found)
         for i, j in torch.triu_indices(len(group.paths), len(group.paths), 1).T.tolist()
     ]
 
     def draw() -> Any:
         shown = sorted(sorted(found, key=lambda c: -len(c.paths))[:panels], key=found.index)
-        figure, axes = new_figure(
-            f"Correlation between gates of {name}, {len(sample):,} images", 3.4, 1, len(shown)
-        )
+        title = f"Correlation between gates of {name}, {len(sample):,} images"
+        if len(shown) < len(found):
+            title += f" ({len(shown)} of {len(found)} runs)"
+        figure, axes = new_figure(title, 3.4, 1, len(shown))
         picture = None
         for axis, group in zip(axes[0], shown, strict=True):
             picture = axis.imshow(group.pearson.numpy(), vmin=-1, vmax=1, cmap=DIVERGING)
+            axis.set_facecolor("0.6")  # of a gate that does not vary
             count = len(group.paths)
-            # Where the names differ, by block: what they have in common is the title.
-            parts = [path.split(".") for path in group.paths]
-            differ = [i for i in range(len(parts[0])) if len({tuple(p[i : i + 1]) for p in parts}) > 1]
-            labels = [".".join(p[i] for i in differ if i < len(p)) for p in parts]
-            step = -(-count // 12)
+            head, labels = _labels(group.paths)
+            step = -(-count * len(shown) // 16)
             ticks = range(0, count, step)
-            axis.set_xticks(ticks, labels[::step])
+            axis.set_xticks(ticks, labels[::step], rotation=45 if max(map(len, labels)) > 2 else 0)
             axis.set_yticks(ticks, labels[::step])
-            common = ".".join(parts[0][: differ[0]]) if differ else group.paths[0]
-            axis.set(title=f"{common}: mean {group.mean:.2f}", xlabel="block", ylabel="block")
+            axis.set(title=f"{head}: mean {group.mean:.2f}", xlabel="block", ylabel="block")
             axis.grid(False)
-            for i in range(count if count <= 6 else 0):
+            for i in range(count if count * len(shown) <= 18 else 0):
                 for j in range(count):
                     value = group.pearson[i, j].item()
                     ink = "white" if abs(value) > 0.6 else "black"
@@ -77,7 +79,7 @@ def correlation(
     pairs = [row["pearson_images"] for row in rows if row["pearson_images"] == row["pearson_images"]]
     summary = [
         (
-            f"Pearson's r, mean over pairs, then over {len(means)} stages",
+            f"Pearson's r, mean over pairs, then over {len(means)} runs of blocks of one width",
             f"{sum(means) / len(means):.2f} ({', '.join(f'{m:.2f}' for m in means)})",
             "up to 0.85",
         ),
@@ -88,3 +90,13 @@ def correlation(
         ),
     ]
     return Observation("correlation", rows, summary, draw, len(sample))
+
+
+def _labels(paths: tuple[str, ...]) -> tuple[str, list[str]]:
+    """What the paths of a run have in common, or its first and last; and each path's number."""
+    parts = [path.split(".") for path in paths]
+    differ = [i for i in range(len(parts[0])) if len({tuple(p[i : i + 1]) for p in parts}) > 1]
+    labels = [".".join(p[i] for i in differ if i < len(p)) for p in parts]
+    if len(differ) == 1 and differ[0]:
+        return ".".join(parts[0][: differ[0]]), labels
+    return f"{labels[0]} … {labels[-1]}", labels

@@ -12,20 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import extra
+from ..errors import UserError, extra
 from ..gates import Gate
 from ..style import new_figure
 from .observation import Observation, Sample, recorded, round_to, spaced
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's ρ of each row, N; ties have their mean rank, and a row without variation is NaN."""
+    """Spearman's ρ of each row, N; of a, what is NaN is left out, and a row without variation is NaN."""
     with extra("train"):
         from scipy.stats import rankdata
-
-    ranks = [torch.from_numpy(rankdata(t.double().numpy(), axis=1)) for t in (a, b)]
-    x, y = (r - r.mean(1, keepdim=True) for r in ranks)
-    return (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))
+    found = []
+    for row, other in zip(a.double(), b.double(), strict=True):
+        known = ~row.isnan()
+        ranks = [torch.from_numpy(rankdata(t[known].numpy())) for t in (row, other)]
+        x, y = (r - r.mean() for r in ranks)
+        found.append((x * y).sum() / (x.norm() * y.norm()))
+    return torch.stack(found)
 
 
 @torch.no_grad()
@@ -74,11 +77,11 @@ def importance(
     rows, points = [], {}
     for gate in found.gates:
         channels = spaced(list(range(gate.channels)), most)
-        weight = found.kept[gate.path][:, channels].nan_to_num()
+        weight = found.kept[gate.path][:, channels]
         change = importances(model, gate, channels, sample)
         rho = rank_correlation(weight, change)
         rho = rho[rho.isfinite()]
-        points[gate.path] = rho, weight.mean(0), change.mean(0)
+        points[gate.path] = rho, weight.nanmean(0), change.mean(0)
         rows.append(
             {
                 "model": name,
@@ -90,10 +93,12 @@ def importance(
             }
         )
     known = [row for row in rows if row["images"]]
+    if not known:
+        raise UserError(f"no gate of {name} differs between channels: there is nothing to rank")
 
     def draw() -> Any:
         figure, axes = new_figure(
-            f"Gates of {name} and the importance of their channels, {len(sample)} images",
+            f"Gates of {name} and the importance of their channels, up to {len(sample)} images",
             3.4,
             1,
             2,
@@ -109,7 +114,9 @@ def importance(
         middle = sorted(known, key=lambda row: row["spearman"])[len(known) // 2]["gate"]
         _, weight, change = points[middle]
         axes[0, 1].scatter(weight, change, s=12)
-        axes[0, 1].set(xlabel=f"gate of {middle}, mean", ylabel="|change of the loss|, mean (nats)")
+        axes[0, 1].set(xlabel=f"gate of {middle}, mean", ylabel="|Δ loss|, mean (nats)")
+        axes[0, 1].ticklabel_format(useOffset=False)
+        axes[0, 1].tick_params(axis="x", rotation=30)
         return figure
 
     values = [row["spearman"] for row in known]

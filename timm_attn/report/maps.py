@@ -15,7 +15,7 @@ from ..compare import FoldError
 from ..errors import UserError
 from ..fold import NothingToFold, fold
 from ..layers import ConAM
-from ..style import new_figure
+from ..style import new_figure, short
 from .observation import Observation, Sample, round_to
 
 
@@ -105,24 +105,38 @@ def maps(models: dict[str, Any], sample: Sample, images: int = 5) -> Observation
         for what, values in shown.items()
     ]
 
+    scales = {}
+    for what, values in shown.items():
+        if what.startswith("confidence"):
+            scales[what] = 0.0, max(2 / values[0].numel(), values.max().item())
+        else:  # the same before and after folding
+            both = torch.cat([v.flatten() for k, v in shown.items() if k.startswith("class")])
+            scales[what] = both.min().item(), both.max().item()
+
     def draw() -> Any:
         pictures = sample.pixels()
         columns = len(shown) + 1
-        figure, axes = new_figure(f"Where {name} looks", 0.5 + 1.45 * len(sample), len(sample), columns)
+        figure, axes = new_figure(f"Where {name} looks", 1 + 1.45 * len(sample), len(sample), columns)
         for i, line in enumerate(axes):
-            title = f"{sample.names[int(sample.labels[i])]}"
+            title = short(sample.names[int(sample.labels[i])])
             if classes[i] != sample.labels[i].to(classes.device):
-                title += f",\ntaken for {sample.names[int(classes[i])]}"
-            line[0].imshow(pictures[i].squeeze())
+                title += f",\ntaken for {short(sample.names[int(classes[i])])}"
+            line[0].imshow(pictures[i].squeeze(), cmap="gray")
             line[0].set_title(title, fontsize=8)
             for axis, (what, values) in zip(line[1:], shown.items(), strict=True):
                 size = pictures[i].shape[:2]
                 mode = "nearest" if what.startswith("confidence") else "bilinear"
                 large = F.interpolate(values[i][None, None].float().cpu(), size, mode=mode)[0, 0]
                 axis.imshow(pictures[i].mean(2), cmap="gray", vmin=0, vmax=1.3)
-                axis.imshow(large, alpha=0.6)
+                low, high = scales[what]
+                overlay = axis.imshow(large, alpha=0.6, vmin=low, vmax=high)
                 if i == 0:
                     axis.set_title(what, fontsize=8)
+                if i == len(sample) - 1:
+                    column = list(axes[:, list(shown).index(what) + 1])
+                    bar = figure.colorbar(overlay, ax=column, location="bottom", fraction=0.04, pad=0.02)
+                    bar.ax.tick_params(labelsize=7)
+                    bar.locator.set_params(nbins=3)
             for axis in line:
                 axis.set_axis_off()
         return figure
@@ -140,7 +154,8 @@ def maps(models: dict[str, Any], sample: Sample, images: int = 5) -> Observation
                 )
             )
     if trained is not None and folded is not None:
-        worst = ((trained - folded).abs().max() / trained.abs().max()).item()
+        greatest = trained.abs().max().clamp_min(torch.finfo(trained.dtype).tiny)
+        worst = ((trained - folded).abs().max() / greatest).item()
         summary.append(
             ("class activation, greatest difference by folding ÷ greatest value", f"{worst:.1e}", "0")
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import replace_file
+from ..fold import foldable
 from ..gates import matching
 from ..record import Record, record
 from ..style import style, write_png
@@ -104,11 +105,16 @@ def recorded(
         correlation: Collect what is between them, too.
 
     Raises:
-        UserError: It has none, or a pattern names none.
+        UserError: It has none, a pattern names none, they see nothing, or the network is not finite.
     """
     x, _ = next(sample.batches(model, 2))
     with record(model, correlation=False) as found, torch.no_grad():
         model(x)
+    if not found.gates and foldable(model):
+        raise UserError(
+            f"the gates of {name} are constants, the same for every image, and fold away: choose a network "
+            "with SE, ECA, DIA or the like"
+        )
     if not found.gates:
         raise UserError(f"{name} has no channel gates: choose a network with SE, ECA, DIA or the like")
     try:
@@ -120,6 +126,17 @@ def recorded(
         for x, y in sample.batches(model):
             found.labels = y
             model(x)
+    for gate in found.gates:
+        if found[gate.path].not_finite:
+            raise UserError(
+                f"{name} is not finite after {gate.path} in {found[gate.path].not_finite} of {len(sample)} "
+                "images: its weights or the images are damaged"
+            )
+    found.gates = [gate for gate in found.gates if found[gate.path].known.any()]
+    if not found.gates:
+        raise UserError(
+            f"the gates of {name} see nothing but zeros, as its branches are still zero: train it"
+        )
     return found
 
 

@@ -22,7 +22,7 @@ from ..fold import NothingToFold, example_input, fold, foldable, verify_fold
 from ..load import load_model
 from ..models import model_names, parse_name, stock_model
 from ..papers import PAPERS
-from ..style import SEQUENTIAL, new_figure, png, style
+from ..style import SEQUENTIAL, new_figure, png, short, style
 from ..training import Recipe
 from ..training.curves import curves_figure
 from ..training.freezing import REPORT as FREEZE_REPORT
@@ -158,7 +158,7 @@ def _accuracy(seen: Evaluated) -> dict[str, Any]:
         axis = axes[0, 0]
         values = [a for a, _ in by_class]
         if few:
-            bars = axis.barh([n for _, n in by_class], values)
+            bars = axis.barh([short(n) for _, n in by_class], values)
             axis.bar_label(bars, fmt="%.1f", padding=3)
             axis.set(xlabel="top-1 (%)", xlim=(0, 108))
             axis.grid(False, axis="y")
@@ -191,8 +191,9 @@ def _confusion(seen: Evaluated) -> dict[str, Any]:
         axis = axes[0, 0]
         share = 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
         picture = axis.imshow(share.numpy(), vmin=0, vmax=100, cmap=SEQUENTIAL, aspect="auto")
-        axis.set_xticks(range(classes), seen.names, rotation=45, ha="right")
-        axis.set_yticks(range(classes), seen.names)
+        names = [short(n) for n in seen.names]
+        axis.set_xticks(range(classes), names, rotation=45, ha="right")
+        axis.set_yticks(range(classes), names)
         axis.set(xlabel="taken for", ylabel="class")
         axis.grid(False)
         for i in range(classes):

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import ImageOps
+
 from ..predict import Prediction, read_image
-from ..style import new_figure
+from ..style import new_figure, short
 
 #: Images on a sheet.
 MOST = 48
@@ -21,19 +23,16 @@ def contact_sheet(predictions: Sequence[Prediction], title: str) -> Any:
     shown = predictions[:MOST]
     columns = min(6, len(shown))
     rows = -(-len(shown) // columns)
-    figure, axes = new_figure(title, 0.5 + 1.75 * rows, rows, columns)
+    if len(shown) < len(predictions):
+        title += f": {len(shown)} of {len(predictions):,}"
+    figure, axes = new_figure(title, 0.5 + 1.9 * rows, rows, columns)
     for axis in axes.flatten():
         axis.set_axis_off()
     for axis, prediction in zip(axes.flatten(), shown, strict=False):
         image = read_image(Path(prediction.source))
         image.thumbnail((256, 256))
-        axis.imshow(image)
-        axis.set_title(
-            f"{short(prediction.classes[0])}\n{100 * prediction.probabilities[0]:.0f} %", fontsize=8
-        )
+        axis.imshow(ImageOps.pad(image, (256, 256), color="white"))
+        percent = f"{100 * prediction.probabilities[0]:.0f} %"
+        lines = (short(Path(prediction.source).name), short(prediction.classes[0]), percent)
+        axis.set_title("\n".join(lines), fontsize=7)
     return figure
-
-
-def short(name: str, most: int = 20) -> str:
-    """A class's name, cut so that it fits above a picture."""
-    return name if len(name) <= most else f"{name[: most - 1]}…"

@@ -70,7 +70,9 @@ def stiffness_of(model: nn.Module, sample: Sample) -> dict[str, Tensor]:
         for x, _ in sample.batches(model):
             last.clear()
             model(x)
-    return {path: torch.cat(values) for path, values in found.items()}
+    indices = {path: torch.cat(values) for path, values in found.items()}
+    # Where x does not change at all, as behind branches that are zero, there is none.
+    return {path: values[values.isfinite()] for path, values in indices.items() if values.isfinite().any()}
 
 
 def stiffness(models: dict[str, Any], sample: Sample) -> Observation:
@@ -86,7 +88,9 @@ def stiffness(models: dict[str, Any], sample: Sample) -> Observation:
     found = {name: stiffness_of(model, sample) for name, model in models.items()}
     for name, blocks in found.items():
         if not blocks:
-            raise UserError(f"{name} has no two neighbouring residual blocks of one shape")
+            raise UserError(
+                f"{name} has no two neighbouring residual blocks of one shape whose branches are not zero"
+            )
     rows = [
         {
             "model": name,
@@ -108,10 +112,15 @@ def stiffness(models: dict[str, Any], sample: Sample) -> Observation:
             (line,) = axis.plot(depth, means, marker="o", markersize=4, label=name)
             low, high = ([m + sign * s for m, s in zip(means, stds, strict=True)] for sign in (-1, 1))
             axis.fill_between(depth, low, high, alpha=0.15, color=line.get_color())
-        longest = max(found.values(), key=len)
-        if len(longest) <= 16:
-            axis.set_xticks(range(1, len(longest) + 1), list(longest), rotation=30, ha="right")
-        axis.set(xlabel="block and the next", ylabel="‖f(t+1) − f(t)‖ ÷ ‖x(t+1) − x(t)‖", ylim=(0, None))
+        names = {tuple(blocks) for blocks in found.values()}
+        if len(names) == 1 and len(next(iter(names))) <= 16:
+            (paths,) = names
+            axis.set_xticks(range(1, len(paths) + 1), paths, rotation=30, ha="right")
+        else:
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.margins(y=0.1)
+        axis.set(xlabel="block and the next", ylabel="‖f(t+1) − f(t)‖ ÷ ‖x(t+1) − x(t)‖")
+        axis.set_ylim(bottom=0)
         axis.legend()
         return figure
 

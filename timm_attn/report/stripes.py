@@ -7,7 +7,9 @@ https://arxiv.org/abs/2304.06345
 from collections.abc import Sequence
 from typing import Any
 
-from ..style import new_figure
+import torch
+
+from ..style import new_figure, shades
 from .observation import Observation, Sample, recorded, round_to, spaced
 
 
@@ -32,15 +34,21 @@ def stripes(
     for name, found in records.items():
         for gate in found.gates:
             statistics = found[gate.path]
-            std = statistics.variance.sqrt()
-            moved = None if before is None else (statistics.mean - before[gate.path].mean).abs().mean().item()
+            std = statistics.variance.sqrt()[statistics.known]
+            was = None if before is None or gate.path not in before.statistics else before[gate.path].mean
+            moved = (
+                None
+                if was is None or was.shape != statistics.mean.shape
+                else (statistics.mean - was).abs().mean().item()
+            )
             rows.append(
                 {
                     "model": name,
                     "gate": gate.path,
                     "kind": gate.kind,
                     "channels": gate.channels,
-                    "mean": round_to(statistics.mean.mean().item()),
+                    "dead_channels": int((~statistics.known).sum()),
+                    "mean": round_to(statistics.mean[statistics.known].mean().item()),
                     "std_over_images": round_to(std.mean().item()),
                     "std_over_images_max": round_to(std.max().item()),
                     "stripe_index": round_to(1 - statistics.image_share),
@@ -56,33 +64,41 @@ def stripes(
         shown = spaced(newest.gates, panels)
         columns = min(3, len(shown))
         lines = -(-len(shown) // columns)
+        few = min(images, len(sample))
         figure, axes = new_figure(
-            f"Gates of {last} on {min(images, len(sample))} images", 2.4 + 1.5 * lines, lines + 1, columns
+            f"Gates of {last} on {few} images; stripe index of {len(sample):,}",
+            2.4 + 1.5 * lines,
+            lines + 1,
+            columns,
         )
         values = [newest.kept[gate.path] for gate in shown]
-        low = min(v.nan_to_num(1e9).min().item() for v in values)
-        high = max(v.nan_to_num(-1e9).max().item() for v in values)
+        known = torch.cat([v[~v.isnan()] for v in values])
+        low, high = (known.min().item(), known.max().item()) if len(known) else (0, 1)
         pictures = axes[:-1].flatten()
         mappable = None
         for axis, gate, value in zip(pictures, shown, values, strict=False):
             mappable = axis.imshow(value.numpy(), aspect="auto", vmin=low, vmax=high, interpolation="nearest")
+            axis.set_facecolor("0.6")  # where nothing is known, as the map is 0
             index = 1 - newest[gate.path].image_share
             axis.set(title=f"{gate.path}: {index:.2f}", xlabel="channel", ylabel="image")
             axis.grid(False)
         for axis in pictures[len(shown) :]:
             axis.remove()
-        figure.colorbar(mappable, ax=list(pictures[: len(shown)]), label="gate")
+        dead = bool(torch.cat([v.isnan().flatten() for v in values]).any())
+        label = "gate (grey: its map is 0)" if dead else "gate"
+        figure.colorbar(mappable, ax=list(pictures[: len(shown)]), label=label)
         grid = axes[-1, 0].get_gridspec()
         for axis in axes[-1]:
             axis.remove()
         axis = figure.add_subplot(grid[-1, :])
-        for name, found in records.items():
+        colours = shades(len(records))
+        for colour, (name, found) in zip(colours, records.items(), strict=True):
             index = [1 - found[gate.path].image_share for gate in found.gates]
-            axis.plot(range(1, len(index) + 1), index, marker="o", markersize=3, label=name)
+            axis.plot(range(1, len(index) + 1), index, marker="o", markersize=3, label=name, color=colour)
         axis.set(xlabel="gate, from input to output", ylabel="stripe index", ylim=(-0.03, 1.03))
         axis.xaxis.get_major_locator().set_params(integer=True)
         if len(records) > 1:
-            axis.legend()
+            axis.legend(loc="upper left", bbox_to_anchor=(1, 1.05), fontsize=8)
         return figure
 
     indices = [row["stripe_index"] for row in of_last]
@@ -101,7 +117,9 @@ def stripes(
     ]
     if len(records) > 1:
         for name in list(records)[1:]:
-            moved = [row["moved"] for row in rows if row["model"] == name]
+            moved = [row["moved"] for row in rows if row["model"] == name and row["moved"] != ""]
+            if not moved:
+                continue
             summary.append(
                 (
                     f"mean move of the gates' means up to {name}",

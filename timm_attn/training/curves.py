@@ -30,7 +30,9 @@ def curves_figure(lines: list[dict[str, Any]], title: str) -> Any:
     ):
         axis.plot(epochs, [line[key] for line in lines], label=label, **marks)
     rate.plot(epochs, [line["lr"] for line in lines], color="C2", **marks)
-    top1.annotate(f"{lines[-1]['top1']:.2f}", (epochs[-1], lines[-1]["top1"]), ha="right", va="bottom")
+    top1.annotate(
+        f"{lines[-1]['top1']:.2f}", (epochs[-1], lines[-1]["top1"]), ha="right", va="bottom", fontsize=8
+    )
     _legends(figure)
     return figure
 
@@ -58,5 +60,6 @@ def _figure(title: str) -> tuple[Any, Any]:
 
 def _legends(figure: Any) -> None:
     loss, top1, _ = figure.axes
-    loss.legend()
-    top1.legend(loc="lower right")
+    for axis in (loss, top1):
+        axis.margins(y=0.12)
+        axis.legend(loc="best", fontsize=8)
