@@ -10,7 +10,9 @@ the other gives the figures. What is in the table is not measured again, and rec
 import argparse
 import csv
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,8 +31,10 @@ FIELDS = (
 )
 
 
-def measure(source: Path, budgets: list[float], recipe: Recipe, steps: int, out: Path):
-    """A row for every budget, without and with recovery."""
+def measure(
+    source: Path, budgets: list[float], recovered: list[float], recipe: Recipe, steps: int, out: Path
+) -> Iterator[dict[str, Any]]:
+    """A row for every budget, and one with recovery for some."""
     model = load_model(str(source))
     images, labels, means, classes, names = read_images(model, recipe, 10_000, show=False)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -44,7 +48,7 @@ def measure(source: Path, budgets: list[float], recipe: Recipe, steps: int, out:
     before = search.work.figures(search.original, math.nan)
     for budget in budgets:
         choice = search.choose(budget)
-        for n in (0, steps):
+        for n in (0, steps) if budget in recovered else (0,):
             chosen = choice.chosen
             network, found = search.network(chosen).model, None
             if n:
@@ -73,6 +77,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--data", required=True)
     parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS)
+    parser.add_argument("--recovered", type=float, nargs="*", default=BUDGETS, help="budgets with recovery")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path("runs/freeze"))
     arguments = parser.parse_args()
