@@ -91,9 +91,8 @@ def main() -> None:
         if any((row["network"], row["run"]) == (network, run.name) for row in rows):
             continue
         new = []
-        for row in measure(
-            run, arguments.budgets, recipe, arguments.steps, arguments.out / network / run.name
-        ):
+        out = arguments.out / network / run.name
+        for row in measure(run, arguments.budgets, arguments.recovered, recipe, arguments.steps, out):
             print(row, flush=True)
             new.append(row)
         rows += new
