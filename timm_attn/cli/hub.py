@@ -7,7 +7,7 @@ from rich.table import Column, Table
 from tyro.conf import Positional
 
 from ..errors import UserError
-from ..models import MECHANISMS, graft_tags, model_names, parse_name
+from ..models import MECHANISMS, STATUSES, graft_tags, model_names, parse_name, status
 from ..models import mechanism as row_of
 from ..weights import Checkpoint, check_chosen, checkpoints
 from .console import app, console, figure
@@ -129,7 +129,8 @@ def list_command(
     for checkpoint in checkpoints():
         by_architecture.setdefault(checkpoint.architecture, []).append(checkpoint)
     names = (
-        Column(title, overflow="fold") for title in ("model", "backbone", "mechanism", "folds", "weights")
+        Column(title, overflow="fold")
+        for title in ("model", "backbone", "mechanism", "folds", "status", "weights")
     )
     table = Table(*names, "data", "top-1", "mean", "n", "lies")
     for name in [*model_names(), *(name for name in by_architecture if name not in model_names())]:
@@ -142,7 +143,7 @@ def list_command(
             if (fnmatch(c.name, pattern) or fnmatch(name, pattern)) and data in (None, c.dataset.get("id"))
         ]
         grafts = [tag for tag in graft_tags(name) if fnmatch(f"{name}.{tag}", pattern) and data is None]
-        row = (name, backbone, key or "plain", "yes" if row_of(key).folds else "")
+        row = (name, backbone, key or "plain", "yes" if row_of(key).folds else "", status(name))
         if not found and not grafts and fnmatch(name, pattern) and not weights and data is None:
             table.add_row(*row, "", "", "", "", "", "")
         for tag in grafts:
@@ -161,3 +162,5 @@ def list_command(
         hint = "leave a filter out" if mechanism or data or weights else "quote the pattern, e.g. '*dia*'"
         raise UserError(f"nothing matches {pattern!r} and the filters: {hint}")
     console.print(table)
+    for name, meaning in STATUSES.items():
+        console.print(f"{name}: {meaning}")

@@ -15,11 +15,13 @@ from .attached import (
 from .backbones import BACKBONES
 from .cifar import CifarResNet, CifarResNetV2
 from .mechanisms import MECHANISMS, mechanism
+from .status import STATUSES, status
 
 __all__ = [
     "BACKBONES",
     "GRAFT",
     "MECHANISMS",
+    "STATUSES",
     "CifarResNet",
     "CifarResNetV2",
     "attached",
@@ -32,5 +34,6 @@ __all__ = [
     "register",
     "register_folder",
     "register_name",
+    "status",
     "stock_model",
 ]

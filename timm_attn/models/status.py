@@ -1,0 +1,26 @@
+"""How far an architecture can be trusted."""
+
+from .. import weights
+from .attached import model_names, parse_name
+from .backbones import BACKBONES
+
+#: In words, the best first.
+STATUSES = {
+    "measured": "weights of three seeds or more, with their spread",
+    "verified": "agrees with a second implementation in the tests, and folds where it should",
+    "experimental": "a placement of ours, or a paper without code; it trains and exports",
+}
+
+
+def status(architecture: str) -> str:
+    """One of ``STATUSES``, of an architecture of this package or of a checkpoint of another."""
+    for checkpoint in weights.checkpoints():
+        runs = (checkpoint.over_seeds.get("top1") or {}).get("n", 1)
+        if checkpoint.architecture == architecture and runs >= 3:
+            return "measured"
+    if architecture not in model_names():
+        return "experimental"
+    backbone, key = parse_name(architecture)
+    # The papers, and the implementations that the tests compare with, speak of ResNets.
+    resnet = backbone in BACKBONES and bool(BACKBONES[backbone].layers)
+    return "verified" if resnet and key != "ssia" else "experimental"
