@@ -69,6 +69,7 @@ def publish(
     private: bool = False,
     create_pr: bool = False,
     dry_run: bool = False,
+    sign: str | None = None,
 ) -> None:
     """Upload checkpoints of a hub folder to the Hugging Face Hub: checked, one commit each, and read back.
 
@@ -78,6 +79,8 @@ def publish(
         private: Make new repositories private.
         create_pr: Open a pull request in an existing repository.
         dry_run: Show what would be sent, and send nothing.
+        sign: Sign config.json and model.safetensors first: file of a private elliptic-curve key in PEM, or
+            sigstore.
     """
     from rich.progress import track
 
@@ -86,7 +89,7 @@ def publish(
     if not folders:
         raise UserError("name the folders to publish, e.g. hub/resnet20_dia.sgd_c10")
     bar = partial(track, description="publishing", console=console)
-    done = publish_folders(folders, to, private, create_pr, dry_run, bar)
+    done = publish_folders(folders, to, private, create_pr, dry_run, sign, bar)
     if dry_run:
         table = Table("repository", "file", "bytes", title="to be sent, but for what is there already")
         for repository in done:

@@ -33,6 +33,7 @@ from ..weights import (
     without_tokens,
     write_index,
 )
+from ..weights import sign as write_signature
 from .deploy import ONNX, PROGRAM
 from .render import check_config, render, rendered
 
@@ -66,6 +67,7 @@ def publish(
     private: bool = False,
     create_pr: bool = False,
     dry_run: bool = False,
+    sign: str | None = None,
     track: Callable[[Sequence[Path]], Iterable[Path]] = iter,
 ) -> list[Published]:
     """Upload checkpoints of a hub folder as repositories ``<to>/<folder name>``.
@@ -81,7 +83,8 @@ def publish(
         to: User or organisation.
         private: Make new repositories, and the collection, private.
         create_pr: Open a pull request in an existing repository; the index stays as it is.
-        dry_run: Check, and say what would be sent; no request is made.
+        dry_run: Check, and say what would be sent; no request is made, and nothing is signed.
+        sign: Sign each folder first, see ``timm_attn.weights.sign``.
         track: Goes through the folders, e.g. with a progress bar.
 
     Raises:
@@ -96,6 +99,10 @@ def publish(
         render(hub, write=False)  # what a neighbour lacks must not be found when the first are sent
     if dry_run:
         return [_plan(checkpoint, to) for checkpoint in checkpoints]
+    if sign:
+        for checkpoint in checkpoints:
+            _sign(checkpoint, sign)
+        checkpoints = [_check(folder) for folder in folders]
     by_folder = dict(zip(folders, checkpoints, strict=True))
     api = HfApi(library_name="timm_attn")
     published = []
@@ -235,6 +242,18 @@ def _note(checkpoint: Checkpoint, repo_id: str, revision: str) -> None:
     ]
     write_index(hub, entries)
     render(hub)
+
+
+def _sign(checkpoint: Checkpoint, key: str) -> None:
+    """Sign a checkpoint, and name the signature in the index."""
+    path = write_signature(checkpoint.folder, key)
+    hub = checkpoint.folder.parent
+    about = {path.name: {"sha256": sha256(path), "size": path.stat().st_size}}
+    entries = [
+        dataclasses.replace(c, files={**c.files, **about}) if c.name == checkpoint.name else c
+        for c in read_index(hub)
+    ]
+    write_index(hub, entries)
 
 
 def _check(folder: Path) -> Checkpoint:

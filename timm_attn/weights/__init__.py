@@ -6,17 +6,21 @@ from .config import fetch_folder, read_config, read_folder
 from .fetch import fetch, without_tokens
 from .index import read_index, write_index
 from .schema import WeightsError
+from .signature import SIGNATURE, SIGNER, check_signature, sign
 from .store import SOURCES, add_folder, check_chosen, checkpoints, pretrained_cfgs, resolve, shipped_folder
 
 __all__ = [
     "CONFIG",
     "INDEX",
+    "SIGNATURE",
+    "SIGNER",
     "SOURCES",
     "WEIGHTS",
     "Checkpoint",
     "WeightsError",
     "add_folder",
     "check_chosen",
+    "check_signature",
     "checkpoints",
     "fetch",
     "fetch_folder",
@@ -27,6 +31,7 @@ __all__ = [
     "resolve",
     "sha256",
     "shipped_folder",
+    "sign",
     "without_tokens",
     "write_index",
 ]

@@ -1,5 +1,6 @@
 """A folder laid out as a Hub repository, read with suspicion before timm sees it."""
 
+import contextlib
 import threading
 from math import prod
 from pathlib import Path
@@ -20,6 +21,7 @@ from .checkpoint import CONFIG, INDEX, WEIGHTS, check_inside
 from .fetch import fetch
 from .index import read_index
 from .schema import WeightsError
+from .signature import SIGNATURE, check_signature, signer_wanted
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -133,6 +135,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
             for name in (CONFIG, WEIGHTS):
                 checkpoint.verified(name)
     check_weights(folder / WEIGHTS)
+    check_signature(folder)
     config = read_config(folder / CONFIG)
     check_size(config, folder / WEIGHTS)
     return config
@@ -149,6 +152,15 @@ def fetch_folder(name: str) -> Path:
     config = fetch(repo_id, CONFIG, revision or None)
     # Both of the same commit, which is the name of the folder in the cache.
     weights = fetch(repo_id, WEIGHTS, config.parent.name)
+    fetch_signature(repo_id, config.parent.name)
     check_weights(weights)
+    check_signature(config.parent)
     check_size(read_config(config), weights)
     return config.parent
+
+
+def fetch_signature(repo_id: str, revision: str | None) -> None:
+    """Let the cache hold a repository's signature, if one is asked for and there is one."""
+    if signer_wanted():
+        with contextlib.suppress(WeightsError):  # whoever looks for it says that it is missing
+            fetch(repo_id, SIGNATURE, revision)

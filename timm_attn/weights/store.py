@@ -20,10 +20,11 @@ from typing import Any
 from timm.models import PretrainedCfg
 
 from .checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint
-from .config import fetch_folder, read_config
-from .fetch import NotOnHub
+from .config import fetch_folder, fetch_signature, read_config
+from .fetch import NotOnHub, fetch
 from .index import read_index
 from .schema import WeightsError
+from .signature import check_signature
 
 SOURCES = ("url", "file", "state_dict", "hf_hub_id")
 _FIELDS = {field.name for field in fields(PretrainedCfg)}
@@ -167,9 +168,15 @@ def resolve(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
                 stacklevel=2,
             )
         first = others[0]
+    file = first.weights()
+    if first.folder.parent != shipped_folder() or not first.here:  # what ships came with the package
+        if first.repo_id and not first.here:
+            fetch(first.repo_id, CONFIG, first.revision)
+            fetch_signature(first.repo_id, first.revision)
+        check_signature(file.parent)
     return {
         **_not_given(first.model_args, kwargs),
-        "pretrained_cfg_overlay": {**overlay, "file": str(first.weights())},
+        "pretrained_cfg_overlay": {**overlay, "file": str(file)},
     }
 
 
