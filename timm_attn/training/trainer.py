@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import math
 import shutil
 import signal
@@ -136,8 +137,15 @@ class Trainer:
             Bar(self.name, self.steps * recipe.epochs, self.step, recipe.batch_size, self.console) as bar,
         ):
             # A run that was stopped before an evaluation begins with that.
-            for epoch in range(len(self.metrics), recipe.epochs):
-                self._epoch(epoch, batches, bar)
+            try:
+                for epoch in range(len(self.metrics), recipe.epochs):
+                    self._epoch(epoch, batches, bar)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).partition("\n")[0]
+            else:
+                reason = ""
+            if reason:  # here, where the error no longer holds what has been computed
+                raise UserError(self._out_of_memory(reason))
         results = self._results()
         if self.main:
             self._draw()
@@ -230,6 +238,7 @@ class Trainer:
             # After the batch, which may have drawn from the same generators.
             seed_everything(recipe.seed, "step", self.step, part, self.accelerator.process_index)
             images, targets = (images, labels) if self.mixup is None else self.mixup(images, labels)
+            self.part_shape = images.shape
             last = part == parts - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 logits = self.model(images)  # prepared by Accelerate: autocast inside, float32 outside
@@ -263,6 +272,33 @@ class Trainer:
         with torch.no_grad(), self.accelerator.autocast():
             wanted = self.teacher(images).float().log_softmax(1)
         return nn.functional.kl_div(logits.log_softmax(1), wanted, reduction="batchmean", log_target=True)
+
+    def _out_of_memory(self, reason: str) -> str:
+        """What to say, with the batch size that fits, which is found by trying."""
+        self.optimizer.zero_grad()
+        size, *shape = self.part_shape
+        fits = size // 2
+        while fits:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            try:
+                images = torch.zeros(fits, *shape, device=self.accelerator.device)
+                self.accelerator.backward(self.wrapped(images).float().sum())
+                break
+            except torch.OutOfMemoryError:
+                fits //= 2
+            finally:
+                self.optimizer.zero_grad()
+        recipe = self.recipe
+        if not fits:
+            return f"out of memory ({reason}), even for one image: take smaller images or a smaller network"
+        batch = fits * recipe.accumulation * self.accelerator.num_processes
+        parts = recipe.accumulation * -(-size // fits)
+        return (
+            f"out of memory ({reason}) with {size} images at a time; {fits} fit: take --batch-size {batch}, "
+            f"or --accumulation {parts} for the same steps. {self._last_checkpoint()}"
+        )
 
     def _reduce(self, tensor: Tensor) -> list[float]:
         """Sum over all processes."""

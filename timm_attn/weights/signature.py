@@ -84,8 +84,8 @@ def check_signature(folder: Path) -> None:
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise WeightsError(
-            f"{folder} does not carry the signature of {signer} that {SIGNER} asks for ({reason}): do not use "
-            "it, or name its signer"
+            f"{folder} does not carry the signature of {signer} that {SIGNER} asks for ({reason}): do not "
+            "use it, or name its signer"
         ) from None
 
 
