@@ -2,6 +2,8 @@
 
     python scripts/bench.py infer --out hub/results/bench_infer.csv
     python scripts/bench.py train --data uoft-cs/cifar10 --out hub/results/bench_train.json
+    python scripts/bench.py infer --device cuda --out hub/results/bench_infer_gpu.csv
+    python scripts/bench.py train --device cuda --parts full_speed --data uoft-cs/cifar10 --out gpu_train.json
 
 Every round times each network once, from another one on each time; a ratio compares two times of the same
 round. The CSV has the column names of timm's results, and one row for each network, condition and baseline.
@@ -15,7 +17,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -113,6 +116,27 @@ def seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> floa
     return min(times)
 
 
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Matrix products and convolutions of float32 in TF32, or not, on GPUs that have it."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> float | None:
+    """MiB that a GPU holds at most while a call runs, with the networks that wait; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+
+
 def rounds(calls: dict[str, Callable[[], Any]], n: int, repeats: int, device: torch.device) -> dict:
     """``{name: [seconds in round 1, ...]}``; a first round, which warms up, is thrown away."""
     names, times = list(calls), {name: [] for name in calls}
@@ -201,6 +225,8 @@ def infer(arguments: argparse.Namespace) -> None:
     """Latency at batch 1 and throughput at larger batches, in eval mode."""
     device = torch.device(arguments.device)
     size = arguments.img_size
+    sizes = arguments.batch_sizes or ([1, 32, 256] if device.type == "cuda" else [1, 32])
+    precisions = arguments.precisions or ["fp32", *(["tf32"] if device.type == "cuda" else []), "bf16"]
     assert_stock(size)
     wanted = {"resnet50", *(arguments.models or INFER)}
     models = {name: make().eval().to(device) for name, make in INFER.items() if name in wanted}
@@ -212,9 +238,7 @@ def infer(arguments: argparse.Namespace) -> None:
             model(torch.zeros(1, 3, size, size, device=device))
         macs[name] = counter.get_total_flops() / 2e9
     counts = {name: sum(p.numel() for p in model.parameters()) / 1e6 for name, model in models.items()}
-    conditions = itertools.product(
-        arguments.batch_sizes, arguments.precisions, arguments.channels_last, arguments.compiled
-    )
+    conditions = itertools.product(sizes, precisions, arguments.channels_last, arguments.compiled)
     for condition in (Condition(*values) for values in conditions):
         columns = {"infer_img_size": size, **condition.columns, **surroundings(device)}
         found = done(arguments.out, columns)
@@ -225,7 +249,9 @@ def infer(arguments: argparse.Namespace) -> None:
         names = [name for name in models if any(name in pair for pair in missing)]
         calls = {name: _forward(models[name], condition, size, device) for name in names}
         repeats = arguments.repeats if condition.batch_size == 1 else 1
-        times = rounds(calls, arguments.rounds, repeats, device)
+        with tf32(condition.precision == "tf32"):
+            times = rounds(calls, arguments.rounds, repeats, device)
+            memory = {name: peak_memory(call, device) for name, call in calls.items()}
         rows = []
         for name, baseline in missing:
             step = statistics.median(times[name])
@@ -237,6 +263,7 @@ def infer(arguments: argparse.Namespace) -> None:
                     "infer_img_size": size,
                     "infer_gmacs": round(macs[name], 3),
                     "param_count": round(counts[name], 3),
+                    **({"peak_memory_mib": memory[name]} if device.type == "cuda" else {}),
                     **condition.columns,
                     **ratios(times, name, baseline),
                     **surroundings(device),
@@ -250,7 +277,7 @@ def infer(arguments: argparse.Namespace) -> None:
 
 
 def _forward(model: nn.Module, condition: Condition, size: int, device: torch.device) -> Callable:
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[condition.precision]
+    dtype = torch.bfloat16 if condition.precision == "bf16" else torch.float32
     layout = torch.channels_last if condition.channels_last else torch.contiguous_format
     model.to(dtype=dtype, memory_format=layout)  # pyright: ignore[reportCallIssue]
     images: Tensor = torch.randn(condition.batch_size, 3, size, size, device=device, dtype=dtype)
@@ -287,6 +314,16 @@ def train(arguments: argparse.Namespace) -> None:
             result["step_over_plain"][f"{plain}, {size} px, batch {batch}, {precision}"] = {
                 name: ratios(times, name, plain) for name in names
             }
+    if "full_speed" in parts:
+        result["full_speed"] = bench_train.full_speed(
+            arguments.data,
+            arguments.recipe,
+            arguments.model,
+            torch.device(arguments.device),
+            arguments.steps,
+            arguments.rounds,
+        )
+        result["surroundings"] = surroundings(torch.device(arguments.device))
     if "start_up" in parts:
         bench_train.start_up(arguments.data)  # fills the caches
         result["seconds_to_first_step"] = _spread(
@@ -310,8 +347,8 @@ def main() -> None:
     command = commands.add_parser("infer", help=infer.__doc__)
     command.set_defaults(run=infer)
     command.add_argument("--models", nargs="+", choices=INFER)
-    command.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 32])
-    command.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    command.add_argument("--batch-sizes", nargs="+", type=int, help="1 and 32; on a GPU 256, too")
+    command.add_argument("--precisions", nargs="+", choices=["fp32", "tf32", "bf16"])
     command.add_argument("--channels-last", nargs="+", type=int, choices=[0, 1], default=[0, 1])
     command.add_argument("--compiled", nargs="+", type=int, choices=[0, 1], default=[0, 1])
     command.add_argument("--img-size", type=int, default=224)

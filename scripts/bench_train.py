@@ -1,6 +1,7 @@
 """Training, timed: the parts of ``bench.py train``."""
 
 import argparse
+import dataclasses
 import itertools
 import statistics
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import nn
 from timm_attn.training import Recipe
 from timm_attn.training.batches import Batches, Shard
 from timm_attn.training.network import build
+from timm_attn.training.recipe_file import load_recipe
 from timm_attn.training.setup import load_splits, recipe_accelerator
 from timm_attn.training.trainer import Trainer
 
@@ -152,6 +155,60 @@ def step_of(name: str, size: int, batch: int, precision: str, classes: int) -> C
     return step
 
 
+def full_speed(
+    data: str, recipe_name: str, model: str, device: torch.device, steps: int, n: int
+) -> dict[str, Any]:
+    """Images a second of the trainer with a recipe, and of the bare step of the same network on one batch.
+
+    Both as the recipe says: precision, compiled or not, memory format. Asked on a GPU: 0.6 of the bare step.
+    """
+    recipe = dataclasses.replace(load_recipe(recipe_name), data=data, epochs=10**6)
+    with tempfile.TemporaryDirectory() as folder:
+        accelerator = recipe_accelerator(recipe, Path(folder))
+        splits = load_splits(recipe, accelerator)
+        network, recipe = build(model, recipe, splits.train)
+        trainer = Trainer(accelerator, model, network, recipe, Path(folder), splits, None)
+        trainer.model.train()
+        batches = trainer.batches.train()
+        images, labels, _ = next(batches)
+        bare = torch.compile(deepcopy(network)) if recipe.compile else deepcopy(network)
+        optimizer = create_optimizer_v2(bare, recipe.opt, lr=0.01)
+        criterion = nn.CrossEntropyLoss()
+
+        def bare_step() -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                loss = criterion(bare(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        def whole_step() -> None:
+            trainer._update(batches)
+            trainer.step += 1
+
+        ways = {"trainer": whole_step, "bare step": bare_step}
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for turn, (name, step) in itertools.product(range(n + 1), ways.items()):
+            _wait(device)
+            started = time.perf_counter()
+            for _ in range(steps):
+                step()
+            _wait(device)
+            if turn:  # the first compiles
+                rates[name].append(recipe.batch_size * steps / (time.perf_counter() - started))
+        batches.close()
+    shares = [a / b for a, b in zip(rates["trainer"], rates["bare step"], strict=True)]
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return {"model": model, "recipe": recipe_name, "images_per_second": medians, "n": n} | {
+        "trainer_over_bare": {"min": min(shares), "median": statistics.median(shares), "max": max(shares)}
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
 FIRST_STEP = """
 import sys
 from timm_attn.cli import main
@@ -182,6 +239,9 @@ def start_up(data: str) -> float:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of ``bench.py train``."""
     command.add_argument("--data", required=True, help="CIFAR-10: a folder or a Hub id")
-    command.add_argument("--parts", nargs="+", choices=["end_to_end", "mechanisms", "start_up"])
+    command.add_argument("--parts", nargs="+", choices=["end_to_end", "mechanisms", "start_up", "full_speed"])
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--recipe", default="cifar_gpu", help="of full_speed")
+    command.add_argument("--model", default="resnet20_dia", help="of full_speed")
     command.add_argument("--steps", type=int, default=40, help="steps of a turn, end to end")
     command.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])

@@ -21,7 +21,7 @@ from typing import Any
 import timm
 import torch
 from bench import ratios, rounds, surroundings
-from readme_tables import tables
+from readme_tables import DOCUMENTS, tables
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -49,7 +49,7 @@ if not console.is_terminal:
 
 def trained(checkpoint: Checkpoint) -> str:
     """Name of the network as it was trained."""
-    return checkpoint.folded_from or checkpoint.name
+    return checkpoint.derived_from or checkpoint.name
 
 
 def replace(hub: Path, exported: Path) -> None:
@@ -195,7 +195,7 @@ def main() -> None:
     finally:
         shutil.rmtree(exported, ignore_errors=True)
     shipped = hub.resolve() == ROOT / "hub"
-    render(hub, ROOT / "README.md" if shipped else None, tables=tables() if shipped else None)
+    render(hub, DOCUMENTS if shipped else (), tables=tables() if shipped else None)
     if shipped:
         write_logits(read_index(hub), ROOT / "tests" / "shipped_logits.json")
 

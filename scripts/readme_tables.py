@@ -12,6 +12,8 @@ from timm_attn.weights import read_index
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "hub" / "results"
+#: Where the tables stand.
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def tables() -> dict[str, str]:

@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from readme_tables import tables
+from readme_tables import DOCUMENTS, tables
 
 from timm_attn.publish.render import render
 
@@ -23,8 +23,7 @@ def main() -> None:
     parser.add_argument("--hub", type=Path, default=ROOT / "hub")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    changed = render(arguments.hub, documents, write=not arguments.check, tables=tables())
+    changed = render(arguments.hub, DOCUMENTS, write=not arguments.check, tables=tables())
     for name in ("zoo.png", "bench_infer.png"):  # a page shows what lies beside it
         source, copy = ROOT / "hub" / "results" / name, ROOT / "docs" / "gallery" / name
         if source.read_bytes() != copy.read_bytes():
