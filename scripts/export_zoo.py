@@ -77,7 +77,7 @@ def cost(
     """
     keep_freed_memory()  # else the time of a network depends on what was freed before it
     models = {c.name: timm.create_model(f"local-dir:{c.folder}", pretrained=True).eval() for c in checkpoints}
-    (plain,) = (c.name for c in checkpoints if c.architecture == PLAIN and not c.folded_from)
+    (plain,) = (c.name for c in checkpoints if c.architecture == PLAIN and not c.derived_from)
     models[FUSED] = copy.deepcopy(models[plain])
     fuse_conv_norms(models[FUSED])
     images = torch.randn(batch_size, *models[plain].pretrained_cfg["input_size"])
