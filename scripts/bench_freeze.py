@@ -1,9 +1,10 @@
 """Times networks with all their channel gates frozen against the original and against the same without gates.
 
-    python scripts/bench_freeze.py hub/results/freeze_speed.csv
+    python scripts/bench_freeze.py hub/results/freeze_speed.csv --budgets hub/results/freeze_accuracy.csv
 
 Weights are random: they do not matter for the time. The networks are taken in turn; a ratio is the median
-time of the frozen network ÷ that of the original, and ÷ that of the network that has never had gates.
+time of the frozen network ÷ that of the original, and ÷ that of the network that has never had gates; saved
+is the share of the gates' cost that freezing saves. What the file has is not measured again.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import itertools
 import statistics
 import time
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +33,25 @@ NETWORKS = (
     "lcnet_050",
 )
 FIELDS = (
-    *("network", "precision", "batch", "compiled", "rounds", "gates", "multiplied", "original_ms"),
-    *("frozen_ms", "without_ms", "over_original", "over_without", "machine"),
+    *("network", "precision", "batch", "compiled", "rounds", "gates", "frozen", "multiplied", "original_ms"),
+    *("frozen_ms", "without_ms", "over_original", "over_without", "saved", "machine"),
 )
 
 
-def trio(name: str) -> tuple[list[Any], int, int]:
-    """The original, that with its gates frozen, one without; number of gates, and of multiplications left."""
+@dataclass(frozen=True)
+class Trio:
+    """The original, that with gates frozen, one without; numbers of gates; images and batch sizes."""
+
+    networks: list[Any]
+    gates: int
+    frozen: int
+    multiplied: int
+    size: int = 224
+    batches: tuple[int, ...] = (1, 32)
+
+
+def all_frozen(name: str) -> Trio:
+    """A network of timm's with all gates frozen."""
     torch.manual_seed(0)
     original = timm.create_model(name).eval()
     images = torch.randn(670, 3, 32, 32) + torch.randn(670, 3, 1, 1)
@@ -48,7 +63,27 @@ def trio(name: str) -> tuple[list[Any], int, int]:
         else timm.create_model(cfg["architecture"], **arguments)
     )
     multiplied = sum(gate.where == "a multiplication" for gate in report.gates)
-    return [original, report.model, without.eval()], len(report.gates), multiplied
+    return Trio([original, report.model, without.eval()], len(report.gates), report.frozen, multiplied)
+
+
+def within_budget(row: dict[str, str]) -> Trio:
+    """The network of a row of freeze_accuracy.csv."""
+    kept = [int(i) for i in row["kept"].split()]
+    names = [row["network"], "frozen", row["network"].partition("_")[0]]
+    more = [{}, {"backbone": row["network"], "kept": kept}, {}]
+    networks = [timm.create_model(n, num_classes=10, **m).eval() for n, m in zip(names, more, strict=True)]
+    return Trio(networks, int(row["gates"]), int(row["frozen"]), 0, 32, (1, 128))
+
+
+def trios(arguments: argparse.Namespace) -> Iterator[tuple[str, Trio]]:
+    """Name and networks of what is timed."""
+    for name in arguments.networks:
+        yield name, all_frozen(name)
+    if arguments.budgets:
+        with arguments.budgets.open(newline="") as stream:
+            for row in csv.DictReader(stream):
+                if (row["network"], row["budget"]) == ("resnet20_se", "0.25") and row["recover"] != "0":
+                    yield f"resnet20_se, {row['run']}, budget 0.25", within_budget(row)
 
 
 @torch.no_grad()
@@ -71,42 +106,52 @@ def main() -> None:
     parser.add_argument("--networks", nargs="*", default=NETWORKS)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--eager-only", action="store_true")
+    parser.add_argument("--compiled", type=int, nargs="*", choices=[0, 1], default=[0, 1])
+    parser.add_argument(
+        "--budgets", type=Path, help="freeze_accuracy.csv: resnet20_se at a budget of 0.25, too"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
     rows = []
-    for name in arguments.networks:
-        networks, gates, multiplied = trio(name)
-        networks = [n.to(memory_format=torch.channels_last) for n in networks]
-        for compiled in (False,) if arguments.eager_only else (False, True):
-            for bf16, batch in itertools.product((False, True), (1, 32)):
-                torch._dynamo.reset()
-                taken = [torch.compile(n) for n in networks] if compiled else networks
-                x = torch.randn(batch, 3, 224, 224).to(memory_format=torch.channels_last)
-                rounds = arguments.rounds if batch == 32 else 4 * arguments.rounds
-                original, frozen, without = medians(taken, x, bf16, rounds)
-                row = dict.fromkeys(FIELDS, "") | {
-                    "network": name,
-                    "precision": "bf16" if bf16 else "fp32",
-                    "batch": batch,
-                    "compiled": int(compiled),
-                    "rounds": rounds,
-                    "gates": gates,
-                    "multiplied": multiplied,
-                    "original_ms": round(original, 2),
-                    "frozen_ms": round(frozen, 2),
-                    "without_ms": round(without, 2),
-                    "over_original": round(frozen / original, 3),
-                    "over_without": round(frozen / without, 3),
-                    "machine": hardware(),
-                }
-                print(row, flush=True)
-                rows.append(row)
-                with arguments.out.open("w", newline="") as stream:
-                    writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
-                    writer.writeheader()
-                    writer.writerows(rows)
+    if arguments.out.exists():
+        with arguments.out.open(newline="") as stream:
+            rows = list(csv.DictReader(stream))
+    known = {tuple(str(row[k]) for k in ("network", "precision", "batch", "compiled")) for row in rows}
+    for name, trio in trios(arguments):
+        networks = [n.to(memory_format=torch.channels_last) for n in trio.networks]
+        for compiled, bf16, batch in itertools.product(arguments.compiled, (False, True), trio.batches):
+            precision = "bf16" if bf16 else "fp32"
+            if (name, precision, str(batch), str(compiled)) in known:
+                continue
+            torch._dynamo.reset()
+            taken = [torch.compile(n) for n in networks] if compiled else networks
+            x = torch.randn(batch, 3, trio.size, trio.size).to(memory_format=torch.channels_last)
+            rounds = arguments.rounds if batch > 1 else 4 * arguments.rounds
+            original, frozen, without = medians(taken, x, bf16, rounds)
+            row = {
+                "network": name,
+                "precision": precision,
+                "batch": batch,
+                "compiled": compiled,
+                "rounds": rounds,
+                "gates": trio.gates,
+                "frozen": trio.frozen,
+                "multiplied": trio.multiplied,
+                "original_ms": round(original, 2),
+                "frozen_ms": round(frozen, 2),
+                "without_ms": round(without, 2),
+                "over_original": round(frozen / original, 3),
+                "over_without": round(frozen / without, 3),
+                "saved": round((original - frozen) / (original - without), 2),
+                "machine": hardware(),
+            }
+            print(row, flush=True)
+            rows.append(row)
+            with arguments.out.open("w", newline="") as stream:
+                writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
 
 
 if __name__ == "__main__":
