@@ -30,7 +30,7 @@ def test_everything_that_is_rendered_agrees_with_what_was_measured():
 
 @pytest.fixture
 def copy(tmp_path):
-    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copy(ROOT / "docs" / "results.md", tmp_path / "README.md")
     return shutil.copytree(ROOT / "hub", tmp_path / "hub")
 
 
