@@ -79,8 +79,8 @@ def freeze_accuracy() -> str:
             ]
             lost = [float(row["top1_before"]) - float(row["top1"]) for row in found]
             gates = " ".join(row["frozen"] for row in found)
-            spread = f"{statistics.mean(lost):.2f} ± {statistics.stdev(lost):.2f} ({len(lost)})" if lost else ""
-            cells += [gates, spread]
+            figures = (statistics.mean(lost), statistics.stdev(lost), len(lost)) if lost else ()
+            cells += [gates, "{:.2f} ± {:.2f} ({})".format(*figures) if figures else ""]
         table.append(cells)
     header = ["", "budget (points)", "gates frozen, by seed", "top-1 lost (points), mean ± std (n)"]
     return _table([*header, f"with {steps} steps of recovery: gates", "top-1 lost"], table)

@@ -20,5 +20,5 @@ def test_curves_are_drawn(make, metrics, tmp_path):
     # Imported above, the two are those that draw; what is put in their place in conftest.py leaves one pixel.
     make(metrics, "a run", tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
-        assert image.size == (1100, 352) and len(set(image.convert("L").getdata())) > 10
+        assert image.size == (946, 308) and len(set(image.convert("L").getdata())) > 10
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]

@@ -11,7 +11,7 @@ from ..training import Recipe
 app = SubcommandApp()
 console = Console(soft_wrap=True, highlight=False, markup=False)  # names may hold brackets
 if not console.is_terminal:
-    console.width = 140  # a pipe has no width, and tables cut to 80 columns lose names
+    console.width = 170  # a pipe has no width, and tables cut to 80 columns lose names
 
 
 class Stopped(Exception):

@@ -95,6 +95,7 @@ class Trainer:
         agc = model_parameters(self.network, exclude_head=True)
         self.clipped = [p for p in agc if p.requires_grad] if recipe.clip_mode == "agc" else self.trained
         self.step = 0
+        self.part_shape: torch.Size | None = None  # of the images that go through the network at a time
         # Of the epoch: loss, correct predictions, images, images that stood in for corrupt ones.
         self.sums = torch.zeros(4, dtype=sum_dtype(device), device=device)
         # Of the first step that went wrong: its number, loss, gradient norm, learning rate.
@@ -141,6 +142,8 @@ class Trainer:
                 for epoch in range(len(self.metrics), recipe.epochs):
                     self._epoch(epoch, batches, bar)
             except torch.OutOfMemoryError as error:
+                if self.part_shape is None:  # not even the first batch
+                    raise
                 reason = str(error).partition("\n")[0]
             else:
                 reason = ""
@@ -276,6 +279,7 @@ class Trainer:
     def _out_of_memory(self, reason: str) -> str:
         """What to say, with the batch size that fits, which is found by trying."""
         self.optimizer.zero_grad()
+        assert self.part_shape is not None
         size, *shape = self.part_shape
         fits = size // 2
         while fits:

@@ -24,7 +24,7 @@ from .config import fetch_folder, fetch_signature, read_config
 from .fetch import NotOnHub, fetch
 from .index import read_index
 from .schema import WeightsError
-from .signature import check_signature
+from .signature import check_signature, signer_wanted
 
 SOURCES = ("url", "file", "state_dict", "hf_hub_id")
 _FIELDS = {field.name for field in fields(PretrainedCfg)}
@@ -170,7 +170,7 @@ def resolve(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         first = others[0]
     file = first.weights()
     if first.folder.parent != shipped_folder() or not first.here:  # what ships came with the package
-        if first.repo_id and not first.here:
+        if first.repo_id and not first.here and signer_wanted():
             fetch(first.repo_id, CONFIG, first.revision)
             fetch_signature(first.repo_id, first.revision)
         check_signature(file.parent)
