@@ -165,6 +165,8 @@ def full_speed(
     recipe = dataclasses.replace(load_recipe(recipe_name), data=data, epochs=10**6)
     with tempfile.TemporaryDirectory() as folder:
         accelerator = recipe_accelerator(recipe, Path(folder))
+        if accelerator.device.type != device.type:
+            raise RuntimeError(f"Accelerate takes {accelerator.device}, not {device}: set ACCELERATE_USE_CPU")
         splits = load_splits(recipe, accelerator)
         network, recipe = build(model, recipe, splits.train)
         trainer = Trainer(accelerator, model, network, recipe, Path(folder), splits, None)
@@ -185,6 +187,9 @@ def full_speed(
         def whole_step() -> None:
             trainer._update(batches)
             trainer.step += 1
+            if trainer.step % recipe.log_every == 0:  # which waits for the GPU
+                trainer._check_trouble()
+                trainer._check_signal(saved=False)
 
         ways = {"trainer": whole_step, "bare step": bare_step}
         rates: dict[str, list[float]] = {name: [] for name in ways}

@@ -96,7 +96,10 @@ def _within(command: list[str], seconds: float) -> int:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)  # it writes a checkpoint
-            process.wait()
+            try:
+                process.wait(45)
+            except subprocess.TimeoutExpired:
+                process.kill()
     console.print("time is up: the same command goes on")
     sys.exit(0)
 

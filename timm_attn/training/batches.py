@@ -98,7 +98,7 @@ class Batches:
                 yield batch._replace(images=self._augment(batch.images, key))
         else:
             for key in keys:
-                index = key.indices.to(self.shard.device)
+                index = key.indices.to(self.shard.device, non_blocking=True)
                 yield Batch(self._augment(self.pixels[index], key), self.labels[index])
 
     def _keys(self, step: int) -> Iterator[Key]:
@@ -136,7 +136,7 @@ class Batches:
             yield from self._loader(dataset, (Key(None, b) for b in batches))
             return
         for index in batches:
-            index = index.to(self.shard.device)
+            index = index.to(self.shard.device, non_blocking=True)
             yield Batch(self._normalise(self.pixels[index]), self.labels[index])
 
     def _augment(self, images: Tensor, key: Key) -> Tensor:
@@ -166,11 +166,11 @@ class Batches:
             if isinstance(item, DataError):
                 raise item
             images, labels, skipped = item
+            # First to the device: a copy in another layout would not be in pinned memory.
+            images, labels = (t.to(device, non_blocking=True) for t in (images, labels))
             if images.dtype != torch.uint8:
                 images = images.contiguous(memory_format=self.format)
-            yield Batch(
-                images.to(device, non_blocking=True), labels.to(device, non_blocking=True), int(skipped)
-            )
+            yield Batch(images, labels, int(skipped))
 
 
 def _init_worker(worker: int) -> None:

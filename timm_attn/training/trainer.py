@@ -293,6 +293,7 @@ class Trainer:
             except torch.OutOfMemoryError:
                 fits //= 2
             finally:
+                images = None
                 self.optimizer.zero_grad()
         recipe = self.recipe
         if not fits:
