@@ -22,6 +22,7 @@ import timm
 import torch
 
 import timm_attn
+from timm_attn.files import write_csv
 from timm_attn.training.run import hardware
 
 NETWORKS = (
@@ -31,10 +32,6 @@ NETWORKS = (
     "mobilenetv3_large_100",
     "regnety_016",
     "lcnet_050",
-)
-FIELDS = (
-    *("network", "precision", "batch", "compiled", "rounds", "gates", "frozen", "multiplied", "original_ms"),
-    *("frozen_ms", "without_ms", "over_original", "over_without", "saved", "machine"),
 )
 
 
@@ -148,10 +145,7 @@ def main() -> None:
             }
             print(row, flush=True)
             rows.append(row)
-            with arguments.out.open("w", newline="") as stream:
-                writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(arguments.out, rows)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from timm_attn.files import write_csv
 from timm_attn.gates import find_gates, gate_modules
 from timm_attn.load import load_model
 from timm_attn.passes import Figures
@@ -96,10 +97,7 @@ def main() -> None:
             print(row, flush=True)
             new.append(row)
         rows += new
-        with arguments.table.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(arguments.table, [{name: row[name] for name in FIELDS} for row in rows])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Files: written so that nobody sees half of one, and their digests."""
 
 import contextlib
+import csv
 import errno
 import hashlib
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -28,6 +31,15 @@ def disk_errors(path: Path) -> Iterator[None]:
     except SafetensorError as error:
         number = errno.ENOSPC if f"os error {errno.ENOSPC}" in str(error) else errno.EIO
         raise OSError(number, str(error), str(path)) from None
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace a CSV file, whole; the columns are the keys of the first row."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path, stream.getvalue().encode())
 
 
 def sha256(path: str | Path) -> str:

@@ -1,7 +1,5 @@
 """What is observed of networks on images, and how it is written down."""
 
-import csv
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import replace_file
+from ..files import write_csv
 from ..fold import foldable
 from ..gates import matching
 from ..record import Record, record
@@ -78,11 +76,7 @@ class Observation:
         picture, table = folder / f"{self.name}.png", folder / f"{self.name}.csv"
         with style():
             write_png(self.draw(), picture)
-        stream = io.StringIO()
-        writer = csv.DictWriter(stream, list(self.rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        replace_file(table, stream.getvalue().encode())
+        write_csv(table, self.rows)
         return picture, table
 
 

@@ -83,6 +83,7 @@ def write_report(source: str, recipe: Recipe, out: Path, show: bool = False) -> 
     seen = evaluated(model, recipe, show)
     folder = Path(source.removeprefix("local-dir:"))
     name = folder.name or source
+    folded = _deployed(model)
     sections = [
         _curves(folder, name),
         _accuracy(seen),
@@ -90,9 +91,9 @@ def write_report(source: str, recipe: Recipe, out: Path, show: bool = False) -> 
         _calibration(seen),
         _mistakes(seen, model),
         *_gates(model, name, seen),
-        _folded(model),
+        _folded(model, folded),
         _frozen(folder),
-        _speed(model),
+        _speed(model, folded),
     ]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(_PAGE.read_text(encoding="utf-8")).render(
@@ -279,12 +280,16 @@ def _gates(model: Any, name: str, seen: Evaluated) -> list[dict[str, Any] | None
     return sections
 
 
-def _folded(model: Any) -> dict[str, Any] | None:
-    if not foldable(model):
-        return None
-    try:
-        folded: Any = stock_model(model, fold(model))
-    except (NothingToFold, FoldError):
+def _deployed(model: Any) -> Any:
+    """The plain network that a model folds into, or None."""
+    if foldable(model):
+        with contextlib.suppress(NothingToFold, FoldError):
+            return stock_model(model, fold(model))
+    return None
+
+
+def _folded(model: Any, folded: Any) -> dict[str, Any] | None:
+    if folded is None:
         return None
     report = verify_fold(model, folded, example_input(model, 8))
     costs = (
@@ -317,12 +322,9 @@ def _frozen(folder: Path) -> dict[str, Any] | None:
 
 
 @torch.no_grad()
-def _speed(model: Any, rounds: int = 7) -> dict[str, Any]:
+def _speed(model: Any, folded: Any, rounds: int = 7) -> dict[str, Any]:
     """Median milliseconds, the network as it is and folded in turn."""
-    networks = {"as it is": model}
-    if foldable(model):
-        with contextlib.suppress(NothingToFold, FoldError):
-            networks["folded"] = fold(model)
+    networks = {"as it is": model} if folded is None else {"as it is": model, "folded": folded}
     table = [("batch", *(f"{name}, ms" for name in networks), *(["ratio"] if len(networks) > 1 else []))]
     for batch in (1, 32):
         x = example_input(model, batch)

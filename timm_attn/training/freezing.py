@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from ..errors import UserError
@@ -24,8 +23,8 @@ from .labels import match_classes
 from .loop import resume, train
 from .recipe import Recipe
 from .run import hardware, save_model
-from .setup import make_accelerator, own_accelerate_state, split_options
-from .validation import evaluation_split, split_tensors
+from .setup import own_accelerate_state, split_options
+from .validation import prepared, split_tensors
 
 REPORT, PICTURE = "freeze.json", "freeze.png"
 #: Images for the means, from the training split.
@@ -152,11 +151,9 @@ def read_images(
     model: Any, recipe: Recipe, most: int, show: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[str]]:
     """Images and labels of the evaluation split, and for the means those of the training split."""
-    accelerator = make_accelerator("no")
-    config: dict[str, Any] = resolve_model_data_config(model)
+    accelerator, config, split = prepared(model, recipe, "no")
+    height, width = config["input_size"][1:]
     with accelerator.local_main_process_first():
-        split = evaluation_split(model, recipe, config)
-        height, width = config["input_size"][1:]
         try:
             options = split_options(recipe, (width, height))
             means = load_split(recipe.data, "train", recipe.train_split, **options)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
@@ -43,6 +44,18 @@ def evaluation_split(model: Any, recipe: Recipe, config: dict[str, Any]) -> Spli
     return split
 
 
+def prepared(model: Any, recipe: Recipe, precision: str) -> tuple[Accelerator, dict[str, Any], Split]:
+    """The accelerator, timm's data configuration of a model, and the split that it is evaluated on.
+
+    Raises:
+        UserError: The data cannot be used, or its classes are not the model's.
+    """
+    accelerator = make_accelerator(precision)
+    config: dict[str, Any] = resolve_model_data_config(model)
+    with accelerator.local_main_process_first():
+        return accelerator, config, evaluation_split(model, recipe, config)
+
+
 def split_tensors(
     split: Split, recipe: Recipe, config: dict[str, Any], most: int, show: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -76,10 +89,7 @@ def evaluation_images(
     Raises:
         UserError: The data cannot be used, or its classes are not the model's.
     """
-    accelerator = make_accelerator("no")
-    config: dict[str, Any] = resolve_model_data_config(model)
-    with accelerator.local_main_process_first():
-        split = evaluation_split(model, recipe, config)
+    _, config, split = prepared(model, recipe, "no")
     images, labels = split_tensors(split, recipe, config, most, show)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
     names = list(model.pretrained_cfg.get("label_names") or split.label_names)
@@ -124,10 +134,7 @@ def evaluated(model: Any, recipe: Recipe, show: bool = False) -> Evaluated:
     Raises:
         UserError: The data cannot be used, or its classes are not the model's.
     """
-    accelerator = make_accelerator(recipe.precision)
-    config: dict[str, Any] = resolve_model_data_config(model)
-    with accelerator.local_main_process_first():
-        split = evaluation_split(model, recipe, config)
+    accelerator, config, split = prepared(model, recipe, recipe.precision)
     model = model.to(accelerator.device)
     batches = Batches(split, recipe, config, Shard(accelerator.device))
     logits, labels = [], []
@@ -151,10 +158,7 @@ def validate(model: Any, recipe: Recipe, show: bool = False) -> dict[str, float]
     Raises:
         UserError: The data cannot be used, or its classes are not the model's.
     """
-    accelerator = make_accelerator(recipe.precision)
-    config: dict[str, Any] = resolve_model_data_config(model)
-    with accelerator.local_main_process_first():
-        split = evaluation_split(model, recipe, config)
+    accelerator, config, split = prepared(model, recipe, recipe.precision)
     model = model.to(accelerator.device)
     shard = Shard(accelerator.device, accelerator.process_index, accelerator.num_processes)
     figures = evaluate(model, Batches(split, recipe, config, shard), accelerator, show)
