@@ -383,6 +383,14 @@ def test_a_changed_recipe_is_not_resumed(tmp_path):
         resume(tmp_path / "a")
 
 
+def test_a_network_that_only_its_name_registered_is_resumed_by_another_process(tmp_path):
+    with pytest.raises(Stopped):
+        train("resnet20_eca", Recipe(**FAST, epochs=2), tmp_path / "a", on_step=stop_at(6))
+    code = "import sys; from timm_attn.training import resume; print(resume(sys.argv[1])['epoch'])"
+    result = run_code(code, str(tmp_path / "a"))
+    assert result.stdout.endswith("2\n"), result.stderr
+
+
 def test_changed_data_is_not_resumed(tmp_path):
     from test_data import picture, write
 

@@ -108,6 +108,7 @@ def resume(run: str | Path, on_step: OnStep | None = None, data: str | None = No
         raise UserError(
             f"{run / RECIPE} was changed since the run was started: undo that, or start a new run"
         )
+    check_model(about["model"])
     recipe = run_recipe(run, data)
     accelerator = recipe_accelerator(recipe, run)
     splits = load_splits(recipe, accelerator)
