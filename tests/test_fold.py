@@ -11,7 +11,6 @@ from timm.utils import reparameterize_model
 
 import timm_attn
 from timm_attn import cli, ends
-from timm_attn.algebra import fuse_conv_norm
 from timm_attn.compare import BOUNDS, relative_difference
 from timm_attn.fold import example_input, verify_fold
 from timm_attn.layers import ASR
@@ -311,7 +310,7 @@ def test_fold_fuses_and_verifies(architecture, monkeypatch):
         timm_attn.fold(folded)
     monkeypatch.setattr(
         deployed,
-        "fuse_conv_norm",
+        "fuse_conv_bn_weights",
         lambda w, b, mean, var, eps, weight, bias: fuse_without_mean(w, var, eps, weight, bias),
     )
     with pytest.raises(timm_attn.FoldError, match=r"max\|Δlogit\|"):
@@ -326,9 +325,8 @@ def test_fused_convolution_is_the_pair():
     conv, norm = torch.nn.Conv2d(6, 8, 3, groups=2).double(), torch.nn.BatchNorm2d(8).double()
     randomise(torch.nn.Sequential(norm))
     x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
-    weight, bias = fuse_conv_norm(
-        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    )
+    pair = torch.nn.Sequential(conv, norm)
+    weight, bias = deployed.fuse_state(pair.state_dict(), [("0", "1", norm.eps)]).values()
     expected = norm.eval()(conv(x))
     torch.testing.assert_close(torch.nn.functional.conv2d(x, weight, bias, groups=2), expected)
 

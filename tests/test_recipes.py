@@ -27,7 +27,7 @@ from timm_attn.training import Interrupted, Recipe, resume, train, train_seeds, 
 from timm_attn.training import checkpoint as checkpoints
 from timm_attn.training import trainer as trainers
 from timm_attn.training.optim import make_optimizer, make_scheduler
-from timm_attn.training.recipe_file import load_recipe, recipe_arguments, recipe_names
+from timm_attn.training.recipe_file import load_recipe, recipe_names
 from timm_attn.training.run import read_lines, read_metrics, read_results
 from timm_attn.training.seeds import gather_seeds, seed_runs
 
@@ -518,7 +518,7 @@ def test_the_rate_rises_and_falls(sched):
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_of_the_package_takes_a_step(name, tmp_path):
     recipe = load_recipe(name)
-    assert recipe_arguments(name) and (recipe.data or name == "imagenette")
+    assert recipe.data or name == "imagenette"
     size = 8 if "cifar" in name else 72  # the way of small images, and that of larger ones
     data = write(tmp_path / "d", images=[picture(i, (size, size)) for i in range(8)])
     write(tmp_path / "d", split="test", images=[picture(i, (size, size)) for i in range(2)])
@@ -540,7 +540,7 @@ def test_every_recipe_of_the_package_takes_a_step(name, tmp_path):
 
 def test_an_unknown_recipe_lists_those_there_are():
     with pytest.raises(UserError, match="nonsense is no file, and not one of asr_cifar100, .*imagenette"):
-        recipe_arguments("nonsense")
+        load_recipe("nonsense")
 
 
 @pytest.mark.parametrize(

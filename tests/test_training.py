@@ -23,7 +23,7 @@ from timm_attn.training import Recipe, resume, train, validate
 from timm_attn.training import checkpoint as checkpoints
 from timm_attn.training import trainer as trainers
 from timm_attn.training.evaluation import evaluate
-from timm_attn.training.recipe_file import load_recipe, recipe_arguments, save_recipe
+from timm_attn.training.recipe_file import load_recipe, save_recipe
 from timm_attn.training.run import METRICS, read_metrics, read_results
 from timm_attn.weights import WeightsError
 
@@ -235,11 +235,39 @@ def test_a_recipe_written_by_hand(tmp_path):
     assert recipe.parsed_model_kwargs() == {"delta": 2, "channels": [8, 8, 8]}
 
 
-@pytest.mark.parametrize("text", ["epochz: 3", "- 1", "a: [", ""])
-def test_a_bad_recipe_file_is_named(text, tmp_path):
+def test_values_of_a_recipe_are_read_by_their_types(tmp_path):
+    text = "lr: '1e-3'\nepochs: 4.0\ntrack: tensorboard\ndecay_epochs: 3\nsched: step\ntrain_split: 2024\n"
+    (tmp_path / "r.yaml").write_text(text + "hflip: no\ncompile: on\nmean: [0, 0.5, 1]\ninit: null\n")
+    fields = {"decay_epochs": (3,), "sched": "step", "train_split": "2024", "compile": True, "hflip": False}
+    recipe = Recipe(lr=1e-3, epochs=4, track=("tensorboard",), mean=(0.0, 0.5, 1.0), **fields)
+    assert load_recipe(tmp_path / "r.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochz: 3", "unknown field 'epochz'; the fields are data, "),
+        ("1: 3", "unknown field 1"),
+        ("- 1", "must be a mapping"),
+        ("", "must be a mapping"),
+        ("a: [", "cannot be read"),
+        ("epochs: three", "epochs 'three': Input should be a valid integer"),
+        ("epochs: 2.5", "epochs 2.5: "),
+        ("epochs: true", "epochs is no switch, got true"),
+        ("epochs: null", "epochs None: "),
+        ("precision: no", "precision is no switch, got false: put words in quotes"),
+        ("precision: fp8", "precision 'fp8': Input should be 'no', 'bf16' or 'fp16'"),
+        ("compile: maybe", "compile 'maybe': Input should be a valid boolean"),
+        ("mean: [0.5, 0.5]", "mean"),
+        ("lr: [0.1]", r"lr \[0.1\]"),
+        ("model_kwargs: [[1]]", "model_kwargs.0"),
+        ("lr: -1", "lr must be positive, got -1"),
+    ],
+)
+def test_a_bad_recipe_file_is_named(text, message, tmp_path):
     (tmp_path / "r.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"r\.yaml"):
-        recipe_arguments(tmp_path / "r.yaml")
+    with pytest.raises(UserError, match=rf"r\.yaml.*{message}"):
+        load_recipe(tmp_path / "r.yaml")
 
 
 @pytest.mark.parametrize(

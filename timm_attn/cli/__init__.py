@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import sys
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -11,7 +12,8 @@ from rich.markup import escape
 
 from ..compare import FoldError
 from ..errors import UserError
-from ..training.recipe_file import recipe_arguments
+from ..training import Recipe
+from ..training.recipe_file import load_recipe
 from ..weights import WeightsError
 from . import deploy, doctor, hub, look, train  # noqa: F401 (the commands, in the order of the help)
 from .console import Stopped, app
@@ -24,7 +26,9 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):  # not every encoding has a Δ
             stream.reconfigure(errors="replace")
     try:
-        app.cli(prog="timm-attn", args=_expand_recipe(arguments), sort_subcommands=False)
+        arguments, recipe = _take_recipe(arguments)
+        app.command(name="train")(partial(train.train, options=recipe))
+        app.cli(prog="timm-attn", args=arguments, sort_subcommands=False)
     except Stopped as reason:
         _complain("", str(reason))
         sys.exit(130)  # what a shell expects after Ctrl-C
@@ -52,14 +56,10 @@ def _complain(kind: str, message: str) -> None:
     Console(stderr=True, soft_wrap=True).print(f"[bold red]{kind}[/]{escape(message)}")
 
 
-def _expand_recipe(arguments: list[str]) -> list[str]:
-    """Put the fields of ``--recipe FILE`` before the other options, which then override them."""
+def _take_recipe(arguments: list[str]) -> tuple[list[str], Recipe]:
+    """The arguments of ``train`` without ``--recipe FILE``, and the recipe that the others override."""
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--recipe=") else [a])]
     if arguments[:1] != ["train"] or "--recipe" not in arguments[:-1]:
-        return arguments
+        return arguments, Recipe()
     at = arguments.index("--recipe")
-    fields = recipe_arguments(arguments[at + 1])
-    rest = arguments[1:at] + arguments[at + 2 :]
-    # The model's name stays in front: an option that takes several values would swallow it.
-    name = 0 if not rest or rest[0].startswith("-") else 1
-    return ["train", *rest[:name], *fields, *rest[name:]]
+    return arguments[:at] + arguments[at + 2 :], load_recipe(arguments[at + 1])

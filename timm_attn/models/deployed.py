@@ -3,16 +3,15 @@
 from itertools import pairwise
 from typing import Any
 
-import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.resnetv2 import PreActBasic, PreActBottleneck
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
-
-from ..algebra import fuse_conv_norm
 
 #: Exactly these: a subclass, such as timm's norms with an activation, may do more.
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+_NORM_TENSORS = ("running_mean", "running_var", "weight", "bias")
 
 
 def conv_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
@@ -71,19 +70,16 @@ def fuse_state(state: dict[str, Tensor], pairs: list[tuple[str, str, float]]) ->
     """
     state = dict(state)
     for conv, norm, eps in pairs:
-        mean, var = state.pop(f"{norm}.running_mean"), state.pop(f"{norm}.running_var")
-        weight = state.pop(f"{norm}.weight", None)
-        bias = state.pop(f"{norm}.bias", None)
         state.pop(f"{norm}.num_batches_tracked", None)
-        state[f"{conv}.weight"], state[f"{conv}.bias"] = fuse_conv_norm(
-            state[f"{conv}.weight"],
-            state.get(f"{conv}.bias"),
-            mean,
-            var,
-            eps,
-            torch.ones_like(var) if weight is None else weight,
-            torch.zeros_like(var) if bias is None else bias,
-        )
+        kernel = state[f"{conv}.weight"]
+        tensors = [kernel, state.get(f"{conv}.bias")]
+        tensors += [state.pop(f"{norm}.{name}", None) for name in _NORM_TENSORS]
+        # In float64, and rounded once to the dtype that came in.
+        weight, bias, mean, var, gamma, beta = (t if t is None else t.double() for t in tensors)
+        assert weight is not None and mean is not None and var is not None
+        fused = fuse_conv_bn_weights(weight, bias, mean, var, eps, gamma, beta)
+        for name, tensor in zip(("weight", "bias"), fused, strict=True):
+            state[f"{conv}.{name}"] = tensor.detach().to(kernel.dtype)
     return state
 
 

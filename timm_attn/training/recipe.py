@@ -3,7 +3,7 @@
 import ast
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -14,6 +14,9 @@ from .augment import AutoAugment
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained."""
+
+    #: In files, where a split may be called 2024.
+    __pydantic_config__: ClassVar = {"coerce_numbers_to_str": True}
 
     data: str = ""
     """A folder of parquet files or images, a Hugging Face dataset id, or `digits` (in scikit-learn)."""

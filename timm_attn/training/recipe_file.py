@@ -4,8 +4,10 @@ import dataclasses
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from ..errors import UserError
 from ..files import replace_file
@@ -18,14 +20,16 @@ def recipe_names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in found if f.name.endswith(".yaml"))
 
 
-def recipe_arguments(path: str | Path) -> list[str]:
-    """The fields of a YAML recipe as command-line arguments, so that one parser checks both.
+def load_recipe(path: str | Path) -> Recipe:
+    """A recipe from a YAML file.
 
     Args:
-        path: A file, or the name of a recipe in the package.
+        path: A file, or the name of a recipe in the package. ``model_kwargs`` and ``opt_args`` may be
+            mappings.
 
     Raises:
-        UserError: The file is missing, is not a YAML mapping, or names an unknown field.
+        UserError: The file is missing or is not a YAML mapping, a field is unknown, or a value is of the
+            wrong type or out of range.
     """
     if str(path) in recipe_names():
         path = str(files("timm_attn") / "recipes" / f"{path}.yaml")
@@ -38,32 +42,32 @@ def recipe_arguments(path: str | Path) -> list[str]:
         raise UserError(f"recipe {path} cannot be read: {error}") from None
     if not isinstance(fields, dict):
         raise UserError(f"recipe {path} must be a mapping of field to value, got {type(fields).__name__}")
-    kinds = {f.name: f.type for f in dataclasses.fields(Recipe)}
-    arguments = []
+    kinds = {field.name: field.type for field in dataclasses.fields(Recipe)}
     for name, value in fields.items():
         if name not in kinds:
             raise UserError(f"recipe {path}: unknown field {name!r}; the fields are {', '.join(kinds)}")
-        flag = str(name).replace("_", "-")
-        if kinds[name] is bool:
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, dict):
-            arguments += [f"--{flag}", *(f"{key}={json.dumps(item)}" for key, item in value.items())]
-        else:
-            values = value if isinstance(value, list) else [value]
-            arguments += [f"--{flag}", *map(str, values)]
-    return arguments
+        if isinstance(value, bool) and bool not in (kinds[name], *get_args(kinds[name])):
+            # YAML takes no, off, yes and on for these; Pydantic would take them for 0 and 1.
+            raise UserError(
+                f"recipe {path}: {name} is no switch, got {str(value).lower()}: put words in quotes"
+            )
+    try:
+        return TypeAdapter(Recipe).validate_python({k: _listed(v, kinds[k]) for k, v in fields.items()})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(map(str, problem["loc"]))
+        raise UserError(f"recipe {path}: {name} {problem['input']!r}: {problem['msg']}") from None
+    except UserError as error:
+        raise UserError(f"recipe {path}: {error}") from None
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """A recipe from a YAML file.
-
-    Raises:
-        UserError: As ``recipe_arguments``, or a value is out of range.
-        SystemExit: A value is of the wrong type; the parser has printed which.
-    """
-    import tyro  # slow to import, and only commands need it
-
-    return tyro.cli(Recipe, args=recipe_arguments(path), prog=str(path))
+def _listed(value: Any, kind: Any) -> Any:
+    """A field's value as its type has it: lists may be written as one value, ``key=value`` as a mapping."""
+    if get_origin(kind) is not tuple or isinstance(value, list):
+        return value
+    if isinstance(value, dict):
+        return [f"{key}={json.dumps(item)}" for key, item in value.items()]
+    return [value]
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
