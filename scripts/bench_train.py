@@ -24,8 +24,9 @@ from torch import nn
 from timm_attn.training import Recipe
 from timm_attn.training.batches import Batches, Shard
 from timm_attn.training.network import build
+from timm_attn.training.processes import recipe_accelerator
 from timm_attn.training.recipe_file import load_recipe
-from timm_attn.training.setup import load_splits, recipe_accelerator
+from timm_attn.training.splits import load_splits
 from timm_attn.training.trainer import Trainer
 
 #: Training steps of these over the plain network's: (network, image size, batch size).

@@ -32,8 +32,8 @@ from timm_attn.models.deployed import fuse_conv_norms
 from timm_attn.publish import export
 from timm_attn.publish.export import link
 from timm_attn.publish.render import render
+from timm_attn.training.processes import keep_freed_memory
 from timm_attn.training.seeds import gather_seeds
-from timm_attn.training.setup import keep_freed_memory
 from timm_attn.weights import INDEX, WEIGHTS, Checkpoint, WeightsError, read_index, write_index
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

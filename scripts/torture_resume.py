@@ -26,7 +26,7 @@ import psutil
 from rich.progress import track
 
 from timm_attn.training.checkpoint import folders
-from timm_attn.training.run import ENVIRONMENT, METRICS, STEPS, WEIGHTS, environment, read_lines
+from timm_attn.training.run import ENVIRONMENT, METRICS, STEPS, WEIGHTS, read_lines, surroundings
 
 OPTIONS = shlex.split("""
     --data digits --img-size 16 --crop-padding 2 --batch-size 64 --epochs 12 --lr 0.1 --checkpoint-every 7
@@ -139,14 +139,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["no", "bf16"])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    about = environment("resnet20_ssia", "digits", [], {}, 1)
-    result: dict[str, Any] = {
-        "command": about["command"],
-        "options": " ".join(OPTIONS),
-        "hardware": about["hardware"],
-        "packages": about["packages"],
-        "runs": [],
-    }
+    result: dict[str, Any] = {**surroundings(), "options": " ".join(OPTIONS), "runs": []}
     if arguments.out and arguments.out.is_file():
         result["runs"] = json.loads(arguments.out.read_text())["runs"]
     runs = result["runs"]

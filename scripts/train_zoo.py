@@ -29,10 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 from timm_attn.errors import UserError
-from timm_attn.files import replace_file, sha256
+from timm_attn.files import replace_file, sha256, write_json
 from timm_attn.load import check_model
 from timm_attn.training import Recipe
-from timm_attn.training.checkpoint import write_json
 from timm_attn.training.recipe_file import load_recipe, save_recipe
 from timm_attn.training.run import (
     CURVES,
@@ -110,12 +109,12 @@ def keep(run: Path, data: str, folder: Path) -> None:
     The weights come last: a kept run that has them is whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    recipe, about = load_recipe(run / RECIPE), open_run(run)
+    recipe, environment = load_recipe(run / RECIPE), open_run(run)
     name = Path(recipe.data).name if Path(recipe.data).is_dir() else recipe.data
     save_recipe(dataclasses.replace(recipe, data=name), folder / RECIPE)
-    words = [name if word in (data, recipe.data) else word for word in shlex.split(about["command"])]
-    about["command"] = shlex.join(word.removeprefix(f"{ROOT}/") for word in words)
-    write_json(folder / ENVIRONMENT, {**about, "recipe_sha256": sha256(folder / RECIPE)})
+    words = [name if word in (data, recipe.data) else word for word in shlex.split(environment["command"])]
+    environment["command"] = shlex.join(word.removeprefix(f"{ROOT}/") for word in words)
+    write_json(folder / ENVIRONMENT, {**environment, "recipe_sha256": sha256(folder / RECIPE)})
     for file in (METRICS, RESULTS, CURVES, CONFIG):
         shutil.copy(run / file, folder / file)
     replace_file(folder / WEIGHTS, (run / WEIGHTS).read_bytes())

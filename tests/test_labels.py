@@ -14,7 +14,7 @@ from timm_attn.load import load_model
 from timm_attn.training import Recipe, validate
 from timm_attn.training.data import load_split
 from timm_attn.training.labels import match_classes
-from timm_attn.training.setup import load_splits
+from timm_attn.training.splits import load_splits
 
 TINY = ["--epochs", "1", "--batch-size", "8", "--workers", "0", "--model-kwargs", "layers=[1,1,1]"]
 COLOURS = {"ant": (250, 20, 20), "bee": (20, 250, 20), "cat": (20, 20, 250), "dog": (200, 200, 20)}

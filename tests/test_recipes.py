@@ -128,7 +128,8 @@ def test_a_part_is_held_out_and_the_test_split_evaluated_once(tmp_path, monkeypa
 
 
 def test_the_held_out_part_is_no_part_of_what_is_trained_on():
-    from timm_attn.training.setup import load_splits, make_accelerator
+    from timm_attn.training.processes import make_accelerator
+    from timm_attn.training.splits import load_splits
 
     splits = [
         load_splits(Recipe(**FAST, val_fraction=0.25, seed=seed), make_accelerator("no")) for seed in (0, 1)

@@ -123,7 +123,7 @@ def test_a_callers_accelerator_keeps_its_state(tmp_path, run):
 def test_a_run_is_described_whole_or_not_at_all(tmp_path, monkeypatch):
     """A kill while environment.json is written again must leave the one before."""
     from timm_attn import files
-    from timm_attn.training.checkpoint import write_json
+    from timm_attn.files import write_json
 
     write_json(tmp_path / "environment.json", {"a": 1})
     monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

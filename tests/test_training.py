@@ -181,7 +181,7 @@ def test_a_failed_checkpoint_leaves_the_one_before(tmp_path, monkeypatch):
 def test_memory_of_a_step_is_kept_for_the_next():
     code = """
 import resource, sys, torch
-from timm_attn.training.setup import keep_freed_memory
+from timm_attn.training.processes import keep_freed_memory
 if sys.argv[1]:
     keep_freed_memory()
 for i in range(20):

@@ -100,11 +100,12 @@ def _check(model: Any) -> None:
         raise ValueError(
             f"{name} is quantised ({type(quantised[0]).__name__}): attach, train and fold before that"
         )
-    there = [(path, m) for path, m in model.named_modules() if isinstance(m, _ATTACHED)]
-    if there:
-        kind = getattr(there[0][1], "mechanism", there[0][1])
+    attached = [(path, m) for path, m in model.named_modules() if isinstance(m, _ATTACHED)]
+    if attached:
+        kind = getattr(attached[0][1], "mechanism", attached[0][1])
         raise ValueError(
-            f"{name} has {type(kind).__name__} at {there[0][0] or 'its root'} already: take a fresh network"
+            f"{name} has {type(kind).__name__} at {attached[0][0] or 'its root'} already: "
+            "take a fresh network"
         )
     if hasattr(model, "attached"):
         raise ValueError(f"{name} has {model.attached} in its blocks already: take a fresh network")

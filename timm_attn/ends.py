@@ -230,7 +230,9 @@ class DIAEnd(BranchEnd):
         new_norm: bool = False,
     ) -> None:
         super().__init__(block, branch, mechanism)
-        self.run, self.step, self.new_norm = run, step, new_norm
+        self.run = run
+        self.step = step
+        self.new_norm = new_norm
         self.norm = (
             branch.affine[0].rpartition(".")[0] if len(branch.affine) == 2 and not branch.before else ""
         )
@@ -377,8 +379,8 @@ def scale(block: nn.Module, names: Sequence[str], gate: Tensor, channels: int) -
     v = gate.detach().double().flatten()
     with torch.no_grad():
         for name in names:
-            path, _, own = name.rpartition(".")
-            tensor: Any = getattr(block.get_submodule(path), own)
+            path, _, attribute = name.rpartition(".")
+            tensor: Any = getattr(block.get_submodule(path), attribute)
             shape = tensor.shape if tensor.numel() == v.numel() else (-1, *[1] * (tensor.dim() - 1))
             # The parameters keep their identity, so that optimisers and EMA copies that hold them stay valid.
             tensor.copy_(tensor.double() * v.to(tensor.device).expand(channels).reshape(shape))
@@ -413,11 +415,11 @@ class GatedNorm:
 
     @torch.no_grad()
     def scale(self, gate: Tensor) -> None:
-        """Multiply the layer's own weight and bias."""
+        """Multiply the layer's parameter weight and bias."""
         for name in ("weight", "bias"):
-            own = self._parameters.get(name)
-            if own is not None:
-                own.copy_(own.double() * gate.double())
+            parameter = self._parameters.get(name)
+            if parameter is not None:
+                parameter.copy_(parameter.double() * gate.double())
 
     def fuse(self) -> Any:
         """The norm layer alone, with the gate in its parameters."""

@@ -5,6 +5,7 @@ import csv
 import errno
 import hashlib
 import io
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,11 @@ def disk_errors(path: Path) -> Iterator[None]:
     except SafetensorError as error:
         number = errno.ENOSPC if f"os error {errno.ENOSPC}" in str(error) else errno.EIO
         raise OSError(number, str(error), str(path)) from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file, whole; zero-dimensional tensors become numbers."""
+    replace_file(path, json.dumps(value, indent=1, default=lambda v: v.item()).encode())
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -106,11 +106,11 @@ def graft(
     if excess:
         raise GraftError(f"{architecture} does not compute what its source computes: {excess}")
     # What else is in the variant's own configuration speaks of its default weights, and not of these.
-    own = {name: variant.pretrained_cfg[name] for name in _OWN}
+    architectural = {name: variant.pretrained_cfg[name] for name in _OWN}
     cfg = getattr(stock, "pretrained_cfg", None) or variant.pretrained_cfg
     taken = {name: cfg[name] for name in _TAKEN if cfg.get(name) is not None}
     variant.pretrained_cfg = variant.default_cfg = {
-        **own,
+        **architectural,
         **taken,
         "tag": None,
         "num_classes": classes,

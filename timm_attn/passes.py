@@ -42,7 +42,10 @@ class Passes:
     def __init__(
         self, model: Any, gates: list[Gate], parts: list[tuple[Tensor, Tensor | None]], batch_size: int
     ) -> None:
-        self.model, self.gates, self.parts, self.batch_size = model, gates, parts, batch_size
+        self.model = model
+        self.gates = gates
+        self.parts = parts
+        self.batch_size = batch_size
         self.like = next(model.parameters())
         self.known: dict[tuple[int, int | None], Tensor] = {}
 

@@ -74,7 +74,8 @@ class GateSearch:
         keep: Sequence[str] = (),
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.original, self.gates = original, gates
+        self.original = original
+        self.gates = gates
         self.work = work = Passes(original, gates, parts, batch_size)
         self.staying = _staying(gates, keep)
         note("means")

@@ -61,8 +61,8 @@ def _version(name: str) -> str:
 def _devices() -> list[str]:
     found = [f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
     for i in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(i)
-        found.append(f"{about.name}, {about.total_memory / 2**30:.0f} GiB")
+        properties = torch.cuda.get_device_properties(i)
+        found.append(f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     if torch.backends.mps.is_available():
         found.append("Apple's GPU")
     return found

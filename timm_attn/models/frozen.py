@@ -83,8 +83,8 @@ def frozen(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     if pretrained:
         kwargs |= weights.resolve("frozen", kwargs)
     backbone = kwargs.pop("backbone", None)
-    own = {name: kwargs.pop(name, ()) for name in ("kept", "multiplied")}
-    build: Any = partial(frozen_network, backbone, **own)
+    gates = {name: kwargs.pop(name, ()) for name in ("kept", "multiplied")}
+    build: Any = partial(frozen_network, backbone, **gates)
     if kwargs.get("features_only"):
         kwargs["feature_cfg"] = feature_cfg(str(backbone), kwargs) | kwargs.pop("feature_cfg", {})
     model: Any = build_model_with_cfg(build, "frozen", pretrained, **kwargs)
@@ -93,7 +93,7 @@ def frozen(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         fields = cfg.to_dict(remove_source=True) | {"architecture": "frozen", "tag": None}
         fields["num_classes"] = kwargs.get("num_classes", fields["num_classes"])
         model.pretrained_cfg = model.default_cfg = fields
-    model._model_args = {"backbone": backbone, **{name: list(value) for name, value in own.items()}}
+    model._model_args = {"backbone": backbone, **{name: list(value) for name, value in gates.items()}}
     return model
 
 

@@ -126,14 +126,13 @@ def load_stock(model: Any, state: dict[str, Tensor], stock: Iterable[str]) -> No
     # Frozen norms do not count their batches.
     wanted, given = ({k for k in keys if not k.endswith("num_batches_tracked")} for keys in (stock, state))
     misfit = key_difference(given, wanted, classifier_keys(model.pretrained_cfg))
-    own = model.state_dict()
-    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    state_dict = model.state_dict()
+    fitting = {k: v for k, v in state.items() if k in state_dict and state_dict[k].shape == v.shape}
     ends = classifier_keys(model.pretrained_cfg, "first_conv")
     wrong = [k for k in wanted & given - fitting.keys() if not k.startswith(ends)]
     if wrong:
-        misfit += (
-            f" {wrong[0]} has the shape {tuple(state[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}"
-        )
+        given_shape, shape = (tuple(tensors[wrong[0]].shape) for tensors in (state, state_dict))
+        misfit += f" {wrong[0]} has the shape {given_shape}, not {shape}"
     if misfit:
         raise GraftError(f"the weights are not those of the stock network: {misfit}")
     model.load_state_dict(fitting, strict=False)

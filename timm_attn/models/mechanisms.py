@@ -109,9 +109,11 @@ def _stand(model: nn.Module, ends: Sequence[tuple[Branch, str, nn.Module]], make
     for branch, key, module in ends:
         block = model.get_submodule(branch.block)
         # timm's own place: ``se`` in the block of a ResNet. Elsewhere it may be in the middle of the branch.
-        own = isinstance(block, BasicBlock | Bottleneck) and getattr(block, key, model) is None
-        setattr(block, key if own else _free_name(block, key + branch.suffix), module.train(block.training))
-        if own:
+        in_slot = isinstance(block, BasicBlock | Bottleneck) and getattr(block, key, model) is None
+        setattr(
+            block, key if in_slot else _free_name(block, key + branch.suffix), module.train(block.training)
+        )
+        if in_slot:
             model.attached = key  # pyright: ignore[reportArgumentType]
             continue
         end = make(block, branch, module)

@@ -210,14 +210,14 @@ def put_fmm(blocks: list[Any], mode: str, pin_bias: Any) -> None:
         preact = isinstance(block, PreActBasic | PreActBottleneck)
         # Before activation, the branch has no norm of the width of what it gives.
         norm = nn.BatchNorm2d(conv.out_channels).to(conv.weight) if preact else last_norm(block)
-        own = not isinstance(block.downsample, nn.Sequential)
+        identity = not isinstance(block.downsample, nn.Sequential)
 
         def fresh(*_: Any, norm: Any = norm, **__: Any) -> nn.Module:
             copy = deepcopy(norm)
             copy.reset_parameters()
             return copy
 
-        fmm = FMM(conv.out_channels, mode, fresh if own else None)
+        fmm = FMM(conv.out_channels, mode, fresh if identity else None)
         fmm.init_norms(norm, _shortcut_norm(block, fmm), pin_bias)
         made.append((fmm, norm))
     for block, (fmm, norm) in zip(blocks, made, strict=True):

@@ -226,17 +226,17 @@ def _own(checkpoint: Checkpoint) -> bool:
 
 def _usage(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], owner: str | None) -> str:
     name = f"hf-hub:{owner}/{checkpoint.name}" if owner else "local-dir:PATH_OF_THIS_FOLDER"
-    own = _own(checkpoint)
+    needs_package = _own(checkpoint)
     lines = ["# pip install timm-attn", "import timm", "import timm_attn  # registers the architecture"]
-    lines = [*(lines if own else ["import timm"]), ""]
+    lines = [*(lines if needs_package else ["import timm"]), ""]
     lines.append(f'model = timm.create_model("{name}", pretrained=True).eval()')
     blocks = ["```python\n" + "\n".join(lines) + "\n```"]
-    if own and checkpoint.name in others:
+    if needs_package and checkpoint.name in others:
         blocks.append(
             f'By name, compared with the sha256 of the index: `timm.create_model("{checkpoint.name}", '
             "pretrained=True)`, for weights of the package or of the hub folder in `TIMM_ATTN_HUB`."
         )
-    if not own and owner:
+    if not needs_package and owner:
         blocks.append(
             "It needs no plugin, and transformers reads it too:\n\n```python\n"
             "from transformers import pipeline\n\n"
@@ -311,16 +311,16 @@ def _claim(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], paper: Pape
     lines = [f"The paper: {paper.claim}"] if paper.claim else []
     if checkpoint.is_control:
         lines = ["This network is a control: it stands for no claim of ours."]
-    own = checkpoint.over_seeds.get("top1")
+    measured = checkpoint.over_seeds.get("top1")
     for name in checkpoint.controls:
         control = others[name].over_seeds.get("top1") if name in others else None
-        if not own or not control:
+        if not measured or not control:
             continue
-        difference = round(own["mean"], 2) - round(control["mean"], 2)  # as a reader subtracts them
+        difference = round(measured["mean"], 2) - round(control["mean"], 2)  # as a reader subtracts them
         lines.append(
-            f"Here, with one recipe: {_mean(own)} % (n = {own['n']}) against {_mean(control)} % "
+            f"Here, with one recipe: {_mean(measured)} % (n = {measured['n']}) against {_mean(control)} % "
             f"(n = {control['n']}) of `{name}`, a difference of {difference:+.2f} points; "
-            f"{judge(own, control)}."
+            f"{judge(measured, control)}."
         )
     if len(lines) < 2 and not checkpoint.controls and not checkpoint.is_control:
         lines.append("No control was trained with the same recipe: nothing is said about the claim.")

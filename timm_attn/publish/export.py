@@ -77,24 +77,26 @@ def export(
         FoldError: The folded model, or a file for another runtime, differs from the trained one.
     """
     runs = _finished(run)
-    about = open_run(runs[0])
+    environment = open_run(runs[0])
     check_tag(tag)
-    dataset = str(dataset or about["data"])
+    dataset = str(dataset or environment["data"])
     license_ = license_of(dataset, dataset_license)
     if hub.exists() and not hub.is_dir():
         raise UserError(f"{hub} is a file: name a folder with --hub")
-    forms_of = {run: _forms(about["model"], tag, run) for run in runs}
+    forms_of = {run: _forms(environment["model"], tag, run) for run in runs}
     for form in itertools.chain(*forms_of.values()):
         if (hub / form.name).exists():
             raise UserError(
                 f"{hub / form.name} is there already: choose another --tag or --hub, or remove it"
             )
     run, measured = _median(forms_of, data)
-    about, forms, trained = open_run(run), forms_of[run], load_recipe(run / RECIPE)
+    environment, forms, trained = open_run(run), forms_of[run], load_recipe(run / RECIPE)
     recipe = _evaluation(run, data)
 
     known = read_index(hub) if (hub / INDEX).is_file() else []
-    mechanism = parse_name(about["model"])[1] or "resnet" if about["model"] in model_names() else "timm"
+    mechanism = (
+        parse_name(environment["model"])[1] or "resnet" if environment["model"] in model_names() else "timm"
+    )
     paper = PAPERS.get(mechanism, TIMM)
     resolved = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
     fields = {
@@ -102,12 +104,12 @@ def export(
         "dataset": {
             "id": dataset,
             "license": license_,
-            "split": list(about["images"])[-1],  # the one that was evaluated
-            "images": about["images"],
+            "split": list(environment["images"])[-1],  # the one that was evaluated
+            "images": environment["images"],
         },
         "training": {
             "precision": trained.precision,
-            **{key: about[key] for key in ("git_commit", "packages", "hardware")},
+            **{key: environment[key] for key in ("git_commit", "packages", "hardware")},
         },
         "mechanism": mechanism,
         "paper": {"title": paper.title, "arxiv": paper.arxiv, "url": paper.url},

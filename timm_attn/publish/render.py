@@ -85,8 +85,8 @@ def check_config(checkpoint: Checkpoint) -> None:
     cfg = {**config["pretrained_cfg"], "num_classes": config["num_classes"]}
     if config.get("label_names"):
         cfg["label_names"] = config["label_names"]
-    said = (config["architecture"], cfg, config.get("model_args", {}))
-    if said != (checkpoint.architecture, checkpoint.pretrained_cfg, checkpoint.model_args):
+    described = (config["architecture"], cfg, config.get("model_args", {}))
+    if described != (checkpoint.architecture, checkpoint.pretrained_cfg, checkpoint.model_args):
         raise UserError(f"{checkpoint.folder / CONFIG} differs from the index: export the run again")
 
 

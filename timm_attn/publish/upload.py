@@ -140,11 +140,11 @@ def _publish(api: HfApi, checkpoint: Checkpoint, to: str, private: bool, create_
             api.create_repo(repo_id, private=private or None, exist_ok=True)
         head = api.model_info(repo_id, files_metadata=True)
         if create_pr:
-            there = _open_request(api, repo_id, content)
+            published = _open_request(api, repo_id, content)
         else:
             page = f"{api.endpoint}/{repo_id}/commit/{head.sha}"
-            there = (str(head.sha), page) if _same(head, content) else None
-        if there is None:
+            published = (str(head.sha), page) if _same(head, content) else None
+        if published is None:
             info = api.create_commit(
                 repo_id,
                 _operations(head, content),
@@ -154,23 +154,23 @@ def _publish(api: HfApi, checkpoint: Checkpoint, to: str, private: bool, create_
             )
             revision, url = info.oid, info.pr_url or info.commit_url
         else:
-            revision, url = there
+            revision, url = published
         _verify(api, repo_id, revision, content, checkpoint)
         tag = None if create_pr else _tag(api, repo_id, revision)
     if not create_pr:
         _note(checkpoint, repo_id, revision)
     sizes = {path: _size(data) for path, data in content.items()}
-    return Published(repo_id, sizes, url, revision, tag, sent=there is None)
+    return Published(repo_id, sizes, url, revision, tag, sent=published is None)
 
 
 def _same(info: ModelInfo, content: dict[str, bytes | Path]) -> bool:
     """Whether a repository holds all of the content, and no file for another runtime besides."""
-    there = {
+    digests = {
         sibling.rfilename: (sibling.lfs.sha256 if sibling.lfs else sibling.blob_id)
         for sibling in info.siblings or []
     }
-    stale = {ONNX, PROGRAM} & there.keys() - content.keys()
-    return not stale and all(there.get(path) in _digests(data) for path, data in content.items())
+    stale = {ONNX, PROGRAM} & digests.keys() - content.keys()
+    return not stale and all(digests.get(path) in _digests(data) for path, data in content.items())
 
 
 def _digests(content: bytes | Path) -> tuple[str, str]:
@@ -182,8 +182,8 @@ def _digests(content: bytes | Path) -> tuple[str, str]:
 def _operations(
     info: ModelInfo, content: dict[str, bytes | Path]
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
-    there = {sibling.rfilename for sibling in info.siblings or []}
-    stale = {ONNX, PROGRAM} & there - content.keys()
+    files = {sibling.rfilename for sibling in info.siblings or []}
+    stale = {ONNX, PROGRAM} & files - content.keys()
     adds = [
         CommitOperationAdd(path, data if isinstance(data, bytes) else str(data))
         for path, data in content.items()
@@ -248,9 +248,9 @@ def _sign(checkpoint: Checkpoint, key: str) -> None:
     """Sign a checkpoint, and name the signature in the index."""
     path = write_signature(checkpoint.folder, key)
     hub = checkpoint.folder.parent
-    about = {path.name: {"sha256": sha256(path), "size": path.stat().st_size}}
+    table = {path.name: {"sha256": sha256(path), "size": path.stat().st_size}}
     entries = [
-        dataclasses.replace(c, files={**c.files, **about}) if c.name == checkpoint.name else c
+        dataclasses.replace(c, files={**c.files, **table}) if c.name == checkpoint.name else c
         for c in read_index(hub)
     ]
     write_index(hub, entries)

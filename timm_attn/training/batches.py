@@ -64,7 +64,10 @@ class Batches:
     """
 
     def __init__(self, split: Split, recipe: Recipe, config: dict[str, Any], shard: Shard) -> None:
-        self.split, self.recipe, self.config, self.shard = split, recipe, config, shard
+        self.split = split
+        self.recipe = recipe
+        self.config = config
+        self.shard = shard
         self.labels = split.labels.to(shard.device)
         self.pixels = None if split.pixels is None else split.pixels.to(shard.device)
         self.mean = torch.tensor(config["mean"], device=shard.device).view(1, 3, 1, 1) * 255
@@ -183,7 +186,9 @@ class _Rows(torch.utils.data.Dataset):
     """Batches of larger images through timm's transforms, seeded for each image."""
 
     def __init__(self, split: Split, recipe: Recipe, config: dict[str, Any], training: bool) -> None:
-        self.split, self.seed, self.skip = split, recipe.seed, recipe.on_corrupt == "skip"
+        self.split = split
+        self.seed = recipe.seed
+        self.skip = recipe.on_corrupt == "skip"
         training_only: dict[str, Any] = {
             "scale": recipe.crop_scale,
             "auto_augment": recipe.aa,
@@ -233,7 +238,9 @@ class _Pixels(torch.utils.data.Dataset):
 
     def __init__(self, split: Split, recipe: Recipe, config: dict[str, Any]) -> None:
         assert recipe.aa is not None and split.pixels is not None
-        self.pixels, self.labels, self.seed = split.pixels, split.labels, recipe.seed
+        self.pixels = split.pixels
+        self.labels = split.labels
+        self.seed = recipe.seed
         self.augment = AutoAugment(recipe.aa, config["mean"], min(split.pixels.shape[1:3]))
 
     def __getitem__(self, key: tuple[int, list[int]]) -> tuple[Tensor, Tensor, int]:

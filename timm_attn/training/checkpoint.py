@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files import disk_errors, replace_file, sha256
+from ..files import disk_errors, sha256, write_json
 
 MANIFEST = "manifest.json"
 
@@ -88,6 +89,19 @@ def load_last(run: Path) -> tuple[State | None, dict[Path, str]]:
     return None, damaged
 
 
+def take_up(run: Path, accelerator: Accelerator) -> State | None:
+    """The newest intact checkpoint of a run, or None; damaged ones are named and removed."""
+    state, damaged = load_last(run)
+    accelerator.wait_for_everyone()
+    for folder, problem in damaged.items():
+        accelerator.print(f"warning: {folder} is damaged ({problem}): passed over and removed")
+        if accelerator.is_main_process:  # or it would count among those that are kept
+            shutil.rmtree(folder)
+    if state is None:
+        accelerator.print(f"{run} has no intact checkpoint: starting again from step 0")
+    return state
+
+
 def _problem(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -157,11 +171,6 @@ def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
         for name, value in values.items():
             if torch.is_tensor(value) and value.shape == parameter.shape:
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file, whole; zero-dimensional tensors become numbers."""
-    replace_file(path, json.dumps(value, indent=1, default=lambda v: v.item()).encode())
 
 
 def _sync(path: Path) -> None:

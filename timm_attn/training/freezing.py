@@ -21,9 +21,10 @@ from ..style import new_figure, style, write_png
 from .data import load_split
 from .labels import match_classes
 from .loop import resume, train
+from .processes import own_accelerate_state
 from .recipe import Recipe
 from .run import hardware, save_model
-from .setup import own_accelerate_state, split_options
+from .splits import split_options
 from .validation import prepared, split_tensors
 
 REPORT, PICTURE = "freeze.json", "freeze.png"
@@ -92,8 +93,8 @@ def freeze_trained(
         out.mkdir(parents=True, exist_ok=True)
         save_model(report.model, out, names)
         frozen = {"frozen": report.frozen, "steps": steps}
-        about = {"source": source, "data": recipe.data, **frozen, "hardware": hardware()}
-        text = json.dumps(_json(report) | about, indent=1)
+        origin = {"source": source, "data": recipe.data, **frozen, "hardware": hardware()}
+        text = json.dumps(_json(report) | origin, indent=1)
         replace_file(out / REPORT, (text + "\n").encode())
         draw(report, f"{Path(source).name}: gates into constants", out / PICTURE)
     return report
@@ -112,8 +113,8 @@ def recovery(source: str, recipe: Recipe, steps: int, out: Path, names: list[str
 
     def recover(network: Any) -> Any:
         asked = dataclasses.replace(recipe, teacher=source, epochs=1, epoch_steps=steps)
-        what = [network.pretrained_cfg["architecture"], network._model_args, dataclasses.asdict(asked)]
-        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        start_of = [network.pretrained_cfg["architecture"], network._model_args, dataclasses.asdict(asked)]
+        digest = hashlib.sha256(json.dumps(start_of, sort_keys=True).encode()).hexdigest()
         folder = out / f"recover-{digest[:12]}"
         run = folder / "run"
         if not is_run(run):

@@ -5,26 +5,26 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import sha256, write_json
 from ..load import check_model
-from ..weights import sha256
-from . import checkpoint
+from .checkpoint import take_up
 from .network import build, construction, rebuild
+from .processes import check_compiler, own_accelerate_state, recipe_accelerator
 from .recipe import Recipe
-from .recipe_file import save_recipe
 from .run import (
     ENVIRONMENT,
     RECIPE,
     WEIGHTS,
     check_readable,
-    environment,
     is_run,
     open_run,
     read_results,
     refuse_full_folder,
     run_recipe,
+    start_run,
 )
-from .setup import Splits, check_compiler, load_splits, own_accelerate_state, recipe_accelerator
-from .trainer import OnStep, Trainer, take_up
+from .splits import Splits, load_splits
+from .trainer import OnStep, Trainer
 
 
 @own_accelerate_state()
@@ -64,20 +64,15 @@ def train(
         check_compiler(accelerator.device)
     splits = load_splits(recipe, accelerator)
     network, recipe = build(model, recipe, splits.train, accelerator.print)
-    built = construction(network)  # before it is wrapped
     check_readable(network, splits.train.label_names)
+    arguments = construction(network)  # before it is wrapped
     trainer = Trainer(accelerator, model, network, recipe, run, splits, on_step)
     # Only now, so that wrong input leaves nothing behind.
     if accelerator.is_main_process:
-        about = environment(
-            model, recipe.data, splits.train.label_names, splits.counts, accelerator.num_processes
-        )
         run.mkdir(parents=True, exist_ok=True)
         if on_start is not None:
             on_start()
-        save_recipe(recipe, run / RECIPE)
-        about |= {"recipe_sha256": sha256(run / RECIPE), "fingerprints": splits.fingerprints, **built}
-        checkpoint.write_json(run / ENVIRONMENT, about)
+        start_run(run, model, arguments, recipe, splits, accelerator.num_processes)
     accelerator.wait_for_everyone()
     if not is_run(run):
         raise UserError(f"{run} cannot be seen by all machines: put --out where all of them can read it")
@@ -101,41 +96,42 @@ def resume(run: str | Path, on_step: OnStep | None = None, data: str | None = No
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
     """
     run = Path(run)
-    about = open_run(run)
+    environment = open_run(run)
     if (run / WEIGHTS).is_file():
         return read_results(run)
-    if sha256(run / RECIPE) != about["recipe_sha256"]:
+    if sha256(run / RECIPE) != environment["recipe_sha256"]:
         raise UserError(
             f"{run / RECIPE} was changed since the run was started: undo that, or start a new run"
         )
-    check_model(about["model"])
+    model = environment["model"]
+    check_model(model)
     recipe = run_recipe(run, data)
     accelerator = recipe_accelerator(recipe, run)
     splits = load_splits(recipe, accelerator)
-    _check_same_data(splits, about, recipe.data, run)
+    _check_same_data(splits, environment, recipe.data, run)
     if data is not None and accelerator.is_main_process:
-        checkpoint.write_json(run / ENVIRONMENT, about | {"moved_to": recipe.data})
-    if accelerator.num_processes != about["processes"]:
+        write_json(run / ENVIRONMENT, environment | {"moved_to": recipe.data})
+    if accelerator.num_processes != environment["processes"]:
         accelerator.print(
-            f"warning: {run} was started with {about['processes']} processes and goes on with "
+            f"warning: {run} was started with {environment['processes']} processes and goes on with "
             f"{accelerator.num_processes}: not in the same bits"
         )
     state = take_up(run, accelerator)
     if state is None:
-        network, recipe = build(about["model"], recipe, splits.train, accelerator.print)
+        network, recipe = build(model, recipe, splits.train, accelerator.print)
     else:
-        network = rebuild(about["model"], about, recipe)
-    trainer = Trainer(accelerator, about["model"], network, recipe, run, splits, on_step)
+        network = rebuild(model, environment, recipe)
+    trainer = Trainer(accelerator, model, network, recipe, run, splits, on_step)
     if state is not None:
         trainer.restore(state)
     return trainer.run_to_end()
 
 
-def _check_same_data(splits: Splits, about: dict[str, Any], data: str, run: Path) -> None:
+def _check_same_data(splits: Splits, environment: dict[str, Any], data: str, run: Path) -> None:
     """Raise a UserError if the splits are not those that a run was started with."""
     now = (splits.train.label_names, splits.counts, splits.fingerprints)
     # Runs of older versions have no fingerprints.
-    then = (about["label_names"], about["images"], about.get("fingerprints", splits.fingerprints))
+    then = [environment.get(name, splits.fingerprints) for name in ("label_names", "images", "fingerprints")]
     kinds = ("class names", "numbers of images", "images or labels")
     changed = [kind for kind, a, b in zip(kinds, now, then, strict=True) if a != b]
     if changed:

@@ -1,15 +1,12 @@
 """The network of a run, from a recipe, and the recipe with its open ends resolved."""
 
-import dataclasses
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from accelerate.utils import set_seed
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from ..errors import UserError
@@ -22,28 +19,7 @@ from .data import Split
 from .kernels import check_kernels
 from .labels import composed, some
 from .recipe import Recipe
-
-
-def resolve_recipe(recipe: Recipe, split: Split, cfg: dict[str, Any] | None) -> Recipe:
-    """The recipe with the defaults that depend on the data, and on the weights that it starts from."""
-    if cfg is not None:
-        mean, std = cfg["mean"], cfg["std"]
-    elif split.pixels is not None:
-        mean, std = split.statistics()
-        if recipe.std is None and min(std) < 1e-4:
-            raise UserError(
-                f"the images of {recipe.data} are constant in a channel: repair them, or give --std"
-            )
-    else:
-        mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return dataclasses.replace(
-        recipe,
-        # A run may be resumed and exported from another folder.
-        data=str(Path(recipe.data).resolve()) if Path(recipe.data).is_dir() else recipe.data,
-        mean=recipe.mean or tuple(round(m, 4) for m in mean),
-        std=recipe.std or tuple(round(s, 4) for s in std),
-        hflip=recipe.hflip if recipe.hflip is not None else recipe.data != "digits",
-    )
+from .splits import resolve_recipe
 
 
 def build(
@@ -96,16 +72,16 @@ def build(
 
 
 def construction(network: Any) -> dict[str, Any]:
-    """What ``rebuild`` needs: the arguments and the configuration of a network, JSON values."""
+    """What ``rebuild`` needs of a network: its arguments and its configuration, JSON values."""
     # Those of create_model and of the weights that it started from, which may have another classifier.
     arguments = {**network._model_args, "num_classes": network.num_classes}
     return {"model_args": arguments, "pretrained_cfg": network.pretrained_cfg}
 
 
-def rebuild(model: str, built: dict[str, Any], recipe: Recipe) -> nn.Module:
+def rebuild(model: str, environment: dict[str, Any], recipe: Recipe) -> nn.Module:
     """The network of a run that goes on, whose weights come from a checkpoint."""
-    network: Any = timm.create_model(model, **built["model_args"])
-    cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in built["pretrained_cfg"].items()}
+    network: Any = timm.create_model(model, **environment["model_args"])
+    cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in environment["pretrained_cfg"].items()}
     network.pretrained_cfg = network.default_cfg = cfg
     return _laid_out(network, recipe)
 
@@ -141,8 +117,8 @@ def _initial(
     def load(classes: int | None) -> Any:
         if source.startswith("graft:"):
             return graft(model, source_name(source.removeprefix("graft:")), num_classes=classes, **arguments)
-        own = {} if classes is None else {"num_classes": classes}
-        return timm.create_model(source_name(source), pretrained=True, **own, **arguments)
+        head = {} if classes is None else {"num_classes": classes}
+        return timm.create_model(source_name(source), pretrained=True, **head, **arguments)
 
     network = load(len(names))
     _take_classes(network, names, lambda: load(None), source, say)
@@ -218,9 +194,9 @@ def freeze_backbone(network: nn.Module) -> list[nn.Module]:
         The norm layers that are frozen, whose running statistics must not change either.
     """
     head = {id(p) for p in network.get_classifier().parameters()}  # pyright: ignore[reportCallIssue]
-    own = _own_keys(network)
+    added = _added_keys(network)
     for key, parameter in network.named_parameters():
-        parameter.requires_grad = id(parameter) in head or key in own
+        parameter.requires_grad = id(parameter) in head or key in added
     return [
         m
         for m in network.modules()
@@ -228,7 +204,7 @@ def freeze_backbone(network: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _own_keys(network: Any) -> set[str]:
+def _added_keys(network: Any) -> set[str]:
     """Names of the parameters that the stock backbone does not have."""
     names = {key for key, _ in network.named_parameters()}
     return names - getattr(network, "stock_keys", names)

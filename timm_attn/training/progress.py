@@ -31,7 +31,8 @@ class Bar:
     """A bar over the steps of a run and one printed line an epoch; silent on a quiet console."""
 
     def __init__(self, title: str, total: int, done: int, batch_size: int, console: Console) -> None:
-        self.batch_size, self.console = batch_size, console
+        self.batch_size = batch_size
+        self.console = console
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),

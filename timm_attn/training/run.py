@@ -32,11 +32,12 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from ..errors import UserError
-from ..files import disk_errors, replace_file
+from ..files import disk_errors, replace_file, sha256, write_json
 from ..load import ENVIRONMENT, RECIPE, is_run
 from ..weights import CONFIG, WEIGHTS, read_config
 from .recipe import Recipe
-from .recipe_file import load_recipe
+from .recipe_file import load_recipe, save_recipe
+from .splits import Splits
 
 METRICS, CURVES, STEPS, RESULTS = "metrics.jsonl", "curves.png", "steps.jsonl", "results.json"
 
@@ -172,21 +173,42 @@ def check_readable(model: nn.Module, label_names: list[str]) -> None:
         )
 
 
-def environment(
-    model: str, data: str, label_names: list[str], counts: dict[str, int], processes: int
-) -> dict[str, Any]:
-    """Where and with what a run was made."""
+def start_run(
+    run: Path, model: str, arguments: dict[str, Any], recipe: Recipe, splits: Splits, processes: int
+) -> None:
+    """Write a new run's recipe and environment.
+
+    Args:
+        run: Its folder, which is empty.
+        model: The network's name.
+        arguments: What it is built from again, JSON values.
+        recipe: With its open ends resolved.
+        splits: The data.
+        processes: Number of processes that train.
+    """
+    save_recipe(recipe, run / RECIPE)
+    environment = {
+        "model": model,
+        "data": Path(recipe.data).name if Path(recipe.data).is_dir() else recipe.data,
+        "images": splits.counts,
+        "label_names": splits.train.label_names,
+        **surroundings(),
+        "processes": processes,
+        "recipe_sha256": sha256(run / RECIPE),
+        "fingerprints": splits.fingerprints,
+        **arguments,
+    }
+    write_json(run / ENVIRONMENT, environment)
+
+
+def surroundings() -> dict[str, Any]:
+    """Where and with what this process computes: command, commit, versions and hardware."""
     packages = ("torch", "timm", "timm-attn", "accelerate", "datasets", "huggingface-hub", "safetensors")
     return {
-        "model": model,
-        "data": Path(data).name if Path(data).is_dir() else data,
-        "images": counts,
-        "label_names": label_names,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
-        "processes": processes,
         "hardware": hardware(),
     }
 

@@ -11,10 +11,10 @@ from typing import Any
 from accelerate import PartialState
 
 from ..errors import UserError
+from ..files import write_json
 from ..load import RECIPE, is_run
 from ..weights import WEIGHTS
 from . import curves
-from .checkpoint import write_json
 from .loop import resume, train
 from .recipe import Recipe
 from .recipe_file import load_recipe, save_recipe
@@ -57,15 +57,15 @@ def resume_seeds(out: str | Path, data: str | None = None) -> dict[str, Any]:
         data: Where the data lies now, if it has moved.
     """
     out = Path(out)
-    about = json.loads((out / SEEDS).read_text(encoding="utf-8"))
+    asked = json.loads((out / SEEDS).read_text(encoding="utf-8"))
     recipe = load_recipe(out / RECIPE)
-    for seed in about["seeds"]:
+    for seed in asked["seeds"]:
         run = out / f"seed-{seed}"
         if is_run(run):
             resume(run, data=data)
         else:
-            train(about["model"], dataclasses.replace(recipe, seed=seed, data=data or recipe.data), run)
-    return _summary(out, about["seeds"])
+            train(asked["model"], dataclasses.replace(recipe, seed=seed, data=data or recipe.data), run)
+    return _summary(out, asked["seeds"])
 
 
 def gather_seeds(out: str | Path) -> dict[str, Any]:
@@ -85,16 +85,21 @@ def gather_seeds(out: str | Path) -> dict[str, Any]:
     if not runs:
         raise UserError(f"{out} has no finished run seed-<seed>: train one, or name another folder")
     recipes = [load_recipe(run / RECIPE) for run in runs]
-    abouts = [open_run(run) for run in runs]
+    environments = [open_run(run) for run in runs]
     same = [
-        (about["model"], about["images"], about["label_names"], dataclasses.replace(recipe, seed=0, data=""))
-        for about, recipe in zip(abouts, recipes, strict=True)
+        (
+            environment["model"],
+            environment["images"],
+            environment["label_names"],
+            dataclasses.replace(recipe, seed=0, data=""),
+        )
+        for environment, recipe in zip(environments, recipes, strict=True)
     ]
     for run, one in zip(runs, same, strict=True):
         if one != same[0]:
             raise UserError(f"{run} and {runs[0]} differ in more than the seed: take one of them away")
     seeds = sorted(recipe.seed for recipe in recipes)
-    _announce(abouts[0]["model"], recipes[0], out, seeds)
+    _announce(environments[0]["model"], recipes[0], out, seeds)
     return _summary(out, seeds)
 
 

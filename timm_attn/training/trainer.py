@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import gc
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -22,20 +21,22 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from ..errors import UserError
-from . import checkpoint, curves
+from ..files import write_json
+from . import checkpoint
 from .augment import seed_everything
 from .batches import Batch, Batches, Shard
 from .evaluation import evaluate, sum_dtype
+from .history import History
 from .network import freeze_backbone, load_teacher
 from .optim import learning_rate, make_criterion, make_mixup, make_optimizer, make_scheduler
+from .processes import keep_freed_memory
 from .progress import Bar
 from .recipe import Recipe
-from .run import CURVES, METRICS, RESULTS, STEPS, append_line, read_lines, save_model, write_lines
-from .setup import Splits, keep_freed_memory
+from .run import RESULTS, save_model
 from .signals import Interrupted, Signals
+from .splits import Splits
 
 OnStep = Callable[[int], None]
-DRAW_SECONDS = 15.0  # drawing takes about half a second
 
 
 class Trainer:
@@ -61,16 +62,26 @@ class Trainer:
         splits: Splits,
         on_step: OnStep | None,
     ) -> None:
-        self.accelerator, self.name, self.recipe, self.run = accelerator, name, recipe, run
-        self.on_step, self.splits = on_step, splits
-        self.main, device = accelerator.is_main_process, accelerator.device
-        self.console = Console(quiet=not self.main)
+        self.accelerator = accelerator
+        self.name = name
+        self.recipe = recipe
+        self.run = run
+        self.splits = splits
+        self.on_step = on_step
+        self.signals = Signals()
+        self.console = Console(quiet=not accelerator.is_main_process)
+        title = f"{name} on {Path(recipe.data).name}, seed {recipe.seed}"
+        self.history = History(run, title, writes=accelerator.is_main_process)
+        device = accelerator.device
+
         shard = Shard(device, accelerator.process_index, accelerator.num_processes)
         config: dict[str, Any] = resolve_model_data_config(network)
         self.batches = Batches(splits.train, recipe, config, shard)
         self.eval_batches = Batches(splits.eval, recipe, config, shard)
         self.test_batches = Batches(splits.test, recipe, config, shard) if splits.test else None
         self.steps = recipe.epoch_steps or self.batches.steps
+        self.mixup = make_mixup(recipe, len(splits.train.label_names))
+
         if recipe.sync_bn:
             if device.type != "cuda":
                 raise UserError("--sync-bn needs GPUs: PyTorch has no SyncBatchNorm for CPUs")
@@ -82,28 +93,38 @@ class Trainer:
         self.wrapped, self.optimizer = accelerator.prepare(network, optimizer)
         self.model = torch.compile(self.wrapped) if recipe.compile else self.wrapped
         self.network: nn.Module = accelerator.unwrap_model(self.wrapped)
+        self.trained = [p for p in self.network.parameters() if p.requires_grad]
+        self.clipped = self.trained
+        if recipe.clip_mode == "agc":
+            self.clipped = [p for p in model_parameters(self.network, exclude_head=True) if p.requires_grad]
         self.ema = None
         if recipe.ema_decay is not None:
             self.ema = ModelEmaV3(self.network, recipe.ema_decay, use_warmup=recipe.ema_warmup)
+
         self.aux_scales = [b for key, b in self.network.named_buffers() if key.endswith("aux_scale")]
-        self.mixup = make_mixup(recipe, len(splits.train.label_names))
         self.criterion = make_criterion(recipe, mixed=self.mixup is not None).to(device)
         self.teacher = None
         if recipe.teacher is not None:
             self.teacher = load_teacher(recipe.teacher, splits.train.label_names, network, recipe).to(device)
-        self.trained = [p for p in self.network.parameters() if p.requires_grad]
-        agc = model_parameters(self.network, exclude_head=True)
-        self.clipped = [p for p in agc if p.requires_grad] if recipe.clip_mode == "agc" else self.trained
+
         self.step = 0
         self.part_shape: torch.Size | None = None  # of the images that go through the network at a time
         # Of the epoch: loss, correct predictions, images, images that stood in for corrupt ones.
         self.sums = torch.zeros(4, dtype=sum_dtype(device), device=device)
         # Of the first step that went wrong: its number, loss, gradient norm, learning rate.
         self.trouble = torch.full((4,), math.inf, dtype=sum_dtype(device), device=device)
-        self.metrics: list[dict[str, Any]] = []
-        self.log: list[dict[str, Any]] = []
-        self.signals = Signals()
-        self.drawn = time.perf_counter()
+
+    def state(self) -> checkpoint.State:
+        """What a checkpoint holds; every process must ask."""
+        sums = self._reduce(self.sums)
+        scaler = self.accelerator.scaler
+        return checkpoint.State(
+            step=self.step,
+            model=self.network.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            ema={} if self.ema is None else self.ema.module.state_dict(),
+            progress={"sums": sums, "scaler": None if scaler is None else scaler.state_dict()},
+        )
 
     def restore(self, state: checkpoint.State) -> None:
         """Take up a checkpoint."""
@@ -113,21 +134,16 @@ class Trainer:
             self.ema.module.load_state_dict(state.ema)
         self.step = state.step
         sums = torch.tensor(state.progress["sums"], dtype=self.sums.dtype, device=self.sums.device)
-        self.sums = sums if self.main else torch.zeros_like(sums)
+        self.sums = sums if self.accelerator.is_main_process else torch.zeros_like(sums)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.progress["scaler"])
-        self.metrics, self.log = (
-            [line for line in read_lines(self.run / name) if line["step"] <= self.step]
-            for name in (METRICS, STEPS)
-        )
 
     def run_to_end(self) -> dict[str, Any]:
         """Train what is left, then write the finished model; returns the run's results."""
         recipe = self.recipe
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
-        if self.main:
-            write_lines(self.run / STEPS, self.log)
+        self.history.start(self.step)
         if recipe.track:
             fields = {key: str(value) for key, value in dataclasses.asdict(recipe).items()}
             self.accelerator.init_trackers(self.name, fields)
@@ -139,7 +155,7 @@ class Trainer:
         ):
             # A run that was stopped before an evaluation begins with that.
             try:
-                for epoch in range(len(self.metrics), recipe.epochs):
+                for epoch in range(len(self.history.epochs), recipe.epochs):
                     self._epoch(epoch, batches, bar)
             except torch.OutOfMemoryError as error:
                 if self.part_shape is None:  # not even the first batch
@@ -150,9 +166,9 @@ class Trainer:
             if reason:  # here, where the error no longer holds what has been computed
                 raise UserError(self._out_of_memory(reason))
         results = self._results()
-        if self.main:
-            self._draw()
-            checkpoint.write_json(self.run / RESULTS, results)
+        if self.accelerator.is_main_process:
+            self.history.draw()
+            write_json(self.run / RESULTS, results)
             save_model(self.averaged, self.run, self.splits.train.label_names)
         self.accelerator.wait_for_everyone()
         for tracker in self.accelerator.trackers:  # end_training would end the process group, too
@@ -165,6 +181,39 @@ class Trainer:
         return self.network if self.ema is None else self.ema.module
 
     def _epoch(self, epoch: int, batches: Iterator[Batch], bar: Bar) -> None:
+        """Train an epoch, or what is left of it, evaluate, and write both down."""
+        started = time.perf_counter()
+        images_per_second = self._train(epoch, batches, bar)
+        loss, correct, images, skipped = self._reduce(self.sums)
+        self._share_buffers()
+        evaluated = evaluate(self.averaged, self.eval_batches, self.accelerator)
+        if not math.isfinite(evaluated["loss"]):
+            raise UserError(
+                f"the evaluation loss after step {self.step} is {evaluated['loss']}, though the training "
+                f"loss is {loss / images:.4g}: the norms' running statistics are far from the batches'. "
+                f"Lower --lr (it was {self.recipe.lr}). {self._last_checkpoint()}"
+            )
+        line = {
+            "epoch": epoch + 1,
+            "step": self.step,
+            "lr": learning_rate(self.optimizer),
+            "train_loss": loss / images,
+            "train_top1": 100 * correct / images,
+            **evaluated,
+            "images_per_second": images_per_second,
+            "seconds": time.perf_counter() - started,
+        }
+        if self.recipe.on_corrupt == "skip":
+            line["skipped_images"] = int(skipped) + self.splits.train.skipped
+        bar.epoch(line)
+        self.history.add_epoch(line)
+        self._track(line)
+        self._save()
+        if epoch + 1 < self.recipe.epochs:
+            self._check_signal(saved=True)
+
+    def _train(self, epoch: int, batches: Iterator[Batch], bar: Bar) -> float:
+        """The steps of an epoch that are left; images per second of all processes."""
         recipe = self.recipe
         if self.step == epoch * self.steps:
             self.sums.zero_()
@@ -173,7 +222,8 @@ class Trainer:
             norm.eval()
         if self.mixup is not None:
             self.mixup.mixup_enabled = not recipe.mixup_off_epoch or epoch < recipe.mixup_off_epoch
-        started, start_step = time.perf_counter(), self.step
+        started = time.perf_counter()
+        first = self.step
         while self.step < (epoch + 1) * self.steps:
             loss, norm = self._update(batches)
             self.step += 1
@@ -186,7 +236,7 @@ class Trainer:
                 self._check_trouble()
                 self._check_signal(saved=False)
             if logged:
-                self._log(epoch, loss, norm, (self.step - start_step) * recipe.batch_size, started)
+                self._log(epoch, loss, norm, (self.step - first) * recipe.batch_size, started)
             if (
                 recipe.checkpoint_every
                 and self.step % recipe.checkpoint_every == 0
@@ -194,43 +244,13 @@ class Trainer:
             ):
                 self._save()
         self._check_signal(saved=False)  # before the evaluation, which may take long
-        seconds = time.perf_counter() - started
-        loss, correct, images, skipped = self._reduce(self.sums)
-        left_out = self.splits.train.skipped
         self._check_trouble()
-        self._share_buffers()
-        evaluated = evaluate(self.averaged, self.eval_batches, self.accelerator)
-        if not math.isfinite(evaluated["loss"]):
-            raise UserError(
-                f"the evaluation loss after step {self.step} is {evaluated['loss']}, though the training "
-                f"loss is {loss / images:.4g}: the norms' running statistics are far from the batches'. "
-                f"Lower --lr (it was {recipe.lr}). {self._last_checkpoint()}"
-            )
-        line = {
-            "epoch": epoch + 1,
-            "step": self.step,
-            "lr": learning_rate(self.optimizer),
-            "train_loss": loss / images,
-            "train_top1": 100 * correct / images,
-            **({"skipped_images": int(skipped) + left_out} if recipe.on_corrupt == "skip" else {}),
-            **evaluated,
-            "images_per_second": (self.step - start_step) * recipe.batch_size / seconds,
-            "seconds": time.perf_counter() - started,
-        }
-        bar.epoch(line)
-        self.metrics.append(line)
-        if self.main:
-            write_lines(self.run / METRICS, self.metrics)
-            if time.perf_counter() - self.drawn > DRAW_SECONDS:
-                self._draw()
-        self._track(line)
-        self._save()
-        if epoch + 1 < recipe.epochs:
-            self._check_signal(saved=True)
+        return (self.step - first) * recipe.batch_size / (time.perf_counter() - started)
 
     def _update(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
         """One optimiser step; this process's loss and the gradient's norm."""
-        recipe, parts = self.recipe, self.recipe.accumulation
+        recipe = self.recipe
+        parts = recipe.accumulation
         self.scheduler.step_update(self.step)
         scaler = self.accelerator.scaler
         for scale in self.aux_scales:  # for the loss that a model adds itself, which the scaler does not see
@@ -258,16 +278,20 @@ class Trainer:
                 torch.nn.utils.clip_grads_with_norm_(self.clipped, recipe.clip_grad, norm)
             else:
                 dispatch_clip_grad(self.clipped, recipe.clip_grad, mode=recipe.clip_mode)
-        # With a scaler infinite gradients are usual: it passes over the step.
-        fine = total.isfinite() if scaler is not None else total.isfinite() & norm.isfinite()
-        step, rate = (torch.full_like(total, n) for n in (self.step + 1, learning_rate(self.optimizer)))
-        now = torch.stack([step, total, norm, rate])
-        self.trouble = torch.where(fine | self.trouble[0].isfinite(), self.trouble, now.to(self.trouble))
+        self._note_trouble(total, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.network, self.step + 1)
         return total, norm
+
+    def _note_trouble(self, loss: Tensor, norm: Tensor) -> None:
+        """Remember the first step that goes wrong, without waiting for a GPU."""
+        # With a scaler infinite gradients are usual: it passes over the step.
+        fine = loss.isfinite() if self.accelerator.scaler is not None else loss.isfinite() & norm.isfinite()
+        step, rate = (torch.full_like(loss, n) for n in (self.step + 1, learning_rate(self.optimizer)))
+        now = torch.stack([step, loss, norm, rate]).to(self.trouble)
+        self.trouble = torch.where(fine | self.trouble[0].isfinite(), self.trouble, now)
 
     def _loss(self, logits: Tensor, images: Tensor, targets: Tensor) -> Tensor:
         if self.teacher is None:
@@ -355,8 +379,7 @@ class Trainer:
             "grad_norm": norm.item() if norm.isfinite() else None,  # JSON has no infinity
             "images_per_second": images / (time.perf_counter() - started),
         }
-        if self.main:
-            append_line(self.run / STEPS, line)
+        self.history.add_step(line)
         self._track(line)
 
     def _track(self, line: dict[str, Any]) -> None:
@@ -365,19 +388,13 @@ class Trainer:
 
     def _save(self) -> None:
         self._check_trouble()
-        sums = self._reduce(self.sums)
         if not self._finite():
             raise UserError(
                 f"the weights or running statistics became infinite by step {self.step}: lower --lr (it was "
                 f"{self.recipe.lr}), clip with --clip-grad, or try --precision no. {self._last_checkpoint()}"
             )
-        if self.main:
-            scaler = self.accelerator.scaler
-            progress = {"sums": sums, "scaler": scaler.state_dict() if scaler is not None else None}
-            ema = {} if self.ema is None else self.ema.module.state_dict()
-            state = checkpoint.State(
-                self.step, self.network.state_dict(), self.optimizer.state_dict(), ema, progress
-            )
+        state = self.state()
+        if self.accelerator.is_main_process:
             checkpoint.save(self.run, state, self.recipe.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
@@ -389,14 +406,15 @@ class Trainer:
 
     def _results(self) -> dict[str, Any]:
         """Figures of the last epoch; the best epoch's are there for comparison, under their own name."""
-        last = self.metrics[-1]
-        figures, split = last, self.splits.eval.name
+        last = self.history.epochs[-1]
+        figures = last
+        split = self.splits.eval.name
         if self.test_batches is not None:
             assert self.splits.test is not None
             self._share_buffers()
             split = self.splits.test.name
             figures = evaluate(self.averaged, self.test_batches, self.accelerator)
-        best = max(self.metrics, key=lambda line: line["top1"])
+        best = max(self.history.epochs, key=lambda line: line["top1"])
         return {
             "split": split,
             "epoch": last["epoch"],
@@ -404,24 +422,3 @@ class Trainer:
             "weights": "average" if self.ema else "last step",
             "best_epoch": {"epoch": best["epoch"], "split": self.splits.eval.name, "top1": best["top1"]},
         }
-
-    def _draw(self) -> None:
-        last = self.metrics[-1]
-        title = (
-            f"{self.name} on {Path(self.recipe.data).name}, seed {self.recipe.seed}, epoch {last['epoch']}"
-        )
-        curves.draw(self.metrics, title, self.run / CURVES)
-        self.drawn = time.perf_counter()
-
-
-def take_up(run: Path, accelerator: Accelerator) -> checkpoint.State | None:
-    """The newest intact checkpoint of a run, or None; damaged ones are named and removed."""
-    state, damaged = checkpoint.load_last(run)
-    accelerator.wait_for_everyone()
-    for folder, problem in damaged.items():
-        accelerator.print(f"warning: {folder} is damaged ({problem}): passed over and removed")
-        if accelerator.is_main_process:  # or it would count among those that are kept
-            shutil.rmtree(folder)
-    if state is None:
-        accelerator.print(f"{run} has no intact checkpoint: starting again from step 0")
-    return state

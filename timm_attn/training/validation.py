@@ -13,9 +13,10 @@ from .batches import Batches, Shard
 from .data import Split, load_split
 from .evaluation import evaluate
 from .labels import match_classes
+from .processes import make_accelerator, own_accelerate_state
 from .progress import track
 from .recipe import Recipe
-from .setup import make_accelerator, own_accelerate_state, split_options
+from .splits import split_options
 
 
 def evaluation_split(model: Any, recipe: Recipe, config: dict[str, Any]) -> Split:

@@ -61,7 +61,7 @@ def fetch(repo_id: str, filename: str, revision: str | None = None, sha256: str 
     if constants.is_offline_mode():
         raise WeightsError(_advice(repo_id, filename, revision, "HF_HUB_OFFLINE is set", damaged))
     try:
-        about = get_hf_file_metadata(
+        metadata = get_hf_file_metadata(
             hf_hub_url(repo_id, filename, revision=revision, endpoint=constants.ENDPOINT),
             timeout=PATIENCE,
             library_name="timm_attn",
@@ -80,7 +80,7 @@ def fetch(repo_id: str, filename: str, revision: str | None = None, sha256: str 
                 f"{server} refuses your token for {repo_id}: log in with `hf auth login`, or unset HF_TOKEN"
             ) from None
         raise WeightsError(_advice(repo_id, filename, revision, _reason(error), damaged)) from None
-    want = sha256 or (about.etag if re.fullmatch("[0-9a-f]{64}", about.etag or "") else None)
+    want = sha256 or (metadata.etag if re.fullmatch("[0-9a-f]{64}", metadata.etag or "") else None)
     try:
         path = Path(
             hf_hub_download(

@@ -107,8 +107,8 @@ def checkpoints() -> tuple[Checkpoint, ...]:
 
 def _by_tag(architecture: str) -> dict[str, Checkpoint]:
     """Tag to checkpoint; one that was trained as it is comes before one that was made from another."""
-    own = [c for c in checkpoints() if c.architecture == architecture]
-    return {c.tag: c for c in sorted(own, key=lambda c: c.derived_from is not None)}
+    known = [c for c in checkpoints() if c.architecture == architecture]
+    return {c.tag: c for c in sorted(known, key=lambda c: c.derived_from is not None)}
 
 
 def pretrained_cfgs(architecture: str) -> dict[str, dict[str, Any]]:

@@ -1,10 +1,9 @@
-"""What stands before the first step: processes, memory and splits."""
+"""What a run needs of its machine: a compiler, memory, and Accelerate for its processes."""
 
 import contextlib
 import ctypes
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,6 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs
 
 from ..errors import UserError
-from .augment import generator
-from .data import Split, load_split
-from .labels import match_classes
 from .recipe import Recipe
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -33,31 +29,6 @@ def check_compiler(device: torch.device) -> None:
             f"torch.compile does not work on this machine ({type(error).__name__}: {reason}): install a C++ "
             "compiler, or leave out --compile"
         ) from error
-
-
-@dataclass(frozen=True)
-class Splits:
-    """What a run reads.
-
-    Attributes:
-        train: Trained on.
-        eval: Evaluated after each epoch.
-        test: Evaluated once, after the last epoch; None where ``eval`` is the reported split.
-    """
-
-    train: Split
-    eval: Split
-    test: Split | None = None
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Number of images by split."""
-        return {split.name: len(split) for split in (self.train, self.eval, self.test) if split}
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """Digests of labels and images by split."""
-        return {split.name: split.fingerprint for split in (self.train, self.eval, self.test) if split}
 
 
 def make_accelerator(precision: str, **kwargs: Any) -> Accelerator:
@@ -129,48 +100,3 @@ def recipe_accelerator(recipe: Recipe, run: Path) -> Accelerator:
             f"make batch_size a multiple of {2 * parts}"
         )
     return accelerator
-
-
-def split_options(recipe: Recipe, size: tuple[int, int] | None) -> dict[str, Any]:
-    """What a recipe says to ``load_split`` of any split; ``size`` is width and height."""
-    return {
-        "size": size,
-        "image_column": recipe.image_column,
-        "label_column": recipe.label_column,
-        "skip_corrupt": recipe.on_corrupt == "skip",
-        "config": recipe.data_config,
-        "revision": recipe.data_revision,
-    }
-
-
-def load_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
-    """The splits of a recipe, with the same classes and decoded the same way."""
-    options = split_options(recipe, (recipe.img_size, recipe.img_size) if recipe.img_size else None)
-    # The first process of each machine fills the cache of decoded images, the others read it.
-    with accelerator.local_main_process_first():
-        train_split = load_split(recipe.data, "train", recipe.train_split, **options)
-        # Both the same way: the evaluated images are brought to the size of those trained on.
-        if train_split.pixels is None:
-            options["encoded"] = True
-        else:
-            height, width = train_split.pixels.shape[1:3]
-            options["size"] = (width, height)
-        eval_split = load_split(recipe.data, "eval", recipe.eval_split, **options)
-    for split in (train_split, eval_split):
-        if split.skipped:
-            accelerator.print(f"warning: {split.skipped} corrupt images of {split.name} are left out")
-    match_classes(eval_split, train_split.label_names)
-    if not recipe.val_fraction:
-        return Splits(train_split, eval_split)
-    held_out = round(len(train_split) * recipe.val_fraction)
-    if not 0 < held_out < len(train_split):
-        raise UserError(
-            f"val_fraction {recipe.val_fraction} holds out {held_out} of {len(train_split)} images"
-        )
-    order = torch.randperm(len(train_split), generator=generator("held out"))
-    name = train_split.name
-    return Splits(
-        train_split.select(order[held_out:].sort().values, name),
-        train_split.select(order[:held_out].sort().values, f"{name}, held out"),
-        eval_split,
-    )

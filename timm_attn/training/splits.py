@@ -1,0 +1,108 @@
+"""The splits of a recipe, and what they settle of it."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from ..errors import UserError
+from .augment import generator
+from .data import Split, load_split
+from .labels import match_classes
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a run reads.
+
+    Attributes:
+        train: Trained on.
+        eval: Evaluated after each epoch.
+        test: Evaluated once, after the last epoch; None where ``eval`` is the reported split.
+    """
+
+    train: Split
+    eval: Split
+    test: Split | None = None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of images by split."""
+        return {split.name: len(split) for split in (self.train, self.eval, self.test) if split}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Digests of labels and images by split."""
+        return {split.name: split.fingerprint for split in (self.train, self.eval, self.test) if split}
+
+
+def split_options(recipe: Recipe, size: tuple[int, int] | None) -> dict[str, Any]:
+    """What a recipe says to ``load_split`` of any split; ``size`` is width and height."""
+    return {
+        "size": size,
+        "image_column": recipe.image_column,
+        "label_column": recipe.label_column,
+        "skip_corrupt": recipe.on_corrupt == "skip",
+        "config": recipe.data_config,
+        "revision": recipe.data_revision,
+    }
+
+
+def load_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
+    """The splits of a recipe, with the same classes and decoded the same way."""
+    options = split_options(recipe, (recipe.img_size, recipe.img_size) if recipe.img_size else None)
+    # The first process of each machine fills the cache of decoded images, the others read it.
+    with accelerator.local_main_process_first():
+        train_split = load_split(recipe.data, "train", recipe.train_split, **options)
+        # Both the same way: the evaluated images are brought to the size of those trained on.
+        if train_split.pixels is None:
+            options["encoded"] = True
+        else:
+            height, width = train_split.pixels.shape[1:3]
+            options["size"] = (width, height)
+        eval_split = load_split(recipe.data, "eval", recipe.eval_split, **options)
+    for split in (train_split, eval_split):
+        if split.skipped:
+            accelerator.print(f"warning: {split.skipped} corrupt images of {split.name} are left out")
+    match_classes(eval_split, train_split.label_names)
+    if not recipe.val_fraction:
+        return Splits(train_split, eval_split)
+    held_out = round(len(train_split) * recipe.val_fraction)
+    if not 0 < held_out < len(train_split):
+        raise UserError(
+            f"val_fraction {recipe.val_fraction} holds out {held_out} of {len(train_split)} images"
+        )
+    order = torch.randperm(len(train_split), generator=generator("held out"))
+    name = train_split.name
+    return Splits(
+        train_split.select(order[held_out:].sort().values, name),
+        train_split.select(order[:held_out].sort().values, f"{name}, held out"),
+        eval_split,
+    )
+
+
+def resolve_recipe(recipe: Recipe, split: Split, cfg: dict[str, Any] | None) -> Recipe:
+    """The recipe with the defaults that depend on the data, and on the weights that it starts from."""
+    if cfg is not None:
+        mean, std = cfg["mean"], cfg["std"]
+    elif split.pixels is not None:
+        mean, std = split.statistics()
+        if recipe.std is None and min(std) < 1e-4:
+            raise UserError(
+                f"the images of {recipe.data} are constant in a channel: repair them, or give --std"
+            )
+    else:
+        mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return dataclasses.replace(
+        recipe,
+        # A run may be resumed and exported from another folder.
+        data=str(Path(recipe.data).resolve()) if Path(recipe.data).is_dir() else recipe.data,
+        mean=recipe.mean or tuple(round(m, 4) for m in mean),
+        std=recipe.std or tuple(round(s, 4) for s in std),
+        hflip=recipe.hflip if recipe.hflip is not None else recipe.data != "digits",
+    )
