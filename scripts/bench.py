@@ -269,7 +269,7 @@ def measure(
 def compiled(model: nn.Module) -> Callable:
     """A network compiled.
 
-    All share their forward method, and with it PyTorch's limit of eight programs, past which it stays eager.
+    All share their forward method, and with it PyTorch's limit of programs, past which it stays eager.
     """
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         return torch.compile(model, isolate_recompiles=True)

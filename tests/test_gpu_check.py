@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import ROOT, script
 
-CHECKS = ("numerics resnet50 se", "fold convnext_tiny asr", "graft convnext_tiny asr", "sync bn, two")
+CHECKS = ("numerics resnet50 asr", "fold convnext_tiny asr", "graft convnext_tiny asr", "sync bn, two")
 
 
 def test_a_part_of_it_passes_here_and_only_what_failed_is_run_again(tmp_path):
@@ -19,13 +19,13 @@ def test_a_part_of_it_passes_here_and_only_what_failed_is_run_again(tmp_path):
     report = json.loads(out.read_text())
     checks = report["checks"]
     assert {name for name, found in checks.items() if found.get("passed")} == {
-        *(f"numerics resnet50 se {precision}" for precision in ("fp32", "bf16")),
+        *(f"numerics resnet50 asr {precision}" for precision in ("fp32", "bf16")),
         "fold convnext_tiny asr",
         "graft convnext_tiny asr",
     }
     assert "left_out" in checks["sync bn, two processes"]
     # A precision that is not in force would show: half precision is far from float32, and float32 is near.
-    fp32, bf16 = (checks[f"numerics resnet50 se {precision}"] for precision in ("fp32", "bf16"))
+    fp32, bf16 = (checks[f"numerics resnet50 asr {precision}"] for precision in ("fp32", "bf16"))
     for figure in ("error", "gradients"):
         assert 0 < 100 * fp32[figure] < bf16[figure]
     assert 0 < fp32["training_gradients"] < 1e-4
