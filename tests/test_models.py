@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from forked import run_code
-from helpers import IMAGENET, MECHANISMS, narrow, parameters, python, randomise
+from helpers import IMAGENET, MECHANISMS, narrow, parameters, randomise
 
 import timm_attn
 from timm_attn.models.backbones import Backbone
@@ -207,7 +207,8 @@ def test_scripts_run_with_the_models_registered(tmp_path):
     script.write_text(
         "import sys, timm\nassert __name__ == '__main__'\nprint(timm.is_model('resnet50_dia'), sys.argv)"
     )
-    result = python("-m", "timm_attn", str(script), "--flag", "1")
+    code = "import runpy\nrunpy.run_module('timm_attn', run_name='__main__', alter_sys=True)"
+    result = run_code(code, str(script), "--flag", "1")
     assert result.stdout.split(maxsplit=1) == ["True", f"{[str(script), '--flag', '1']}\n"], result.stderr
 
 
