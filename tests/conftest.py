@@ -19,16 +19,7 @@ for _name in ("TIMM_ATTN_HUB", "HF_TOKEN", "HF_ENDPOINT"):
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import datasets
 import pytest
-import torch
-from helpers import BLANK
-
-from timm_attn.training import curves
-
-datasets.disable_progress_bars()
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 #: Files whose tests compute nothing that another CPU could compute otherwise; `make test-kernels` leaves them out.
 NO_NUMBERS = {
@@ -65,8 +56,17 @@ def pytest_collection_modifyitems(items) -> None:
 def blank_pictures():
     """Runs in this process leave a blank picture: drawing curves takes longer than a small run.
 
-    test_curves.py draws.
+    test_curves.py draws. Imported here, since the process that only hands out tests to workers needs nothing.
     """
+    import datasets
+    import torch
+    from helpers import BLANK
+
+    from timm_attn.training import curves
+
+    datasets.disable_progress_bars()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("draw", "draw_seeds"):
             patch.setattr(curves, name, lambda lines, title, path: path.write_bytes(BLANK))

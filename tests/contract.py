@@ -46,8 +46,9 @@ class Case:
         return narrow(self.name, **kwargs) if self.small else timm.create_model(self.name, **kwargs)
 
     def build_shallow(self):
-        """For what takes a time in proportion to the number of blocks; a block follows another."""
-        return self.build(**{"layers": [2, *[1] * (self.stages - 1)]} if self.small else {})
+        """For what takes a time in proportion to the number of blocks; DIA's state goes from one to the next."""
+        first = 2 if parse_name(self.name)[1] == "dia" else 1
+        return self.build(**{"layers": [first, *[1] * (self.stages - 1)]} if self.small else {})
 
     def images(self, batch: int = 2, channels: int = 3):
         return noise(batch, channels, 32 if self.cifar else 64, torch.Generator().manual_seed(1))

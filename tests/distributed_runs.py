@@ -18,8 +18,9 @@ from pathlib import Path
 import accelerate  # noqa: F401 (imported before the processes part)
 import datasets  # noqa: F401
 import sklearn.datasets  # noqa: F401
+from helpers import BLANK
 
-from timm_attn.training import Recipe, resume, train
+from timm_attn.training import Recipe, curves, resume, train
 from timm_attn.training.run import is_run
 
 
@@ -78,4 +79,5 @@ def launch(runs: list[dict]) -> int:
 
 
 if __name__ == "__main__":
+    curves.draw = lambda lines, title, path: path.write_bytes(BLANK)  # as conftest.py has it
     print(json.dumps([launch(runs) for runs in json.loads(sys.argv[1])]))

@@ -3,11 +3,13 @@
 Imports nothing of this project: what a snippet imports, it imports itself.
 """
 
+import contextlib
 import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
@@ -24,17 +26,40 @@ def _run(code: str, arguments: tuple[str, ...], env: dict[str, str], cwd: str, o
     exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
 
 
-def run_code(
+class Started:
+    """A process; ``result`` when it has ended, with its output as text."""
+
+    pid: int
+    result: subprocess.CompletedProcess
+
+
+@contextlib.contextmanager
+def started(
     code: str, *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None
-) -> subprocess.CompletedProcess:
-    """``python -c code arguments``; output is captured as text. Paths for imports are this process's."""
+) -> Iterator[Started]:
+    """``python -c code arguments``, and what is done meanwhile. Paths for imports are this process's."""
+    found = Started()
     with tempfile.TemporaryDirectory() as output:
         settings = (code, arguments, {**os.environ, **(env or {})}, str(cwd or Path.cwd()), output)
         process = _context.Process(target=_run, args=settings)
         process.start()
-        process.join(300)
+        found.pid = process.pid or 0
+        try:
+            yield found
+            process.join(300)
+        finally:
+            if process.exitcode is None:
+                process.kill()
         if process.exitcode is None:
-            process.kill()
             raise subprocess.TimeoutExpired(code, 300)
         stdout, stderr = (Path(output, name).read_text() for name in ("stdout", "stderr"))
-    return subprocess.CompletedProcess(code, process.exitcode, stdout, stderr)
+    found.result = subprocess.CompletedProcess(code, process.exitcode, stdout, stderr)
+
+
+def run_code(
+    code: str, *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess:
+    """``python -c code arguments``; output is captured as text. Paths for imports are this process's."""
+    with started(code, *arguments, env=env, cwd=cwd) as process:
+        pass
+    return process.result

@@ -3,12 +3,14 @@
 import gc
 import weakref
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import timm
 import torch
 from reference.dia import dia_cell
 from safetensors.torch import save_file
+from timm.models import metaformer, mlp_mixer
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -29,18 +31,33 @@ FAMILIES = {
     "mobilenetv4_conv_small_035": {},
     "mobilenetv3_small_050": {},
     "test_byobnet": {},
-    "test_vit": {},
-    "test_vit2": {},
+    "test_vit": {"depth": 3, "img_size": 64},
+    "test_vit2": {"depth": 3, "img_size": 64},
     "deit3_small_patch16_224": SMALL,
-    "swin_tiny_patch4_window7_224": {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "img_size": 56},
-    "maxvit_rmlp_pico_rw_256": {"img_size": 64},
+    "swin_tiny_patch4_window7_224": {"embed_dim": 16, "depths": (2, 1), "num_heads": (2, 2), "img_size": 56},
+    "maxvit_rmlp_pico_rw_256": {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dim": (32, 32, 32, 64)},
     "seresnet18": {"layers": [2, 1, 1, 1], "channels": [16, 32, 32, 32]},
     "repvgg_a0": {},
-    "caformer_s18": {},
-    "levit_128s": {},
+    "caformer_s18": {"depths": (1, 1, 1, 1), "dims": (16, 32, 64, 96)},
+    "levit_128s": {"embed_dim": (32, 48, 64), "key_dim": 16, "num_heads": (2, 2, 2), "depth": (1, 1, 1)},
     "cait_xxs24_224": {"depth": 2, "embed_dim": 48, "num_heads": 2, "img_size": 64},
-    "coat_tiny": {"img_size": 64, "serial_depths": (1, 1, 1, 1), "parallel_depth": 1},
-    "resmlp_12_224": {"img_size": 64},
+    "coat_tiny": {"img_size": 64, "serial_depths": [1] * 4, "parallel_depth": 1, "embed_dims": [64] * 4},
+    "resmlp_12_224": {"img_size": 64, "num_blocks": 2, "embed_dim": 48},
+}
+#: Whose entry points take no sizes: what they call, with what they give it.
+MAKERS = {
+    "caformer_s18": partial(
+        metaformer._create_metaformer,
+        token_mixers=[metaformer.SepConv] * 2 + [metaformer.Attention] * 2,
+        norm_layers=[metaformer.LayerNorm2dNoBias] * 2 + [metaformer.LayerNormNoBias] * 2,
+    ),
+    "resmlp_12_224": partial(
+        mlp_mixer._create_mixer,
+        patch_size=16,
+        mlp_ratio=4,
+        block_layer=mlp_mixer.ResBlock,
+        norm_layer=mlp_mixer.Affine,
+    ),
 }
 MAPS = ("test_convnext", "test_vit", "swin_tiny_patch4_window7_224", "mobilenetv3_small_050")
 
@@ -50,7 +67,7 @@ def build(name: str, **kwargs) -> nn.Module:
     sizes = {**FAMILIES.get(name, {}), **kwargs}
     if "img_size" not in sizes and not timm.get_pretrained_cfg(name).fixed_input_size:
         sizes["pretrained_cfg_overlay"] = {"input_size": (3, 64, 64)}
-    return timm.create_model(name, num_classes=7, **sizes)
+    return MAKERS.get(name, timm.create_model)(name, num_classes=7, **sizes)
 
 
 @torch.no_grad()
@@ -245,7 +262,7 @@ def test_layer_scales_fold_into_the_layers_before_them(name, attention):
 
 @pytest.mark.parametrize(
     ("name", "mechanism"),
-    [("test_vit", "dia"), ("swin_tiny_patch4_window7_224", "dia"), ("mobilenetv3_small_050", "asr")],
+    [("test_vit", "dia"), ("swin_tiny_patch4_window7_224", "dia"), ("test_byobnet", "asr")],
 )
 def test_compiled_exported_and_checkpointed(name, mechanism):
     model = shaken(timm_attn.attach(build(name).double(), mechanism))
@@ -267,7 +284,7 @@ def test_compiled_exported_and_checkpointed(name, mechanism):
 
 
 def test_gates_on_norms_are_compiled_copied_and_pickled_as_weights(tmp_path):
-    model = shaken(timm_attn.attach(build("mobilenetv3_small_050").double(), "asr", where="norms"))
+    model = shaken(timm_attn.attach(build("test_byobnet").double(), "asr", where="norms"))
     x = images(model)
     expected = model(x)
     torch.testing.assert_close(deepcopy(model)(x), expected)
@@ -389,15 +406,27 @@ class Wrapped(nn.parallel.DistributedDataParallel):
             "asr takes no detla: its options are delta",
         ),
         (lambda: build("test_vit"), "asr", {"delta": 0}, ValueError, "ASR delta must be at least 1, got 0"),
-        (lambda: timm.create_model("vgg11"), "dia", {}, ValueError, "no residual branch .* where='norms'"),
         (
-            lambda: timm.create_model("vgg11"),
+            lambda: timm.create_model("vgg11", device="meta"),
+            "dia",
+            {},
+            ValueError,
+            "no residual branch .* where='norms'",
+        ),
+        (
+            lambda: timm.create_model("vgg11", device="meta"),
             "asr",
             {"where": "norms"},
             ValueError,
             "no norm layer with a weight",
         ),
-        (lambda: timm.create_model("mixer_s32_224"), "asr", {}, ValueError, "takes in a constant gate"),
+        (
+            lambda: timm.create_model("mixer_s32_224", device="meta"),
+            "asr",
+            {},
+            ValueError,
+            "takes in a constant gate",
+        ),
         (
             lambda: timm_attn.attach(build("test_vit"), "dia"),
             "asr",

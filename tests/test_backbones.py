@@ -32,9 +32,9 @@ def test_the_page_runs(block):
 
 #: One of each class that timm has for feature maps.
 SIZES = {
-    "resnet18": {},
-    "convnext_atto": {},
-    "vit_tiny_patch16_224": {"img_size": 64},
+    "resnet18": {"layers": [2, 1, 1, 1], "channels": [16, 16, 24, 32]},
+    "convnext_atto": {"depths": [2, 1, 1, 1], "dims": [8, 16, 24, 32]},
+    "vit_tiny_patch16_224": {"img_size": 64, "embed_dim": 48},
     "mobilenetv4_conv_small": {},
     "efficientnet_b0": {},
 }

@@ -1,13 +1,12 @@
 """The command line, as people type it."""
 
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from helpers import python
+from forked import run_code
 from test_data import corrupt, empty_split, no_image, out_of_range, write
 
 from timm_attn import cli
@@ -127,14 +126,13 @@ def test_a_data_set_smaller_than_a_batch(tmp_path, capsys):
 
 
 def test_the_installed_command_and_the_module_are_one(tmp_path):
-    result = python("-m", "timm_attn", "list", "resnet20_dia", cwd=tmp_path)
+    code = "import runpy\nrunpy.run_module('timm_attn', run_name='__main__', alter_sys=True)"
+    result = run_code(code, "list", "resnet20_dia", cwd=tmp_path)
     assert result.returncode == 0 and "resnet20_dia" in result.stdout, result.stderr
     command = os.path.join(os.path.dirname(os.sys.executable), "timm-attn")
     if os.path.exists(command):
-        assert (
-            subprocess.run([command, "list", "resnet20_dia"], capture_output=True, text=True).stdout
-            == result.stdout
-        )
+        code = f"import runpy\nrunpy.run_path({command!r}, run_name='__main__')"
+        assert run_code(code, "list", "resnet20_dia", cwd=tmp_path).stdout == result.stdout
 
 
 def test_recipe_with_an_equals_sign(tmp_path, monkeypatch):

@@ -1,10 +1,10 @@
 """Two processes on gloo: exact resume, the same maths as one process, every image counted once."""
 
 import json
-import os
 
 import pytest
-from helpers import ROOT, python, timeless
+from forked import run_code
+from helpers import ROOT, timeless
 from safetensors.torch import load_file
 
 from timm_attn.training import Recipe, train
@@ -83,8 +83,7 @@ def launched(tmp_path_factory):
         [run("killed_bf16", half)],
     ]
     program = str(ROOT / "tests" / "distributed_runs.py")
-    env = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
-    result = python(program, json.dumps(launches), env=env)
+    result = run_code(f"import runpy\nrunpy.run_path({program!r}, run_name='__main__')", json.dumps(launches))
     # Those with a kill break off.
     assert result.returncode == 0 and json.loads(result.stdout.splitlines()[-1]) == [0, 1, 1, 0], (
         result.stderr
@@ -138,13 +137,12 @@ def test_two_processes_and_accumulation_compute_what_one_batch_computes(accumula
 
 def test_the_command_line_by_accelerate_launch(tmp_path):
     # --multi_gpu is what makes it start several processes; on a machine without GPUs they are CPU processes.
-    launch = (
-        "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    )
+    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
     train = "--dynamo_backend no -m timm_attn train resnet20_dia --data digits --img-size 8 --epochs 1"
     options = "--seeds 0 1 --track tensorboard --model-kwargs channels=[8,8,8] layers=[1,1,1]"
     command = [*launch.split(), *train.split(), "--out", str(tmp_path / "a"), *options.split()]
-    result = python(*command, cwd=ROOT)
+    code = "import runpy\nrunpy.run_module('accelerate.commands.launch', run_name='__main__', alter_sys=True)"
+    result = run_code(code, *command, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("epoch   1") == 2
     seeds = seed_runs(tmp_path / "a")

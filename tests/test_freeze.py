@@ -249,7 +249,7 @@ def test_kept_gates_stay_and_agreement_serves_without_labels(trained):
 
 def test_a_runs_tail_goes_first():
     model = lively(narrow("resnet20_dia", layers=[3, 1, 1]))
-    report = timm_attn.freeze(model, coloured(340), every=True, keep=["layer1.1.*"])
+    report = timm_attn.freeze(model, coloured(340, 8), every=True, keep=["layer1.1.*"])
     stays = {gate.path: gate.where for gate in report.gates if not gate.frozen}
     assert stays == {
         "layer1.0.drop_path": "layer1.1.drop_path, which stays, reads its cell",
@@ -262,7 +262,7 @@ def test_a_runs_tail_goes_first():
 @pytest.mark.parametrize("name", ["seresnet18", "mobilenetv3_small_050", "resnet20_dia"])
 def test_what_is_left_is_built_by_name(name, tmp_path):
     model = lively(NETWORKS[name][0]())
-    x = coloured(340)
+    x = coloured(340, 16)
     whole = timm_attn.freeze(model, x, every=True)
     part = timm_attn.freeze(model, x, every=True, keep=[whole.gates[0].path])
     for report in (whole, part):
@@ -279,7 +279,7 @@ def test_what_is_left_is_built_by_name(name, tmp_path):
 
 
 def test_recovery_is_asked_for_more_gates_until_the_budget_ends(trained):
-    x = coloured(400)
+    x = coloured(400, 16)
     with torch.no_grad():
         labels = trained(x).argmax(1)
     asked = []
@@ -485,7 +485,7 @@ def test_the_report_is_json(tmp_path):
 def test_a_network_that_was_changed_is_not_called_what_it_was():
     model = lively(narrow_timm("seresnet18", channels=[8, 16, 16, 24], layers=[1] * 4))
     model.maxpool = nn.Identity()  # as for small images; no key tells
-    x = coloured(400)
+    x = coloured(400, 16)
     for keep in ([], ["layer1.*"]):
         report = timm_attn.freeze(model, x, every=True, keep=keep)
         assert not report.loads and isinstance(report.model.maxpool, nn.Identity)
@@ -512,7 +512,7 @@ def test_gates_one_after_the_other():
 def test_a_kept_end_of_a_run_keeps_what_feeds_it_in_curves_and_recovery_too():
     model = lively(narrow("resnet20_dia", layers=[2, 1, 1]))
     report = timm_attn.freeze(
-        model, coloured(400), every=True, keep=["layer1.1.*"], curves=True, recover=lambda network: network
+        model, coloured(400, 8), every=True, keep=["layer1.1.*"], curves=True, recover=lambda network: network
     )
     assert [gate.frozen for gate in report.gates] == [False, False, True, True]
     assert [n for n, *_ in report.curves["depth"]] == [0, 1, 2]

@@ -1,5 +1,6 @@
 """Hub folders: exported, found by name, loaded by plain timm, published to a server on loopback."""
 
+import dataclasses
 import json
 import shutil
 import statistics
@@ -83,8 +84,9 @@ def test_index_agrees_with_files_and_cards(hub):
 
 def test_of_several_seeds_the_median_is_exported_and_all_are_measured(tmp_path):
     runs = tmp_path / "runs"
-    train_seeds("resnet20_asr", RECIPE, runs, (0, 1, 2))
-    found = [validate(load_model(str(runs / f"seed-{seed}")), RECIPE)["top1"] for seed in range(3)]
+    recipe = dataclasses.replace(RECIPE, model_kwargs=("layers=[1,1,1]",))
+    train_seeds("resnet20_asr", recipe, runs, (0, 1, 2))
+    found = [validate(load_model(str(runs / f"seed-{seed}")), recipe)["top1"] for seed in range(3)]
     for n, place in ((3, 1), (2, 0)):  # of two the lower one
         tops = found[:n]
         (runs / "seeds.json").write_text(json.dumps({"model": "resnet20_asr", "seeds": [*range(n)]}))

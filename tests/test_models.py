@@ -6,11 +6,13 @@ import pytest
 import timm
 import torch
 from forked import run_code
-from helpers import IMAGENET, MECHANISMS, narrow, parameters, python, randomise
+from helpers import IMAGENET, MECHANISMS, narrow, parameters, randomise
 
 import timm_attn
 from timm_attn.models.backbones import Backbone
 
+#: Before any test, as some register names of their own.
+NAMES, ATTACHED = timm_attn.model_names(), timm.list_models(module="attached")
 #: Of other families, written out like IMAGENET.
 OTHERS = [
     *("regnetx_008", "regnety_016", "efficientnet_b0", "efficientnet_b1", "tf_efficientnetv2_b0"),
@@ -179,10 +181,8 @@ def test_every_mechanism_is_on_every_backbone():
     expected |= {b + m for b in cifar + preact for m in ("", "_se")} | {b + m for b in OTHERS for m in own}
     expected |= {b.replace("resn", "fmmn") for b in resnets}
     expected |= {"prefmmnet164", "wrn52_4_fmm", "wrn28_10_fmm"}
-    # Other tests register names of their own.
-    assert {name for name in timm_attn.model_names() if not name.startswith("test_")} == expected
+    assert set(NAMES) == set(ATTACHED) == expected
     assert expected <= set(timm.list_models())
-    assert {n for n in timm.list_models(module="attached") if not n.startswith("test_")} == expected
     assert not expected & set(timm.list_models(module="resnet"))
 
 
@@ -208,7 +208,8 @@ def test_scripts_run_with_the_models_registered(tmp_path):
     script.write_text(
         "import sys, timm\nassert __name__ == '__main__'\nprint(timm.is_model('resnet50_dia'), sys.argv)"
     )
-    result = python("-m", "timm_attn", str(script), "--flag", "1")
+    code = "import runpy\nrunpy.run_module('timm_attn', run_name='__main__', alter_sys=True)"
+    result = run_code(code, str(script), "--flag", "1")
     assert result.stdout.split(maxsplit=1) == ["True", f"{[str(script), '--flag', '1']}\n"], result.stderr
 
 

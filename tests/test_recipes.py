@@ -6,8 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from forked import started
 from helpers import Stopped, flip_last_bit, same, stop_at, timeless
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -62,7 +61,14 @@ OPTIONS = {
     "adafactor": {"opt": "adafactorbv", "lr": 1e-3, "sched": "poly"},
     "lookahead": {"opt": "lookahead_sgd", "sched": "tanh"},
     "onecycle": {"sched": "onecycle", "warmup_epochs": 0.5, "clip_grad": 0.5, "clip_mode": "value"},
-    "augment": {"reprob": 0.5, "aa": "rand-m5-mstd0.5", "hflip": True, "workers": 0, "epochs": 1},
+    "augment": {
+        "reprob": 0.5,
+        "aa": "rand-m5-mstd0.5",
+        "hflip": True,
+        "workers": 0,
+        "batch_size": 64,
+        "epoch_steps": 3,
+    },
     "step": {"sched": "step", "decay_epochs": (1,), "decay_rate": 0.5, "warmup_lr": 0.01},
     "held out": {"val_fraction": 0.2, "decay_norms": True},
 }
@@ -322,20 +328,14 @@ def test_a_signal_to_all_processes_leaves_the_workers_alone(tmp_path):
     write(tmp_path / "d", split="test", images=images)
     command = ["train", "resnet20", "--data", data, "--img-size", "72", "--batch-size", "4", "--workers", "2"]
     command += ["--epochs", "500", "--checkpoint-every", "1", "--out", "a", "--model-kwargs", *WIDER]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "timm_attn", *command],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.time() + 120
-    while not list(tmp_path.glob("a/step-*")) and time.time() < deadline:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGTERM)  # as torchrun, `timeout` and schedulers do
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130 and "a checkpoint is written" in errors, errors
+    code = "import os, sys; os.setsid(); from timm_attn.cli import main; main(sys.argv[1:])"
+    with started(code, *command, cwd=tmp_path) as process:
+        deadline = time.time() + 120
+        while not list(tmp_path.glob("a/step-*")) and time.time() < deadline:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGTERM)  # as torchrun, `timeout` and schedulers do
+    result = process.result
+    assert result.returncode == 130 and "a checkpoint is written" in result.stderr, result.stderr
 
 
 def test_an_infinite_evaluation_stops_a_run_whose_training_is_finite(tmp_path, monkeypatch):

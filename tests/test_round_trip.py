@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from test_labels import INT, STRING, parquet
 
 from timm_attn.cli import main
@@ -57,12 +58,9 @@ def test_any_argument_of_any_network_is_read_again(architecture, tmp_path, capsy
 
 
 NAMES = {
-    "empty": ["", "b", "c"],
-    "long": ["a" * 3000, "b", "c"],
-    "tab": ["a\tb", "a b", "c"],
+    "empty, long and tab": ["", "a" * 3000, "a\tb", "a b"],
     "line break": ["a\nb", "a\r\nb", "c"],
-    "markup": ["[bold]", "<b>&amp;", "| a |"],
-    "other scripts": ["ἄνθραξ", "蟻", "🐜"],
+    "markup and other scripts": ["[bold]", "<b>&amp;", "| a |", "蟻🐜ἄ"],
 }
 
 
@@ -104,7 +102,8 @@ def test_what_could_not_be_read_is_refused_before_the_first_step(kwargs, names, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_small_file_does_not_make_a_large_network(tmp_path):
+def test_a_small_file_does_not_make_a_large_network(tmp_path, monkeypatch):
+    monkeypatch.setattr("timm_attn.weights.config.MOST_MODULES", 5_000)  # to make 50,000 takes seconds
     run = tmp_path / "run"
     main(["train", "resnet20", *data(tmp_path / "d"), "--out", str(run), *recipe("layers=[1,1,1]")])
     config = json.loads((run / "config.json").read_text())
@@ -113,3 +112,13 @@ def test_a_small_file_does_not_make_a_large_network(tmp_path):
         (run / "config.json").write_text(json.dumps(config))
         with pytest.raises(WeightsError, match="these are not its weights"):
             read_folder(run)
+
+
+def test_a_network_that_was_counted_is_compared_with_each_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("timm_attn.weights.config._SPARE", 0)
+    model = timm.create_model("resnet20", layers=[1, 1, 1])
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    assert read_folder(tmp_path)["architecture"] == "resnet20"
+    save_file({"fc.bias": torch.zeros(10)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match="holds 10 values, .* these are not its weights"):
+        read_folder(tmp_path)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from forked import run_code
 from helpers import python
 from PIL import Image
 
@@ -45,8 +46,8 @@ def test_no_command_warns_of_what_is_right(tmp_path):
         for number in range(4):
             gradient.convert("RGB").save(tmp_path / "pictures" / folder / f"{number}.png")
     env = {"TIMM_ATTN_HUB": str(tmp_path / "hub"), "HF_HOME": str(tmp_path / "cache")}
-    for code in (USE, "import timm, timm_attn; timm.create_model('resnet20_asr', pretrained=True)"):
-        done = python("-c", code, cwd=tmp_path, env=env)
+    load = "import timm, timm_attn; timm.create_model('resnet20_asr', pretrained=True)"
+    for done in (python("-c", USE, cwd=tmp_path, env=env), run_code(load, cwd=tmp_path, env=env)):
         assert done.returncode == 0 and not done.stderr, done.stderr
         assert "warn" not in done.stdout.lower(), done.stdout
 

@@ -5,15 +5,13 @@ import math
 import os
 import platform
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import timm
 import torch
 import yaml
-from forked import run_code
+from forked import run_code, started
 from helpers import Stopped, flip_last_bit, found, same, stop_at, timeless
 from safetensors.torch import load_file
 
@@ -69,7 +67,10 @@ def test_a_run_leaves_what_it_says(run):
 
 
 def test_training_learns(tmp_path):
-    recipe = Recipe(data="digits", img_size=16, crop_padding=2, batch_size=64, epochs=4, lr=0.2)
+    small = ("channels=[16,16,16]", "layers=[1,1,1]")
+    recipe = Recipe(
+        data="digits", img_size=8, crop_padding=1, batch_size=64, epochs=4, lr=0.2, model_kwargs=small
+    )
     metrics = train("resnet20_asr", recipe, tmp_path / "a")
     assert metrics["top1"] > 50, metrics
     first, *_, last = read_metrics(tmp_path / "a")
@@ -108,26 +109,14 @@ def test_a_stopped_run_ends_in_the_same_bits(stopped, precision, tmp_path):
 
 
 def test_a_killed_run_goes_on(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "timm_attn",
-        "train",
-        "resnet20_asr",
-        "--data",
-        "digits",
-        "--img-size",
-        "8",
-    ]
+    command = ["train", "resnet20_asr", "--data", "digits", "--img-size", "8"]
     command += ["--epochs", "50", "--checkpoint-every", "3", "--out", "a", "--model-kwargs", *TINY]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
-    try:
+    code = "import sys; from timm_attn.cli import main; main(sys.argv[1:])"
+    with started(code, *command, cwd=tmp_path) as process:
         deadline = time.time() + 120
         while not list(tmp_path.glob("a/step-*")) and time.time() < deadline:
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
-    finally:
-        process.wait()
     newest = max(int(p.name.split("-")[1]) for p in tmp_path.glob("a/step-*"))
     steps = []
 

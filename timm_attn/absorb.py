@@ -97,7 +97,7 @@ def _plan(model: nn.Module, gates: list[Gate], images: Tensor) -> dict[Gate, tup
                 continue
             x, y = maps[id(module)]
             if len(readers.get(x.grad_fn, [])) == 1:
-                found = scaling_parameters(x, names)[1]
+                found = scaling_parameters(x, names, readers)[1]
                 if found:
                     plan[gate] = "rows", found, found[0].rpartition(".")[0]
                     continue

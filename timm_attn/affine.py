@@ -1,9 +1,14 @@
 """Which parameters scale the channels of a tensor, read off the graph that autograd recorded."""
 
 import re
+from functools import cache
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+#: Which nodes read a node of the graph, and at which place.
+Readers = dict[Any, list[tuple[Any, int]]]
 
 #: Nodes of one input that pass a positive scale of channels on. A pooled or moved channel keeps its scale.
 _PASS = re.compile(
@@ -28,16 +33,24 @@ _LEAF = "torch::autograd::AccumulateGrad"
 _CHANNELS_LAST = {"NativeLayerNorm", "FusedRmsNorm", "Addmm", "Mm", "Linear"}
 
 
+@cache
+def _plain(name: str) -> str:
+    return re.sub(r"Backward\d*$", "", name).lstrip("_")
+
+
 def _kind(node: Any) -> str:
-    return re.sub(r"Backward\d*$", "", node.name()).lstrip("_")
+    return _plain(node.name())
 
 
-def scaling_parameters(x: Tensor, names: dict[int, str], skipped: str | None = None) -> tuple[int, list[str]]:
+def scaling_parameters(
+    x: Tensor, names: dict[int, str], readers: Readers, skipped: str | None = None
+) -> tuple[int, list[str]]:
     """Axis of the channels of x, and the leaves that scale them when each is scaled along its first axis.
 
     Args:
         x: B × C × H × W, B × N × C or B × H × W × C, as a network has computed it from leaves.
         names: Names of the leaves, by their ``id``.
+        readers: From ``consumers``, of a graph that x is in.
         skipped: Name of one that is not to be chosen.
 
     Returns:
@@ -47,7 +60,7 @@ def scaling_parameters(x: Tensor, names: dict[int, str], skipped: str | None = N
     axis = -1 if x.dim() == 3 or _channels_last(x) else 1
     skip = next((key for key, name in names.items() if name == skipped), None)
     chosen = _nearest(x.grad_fn, x.shape[axis], skip)
-    if not chosen or _degree(x.grad_fn, {id(leaf) for leaf in chosen}) != 1:
+    if not chosen or _degree(x.grad_fn, chosen, readers) != 1:
         return axis, []
     return axis, [names[id(leaf)] for leaf in chosen if id(leaf) in names]
 
@@ -127,18 +140,25 @@ def _gain(node: Any, channels: int, skip: int | None) -> Any:
     return _leaf(_inputs(node)[1], channels, skip)
 
 
-def _degree(root: Any, chosen: set[int]) -> int | None:
+def _degree(root: Any, chosen: list[Any], readers: Readers) -> int | None:
     """With which power a scale of the chosen leaves comes out of a node; None if with none of its own."""
-    known: dict[Any, int | None] = {None: 0}
+    waiting = [get_gradient_edge(leaf).node for leaf in chosen]
+    reached = set(waiting)  # the rest of the graph, most of it, has the power 0
+    while waiting:
+        above = {reader for reader, _ in readers.get(waiting.pop(), [])} - reached
+        reached |= above
+        waiting += above
+    ids = {id(leaf) for leaf in chosen}
+    known: dict[Any, int | None] = {}
     waiting = [root]
     while waiting:
         node = waiting[-1]
-        missing = [source for source in _inputs(node) if source not in known]
+        missing = [source for source in _inputs(node) if source in reached and source not in known]
         if missing:
             waiting += missing
         else:
             waiting.pop()
-            known[node] = _power(node, [known[source] for source in _inputs(node)], chosen)
+            known[node] = _power(node, [known.get(source, 0) for source in _inputs(node)], ids)
     return known[root]
 
 
@@ -167,25 +187,29 @@ def _power(node: Any, powers: list[int | None], chosen: set[int]) -> int | None:
     return powers[0] if _PASS.fullmatch(kind) else None
 
 
-def consumers(roots: list[Any]) -> dict[Any, list[tuple[Any, int]]]:
-    """Which nodes read each node of the graph of some outputs, and at which place."""
-    found: dict[Any, list[tuple[Any, int]]] = {}
-    waiting, known = list(roots), set(roots)
+def consumers(roots: list[Any], found: Readers | None = None) -> Readers:
+    """Which nodes read each node of the graph of some outputs, and at which place.
+
+    Args:
+        roots: Nodes of the outputs.
+        found: Of other outputs of the same graph; those of these are added.
+    """
+    found = {} if found is None else found
+    waiting = [root for root in dict.fromkeys(roots) if root not in found]
+    found |= {root: [] for root in waiting}
     while waiting:
         node = waiting.pop()
         for place, source in enumerate(_inputs(node)):
             if source is None:
                 continue
-            found.setdefault(source, []).append((node, place))
-            if source not in known:
-                known.add(source)
+            if source not in found:
+                found[source] = []
                 waiting.append(source)
+            found[source].append((node, place))
     return found
 
 
-def reading_weights(
-    node: Any, channels: int, readers: dict[Any, list[tuple[Any, int]]]
-) -> list[tuple[Any, int]]:
+def reading_weights(node: Any, channels: int, readers: Readers) -> list[tuple[Any, int]]:
     """The weights that a node's channels are multiplied by next, if every reader of it is a layer.
 
     Args:

@@ -17,7 +17,7 @@ import torch
 from timm.models import get_model_traits
 from torch import Tensor, nn
 
-from .affine import scaling_parameters
+from .affine import Readers, consumers, scaling_parameters
 
 _SLOT = re.compile(r"(?:(\w+)_)?drop_path(\d*)")
 #: Attention that ends a branch, in timm's ResNets and ByobNets. It does not let a scale of its input through.
@@ -158,8 +158,9 @@ def _probe(model: nn.Module, images: Any) -> dict[Any, tuple[Branch | None, int]
             torch.enable_grad(),
         ):
             holders = _holders(model)
+            readers: Readers = {}
             hooks = [
-                slot.register_forward_pre_hook(_watch(model, path, name, names, found, holders))
+                slot.register_forward_pre_hook(_watch(model, path, name, names, found, holders, readers))
                 for path, name, slot in places
             ]
             try:
@@ -185,7 +186,13 @@ def _probe(model: nn.Module, images: Any) -> dict[Any, tuple[Branch | None, int]
 
 
 def _watch(
-    model: nn.Module, path: str, name: str, names: dict[int, str], found: dict, holders: Counter[int]
+    model: nn.Module,
+    path: str,
+    name: str,
+    names: dict[int, str],
+    found: dict,
+    holders: Counter[int],
+    readers: Readers,
 ) -> Any:
     prefix = f"{path}." if path else ""
 
@@ -194,13 +201,14 @@ def _watch(
         before, calls = found.get((path, name), (None, 0))
         branch = None
         if isinstance(x, Tensor) and x.dim() in (3, 4):
-            axis, leaves = scaling_parameters(x, names)
+            consumers([x.grad_fn] if x.grad_fn else [], readers)
+            axis, leaves = scaling_parameters(x, names, readers)
             whole = _within(prefix, leaves)
             if _shared(model.get_submodule(path), whole, holders):
                 whole = ()
             channels, size = x.shape[axis], x[0].numel()
             tokens = _prefix(model, path, x.shape[1]) if x.dim() == 3 and axis == -1 else 0
-            scaled = scaling_parameters(x, names, leaves[0])[1] if len(leaves) == 1 else []
+            scaled = scaling_parameters(x, names, readers, leaves[0])[1] if len(leaves) == 1 else []
             inner = _within(prefix, scaled)
             branch = Branch(path, name, channels, axis, size // channels, x.shape[0], tokens, whole, inner)
             if calls and branch == before:  # one gate serves both if both take it in

@@ -45,6 +45,8 @@ def read_config(path: Path) -> dict[str, Any]:
 MOST_MODULES = 50_000
 #: Values that a network may hold besides four times those of its file: tables made at loading.
 _SPARE = 100_000_000
+#: Values and modules of the networks that have been built to be counted, by entry point and arguments.
+_SIZES: dict[Any, tuple[int, int]] = {}
 
 
 class _TooLarge(Exception):
@@ -54,14 +56,20 @@ class _TooLarge(Exception):
 def check_size(config: dict[str, Any], weights: Path) -> None:
     """Raise a WeightsError if the network of a config.json would be far larger than the file of its weights.
 
-    It is built without memory, and given up as soon as that is seen.
+    It is built without memory, and given up as soon as that is seen; once for the same arguments.
     """
     architecture, arguments = config["architecture"], config.get("model_args") or {}
     if not timm.is_model(architecture):
         return  # whoever builds it says so
     with safe_open(weights, framework="pt") as file:
         held = sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    arguments = {"num_classes": config["num_classes"], **arguments}
     thread, values, modules = threading.get_ident(), 0, 0
+    key = timm.model_entrypoint(architecture), repr(sorted(arguments.items()))
+
+    def check() -> None:
+        if values > 4 * held + _SPARE or modules > MOST_MODULES:
+            raise _TooLarge
 
     def count(module: nn.Module, name: str, value: Any) -> None:
         nonlocal values, modules
@@ -69,8 +77,7 @@ def check_size(config: dict[str, Any], weights: Path) -> None:
             return
         modules += isinstance(value, nn.Module)
         values += value.numel() if torch.is_tensor(value) else 0
-        if values > 4 * held + _SPARE or modules > MOST_MODULES:
-            raise _TooLarge
+        check()
 
     hooks = [
         register(count)
@@ -80,13 +87,17 @@ def check_size(config: dict[str, Any], weights: Path) -> None:
             register_module_module_registration_hook,
         )
     ]
-    arguments = {"num_classes": config["num_classes"], **arguments}
     try:
+        if key in _SIZES:
+            values, modules = _SIZES[key]
+            check()
+            return
         try:
             timm.create_model(architecture, device="meta", **arguments)
         except TypeError:  # not every registered network takes a device
             with torch.device("meta"):
                 timm.create_model(architecture, **arguments)
+        _SIZES[key] = values, modules
     except _TooLarge:
         raise WeightsError(
             f"{weights} holds {held:,} values, far fewer than {architecture} with {str(arguments)[:200]} "
