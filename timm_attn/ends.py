@@ -415,7 +415,7 @@ class GatedNorm:
 
     @torch.no_grad()
     def scale(self, gate: Tensor) -> None:
-        """Multiply the layer's parameter weight and bias."""
+        """Multiply the layer's own weight and bias."""
         for name in ("weight", "bias"):
             parameter = self._parameters.get(name)
             if parameter is not None:

@@ -54,21 +54,31 @@ class _TooLarge(Exception):
 
 
 def check_size(config: dict[str, Any], weights: Path) -> None:
-    """Raise a WeightsError if the network of a config.json would be far larger than the file of its weights.
-
-    It is built without memory, and given up as soon as that is seen; once for the same arguments.
-    """
+    """Raise a WeightsError if the network of a config.json is far larger than the file of its weights."""
     architecture, arguments = config["architecture"], config.get("model_args") or {}
     if not timm.is_model(architecture):
         return  # whoever builds it says so
     with safe_open(weights, framework="pt") as file:
         held = sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     arguments = {"num_classes": config["num_classes"], **arguments}
-    thread, values, modules = threading.get_ident(), 0, 0
+    try:
+        _check_network(architecture, arguments, 4 * held + _SPARE)
+    except _TooLarge:
+        raise WeightsError(
+            f"{weights} holds {held:,} values, far fewer than {architecture} with {str(arguments)[:200]} "
+            "has: these are not its weights"
+        ) from None
+    except Exception:  # what else is wrong with the arguments, whoever builds it says
+        return
+
+
+def _check_network(architecture: str, arguments: dict[str, Any], most_values: int) -> None:
+    """Build a network without memory, and give it up with ``_TooLarge`` as soon as it is."""
     key = timm.model_entrypoint(architecture), repr(sorted(arguments.items()))
+    thread, values, modules = threading.get_ident(), 0, 0
 
     def check() -> None:
-        if values > 4 * held + _SPARE or modules > MOST_MODULES:
+        if values > most_values or modules > MOST_MODULES:
             raise _TooLarge
 
     def count(module: nn.Module, name: str, value: Any) -> None:
@@ -79,6 +89,9 @@ def check_size(config: dict[str, Any], weights: Path) -> None:
         values += value.numel() if torch.is_tensor(value) else 0
         check()
 
+    if key in _SIZES:
+        values, modules = _SIZES[key]
+        return check()
     hooks = [
         register(count)
         for register in (
@@ -88,26 +101,15 @@ def check_size(config: dict[str, Any], weights: Path) -> None:
         )
     ]
     try:
-        if key in _SIZES:
-            values, modules = _SIZES[key]
-            check()
-            return
         try:
             timm.create_model(architecture, device="meta", **arguments)
         except TypeError:  # not every registered network takes a device
             with torch.device("meta"):
                 timm.create_model(architecture, **arguments)
-        _SIZES[key] = values, modules
-    except _TooLarge:
-        raise WeightsError(
-            f"{weights} holds {held:,} values, far fewer than {architecture} with {str(arguments)[:200]} "
-            "has: these are not its weights"
-        ) from None
-    except Exception:  # what else is wrong with the arguments, whoever builds it says
-        return
     finally:
         for hook in hooks:
             hook.remove()
+    _SIZES[key] = values, modules
 
 
 def check_weights(path: Path) -> None:
