@@ -83,7 +83,9 @@ def freeze_accuracy() -> str:
             cells += [gates, "{:.2f} ± {:.2f} ({})".format(*figures) if figures else ""]
         table.append(cells)
     header = ["model", "budget (points)", "gates frozen, by seed", "top-1 lost (points), mean ± std (n)"]
-    return _table([*header, f"gates frozen, with {steps} steps of recovery", "top-1 lost, with recovery"], table)
+    return _table(
+        [*header, f"gates frozen, with {steps} steps of recovery", "top-1 lost, with recovery"], table
+    )
 
 
 def freeze_speed() -> str:
@@ -135,7 +137,14 @@ def comparison() -> str:
                 f"{folded.metrics['logit_difference']:.0e}" if folded else "",
             ]
         )
-    header = ["model", "top-1 (%), mean ± std (n)", "behind plain", f"seed {seed} again", "time", "time, folded"]
+    header = [
+        "model",
+        "top-1 (%), mean ± std (n)",
+        "behind plain",
+        f"seed {seed} again",
+        "time",
+        "time, folded",
+    ]
     return _table([*header, "max\\|Δlogit\\| ÷ max\\|logit\\|"], rows)
 
 
