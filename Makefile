@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Workers of the test suite; one thread each.
 JOBS ?= 2
 
-.PHONY: demo test test-all test-kernels test-timm lint dist bench clean
+.PHONY: demo test test-all test-kernels test-timm lint dist docs bench clean
 
 # The environment is made once and again whenever pyproject.toml changes.
 .venv.ok: pyproject.toml
@@ -43,6 +43,12 @@ dist: .venv.ok
 	rm -rf dist
 	$(BIN)/python -m hatchling build -d dist
 	$(PYTHON) scripts/try_wheel.py dist
+
+# The site, into docs/site. In its own environment: it needs nothing of this package's.
+docs:
+	test -x build/docs/bin/python || $(PYTHON) -m venv build/docs
+	build/docs/bin/python -m pip install --quiet "zensical>=0.0.50" "mkdocstrings[python]>=1.0"
+	cd docs && ../build/docs/bin/zensical build --clean --strict -f zensical.toml
 
 bench: .venv.ok
 	$(BIN)/python scripts/bench_import.py

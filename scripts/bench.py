@@ -2,8 +2,13 @@
 
     python scripts/bench.py infer --out hub/results/bench_infer.csv
     python scripts/bench.py train --data uoft-cs/cifar10 --out hub/results/bench_train.json
-    python scripts/bench.py infer --device cuda --out hub/results/bench_infer_gpu.csv
-    python scripts/bench.py train --device cuda --parts full_speed --data uoft-cs/cifar10 --out gpu_train.json
+
+On a GPU that is lent for ten minutes at a time, each of these again until it says that nothing is left:
+
+    python scripts/bench.py infer --device cuda --seconds 480 --out gpu_infer.csv
+    python scripts/bench.py infer --device cuda --seconds 480 --compiled 1 --channels-last 1 \\
+        --models seresnet50 ecaresnet50d resnet50_dia --out gpu_infer.csv
+    python scripts/bench.py train --device cuda --steps 200 --data uoft-cs/cifar10 --out gpu_train.json
 
 Every round times each network once, from another one on each time; a ratio compares two times of the same
 round. The CSV has the column names of timm's results, and one row for each network, condition and baseline.
@@ -12,15 +17,19 @@ Ratios that the file has already are not measured again.
 
 import argparse
 import csv
+import gc
+import inspect
 import itertools
 import json
-import platform
+import math
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +37,14 @@ import bench_draw
 import bench_train
 import timm
 import torch
-from rich.console import Console
-from rich.progress import track
+from bench_timing import console, peak_memory, ratios, rounds, surroundings, tf32, usable_device
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_attn
 from timm_attn.models.deployed import fuse_conv_norms
-from timm_attn.training.run import hardware
-
-console = Console()
+from timm_attn.training.checkpoint import write_json
 
 
 def fused(name: str, **kwargs: Any) -> nn.Module:
@@ -98,77 +104,6 @@ class Condition:
         }
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for what a GPU has been given to do."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Seconds that a call takes: the fastest of a few, as others use the machine too."""
-    times = []
-    for _ in range(repeats):
-        synchronize(device)
-        started = time.perf_counter()
-        call()
-        synchronize(device)
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Matrix products and convolutions of float32 in TF32, or not, on GPUs that have it."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-def peak_memory(call: Callable[[], Any], device: torch.device) -> float | None:
-    """MiB that a GPU holds at most while a call runs, with the networks that wait; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-
-
-def rounds(calls: dict[str, Callable[[], Any]], n: int, repeats: int, device: torch.device) -> dict:
-    """``{name: [seconds in round 1, ...]}``; a first round, which warms up, is thrown away."""
-    names, times = list(calls), {name: [] for name in calls}
-    for i in track(range(n + 1), "rounds", console=console, transient=True):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            times[name].append(seconds(calls[name], device, repeats))
-    return {name: values[1:] for name, values in times.items()}
-
-
-def ratios(times: dict[str, list[float]], name: str, baseline: str) -> dict[str, Any]:
-    """The columns that compare a network with its baseline, round by round."""
-    values = [a / b for a, b in zip(times[name], times[baseline], strict=True)]
-    return {
-        "baseline": baseline,
-        "ratio_min": round(min(values), 4),
-        "ratio_median": round(statistics.median(values), 4),
-        "ratio_max": round(max(values), 4),
-        "rounds": len(values),
-    }
-
-
-def surroundings(device: torch.device) -> dict[str, Any]:
-    """Hardware and versions."""
-    return {
-        "hardware": hardware(),
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name.replace("-", "_"): version(name) for name in ("torch", "timm", "timm-attn")},
-    }
-
-
 def write(path: Path | None, rows: list[dict[str, Any]]) -> None:
     """Append rows to a CSV file."""
     if path is None:
@@ -223,35 +158,42 @@ def assert_stock(size: int) -> None:
 @torch.no_grad()
 def infer(arguments: argparse.Namespace) -> None:
     """Latency at batch 1 and throughput at larger batches, in eval mode."""
-    device = torch.device(arguments.device)
-    size = arguments.img_size
-    sizes = arguments.batch_sizes or ([1, 32, 256] if device.type == "cuda" else [1, 32])
-    precisions = arguments.precisions or ["fp32", *(["tf32"] if device.type == "cuda" else []), "bf16"]
-    assert_stock(size)
-    wanted = {"resnet50", *(arguments.models or INFER)}
-    models = {name: make().eval().to(device) for name, make in INFER.items() if name in wanted}
-    plain = [(name, "resnet50") for name in models]
-    pairs = [*plain, *(pair for pair in INFER_PAIRS if set(pair) <= set(models))]
-    macs = {}
-    for name, model in models.items():
-        with FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, 3, size, size, device=device))
-        macs[name] = counter.get_total_flops() / 2e9
+    started = time.perf_counter()
+    device, size = usable_device(arguments.device), arguments.img_size
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.backends.cudnn.benchmark = True  # as timm's benchmark.py does; the first round chooses
+    else:
+        assert_stock(size)  # the same on every device
+    models = networks({"resnet50", *(arguments.models or INFER)}, device)
+    pairs = [(name, "resnet50") for name in models]
+    pairs += [pair for pair in INFER_PAIRS if set(pair) <= set(models)]
+    macs = {name: multiply_adds(model, size, device) for name, model in models.items()}
     counts = {name: sum(p.numel() for p in model.parameters()) / 1e6 for name, model in models.items()}
-    conditions = itertools.product(sizes, precisions, arguments.channels_last, arguments.compiled)
-    for condition in (Condition(*values) for values in conditions):
+    left, longest = False, 0.0
+    for condition in conditions(arguments, on_gpu):
         columns = {"infer_img_size": size, **condition.columns, **surroundings(device)}
         found = done(arguments.out, columns)
         missing = [pair for pair in pairs if pair not in found]
         if not missing:
             console.print(f"{condition}: in {arguments.out} already")
             continue
+        begun = time.perf_counter()
+        if begun - started + longest > arguments.seconds:
+            left = True
+            break
         names = [name for name in models if any(name in pair for pair in missing)]
-        calls = {name: _forward(models[name], condition, size, device) for name in names}
-        repeats = arguments.repeats if condition.batch_size == 1 else 1
-        with tf32(condition.precision == "tf32"):
-            times = rounds(calls, arguments.rounds, repeats, device)
-            memory = {name: peak_memory(call, device) for name, call in calls.items()}
+        try:
+            times, memory = measure({name: models[name] for name in names}, condition, arguments, device)
+        except torch.OutOfMemoryError as error:
+            console.print(f"{condition}: {str(error).partition('. ')[0]}")
+            times, memory = {}, {}
+        torch.compiler.reset()
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+        if not times:
+            continue
         rows = []
         for name, baseline in missing:
             step = statistics.median(times[name])
@@ -263,7 +205,7 @@ def infer(arguments: argparse.Namespace) -> None:
                     "infer_img_size": size,
                     "infer_gmacs": round(macs[name], 3),
                     "param_count": round(counts[name], 3),
-                    **({"peak_memory_mib": memory[name]} if device.type == "cuda" else {}),
+                    **({"peak_memory_mib": memory[name]} if on_gpu else {}),
                     **condition.columns,
                     **ratios(times, name, baseline),
                     **surroundings(device),
@@ -271,68 +213,136 @@ def infer(arguments: argparse.Namespace) -> None:
             )
         write(arguments.out, rows)
         show(str(condition), rows)
-        torch.compiler.reset()
-    if arguments.out:
+        longest = max(longest, time.perf_counter() - begun)
+    if arguments.out and arguments.out.is_file():
         bench_draw.draw(arguments.out, list(INFER))
+    console.print("time is up: the same command goes on" if left else "nothing is left to measure")
 
 
-def _forward(model: nn.Module, condition: Condition, size: int, device: torch.device) -> Callable:
-    dtype = torch.bfloat16 if condition.precision == "bf16" else torch.float32
+def conditions(arguments: argparse.Namespace, on_gpu: bool) -> Iterator[Condition]:
+    """The conditions asked for, what matters most first, for the time may be short."""
+    # A compilation takes longer than all eager measurements of a network on a GPU: there it is asked for.
+    compiled = arguments.compiled or ([0] if on_gpu else [0, 1])
+    channels_last = arguments.channels_last or ([1, 0] if on_gpu else [0, 1])
+    sizes = arguments.batch_sizes or ([1, 32, 256] if on_gpu else [1, 32])
+    precisions = arguments.precisions or (["bf16", "tf32", "fp32"] if on_gpu else ["fp32", "bf16"])
+    for comp, last, precision, n in itertools.product(compiled, channels_last, precisions, sizes):
+        yield Condition(n, precision, bool(last), bool(comp))
+
+
+def networks(wanted: set[str], device: torch.device) -> dict[str, nn.Module]:
+    """Networks of ``INFER`` on a device; pytorchcv's are left out where that is not installed."""
+    absent = {name for name in wanted if name.startswith("pytorchcv") and not find_spec("pytorchcv")}
+    if absent:
+        console.print(f"pytorchcv is not installed: without {', '.join(absent)}")
+    return {name: make().eval().to(device) for name, make in INFER.items() if name in wanted - absent}
+
+
+def multiply_adds(model: nn.Module, size: int, device: torch.device) -> float:
+    """Multiply-adds of an image, in 10⁹."""
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, size, size, device=device))
+    return counter.get_total_flops() / 2e9
+
+
+def measure(
+    models: dict[str, nn.Module], condition: Condition, arguments: argparse.Namespace, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, float | None]]:
+    """Seconds of every network in every round, and MiB of memory, under a condition."""
+    n, dtype = condition.batch_size, torch.bfloat16 if condition.precision == "bf16" else torch.float32
     layout = torch.channels_last if condition.channels_last else torch.contiguous_format
-    model.to(dtype=dtype, memory_format=layout)  # pyright: ignore[reportCallIssue]
-    images: Tensor = torch.randn(condition.batch_size, 3, size, size, device=device, dtype=dtype)
+    images: Tensor = torch.randn(n, 3, arguments.img_size, arguments.img_size, device=device, dtype=dtype)
     images = images.to(memory_format=layout)
-    # All these networks share their forward method, and with it one limit.
-    network = torch.compile(model, isolate_recompiles=True) if condition.compiled else model
-    return lambda: network(images)
+    calls = {}
+    for name, model in models.items():
+        model.to(dtype=dtype, memory_format=layout)  # pyright: ignore[reportCallIssue]
+        calls[name] = partial(compiled(model) if condition.compiled else model, images)
+    repeats, in_a_row = (arguments.repeats, 1) if n == 1 else (1, 1)
+    if n > 1 and device.type == "cuda":
+        in_a_row = max(3, 320 // n)
+    with tf32(condition.precision == "tf32"):
+        times = rounds(calls, arguments.rounds, repeats, device, in_a_row)
+        memory = {name: peak_memory(call, models[name], device) for name, call in calls.items()}
+    return times, memory
+
+
+def compiled(model: nn.Module) -> Callable:
+    """A network compiled.
+
+    All share their forward method, and with it PyTorch's limit of programs, past which it stays eager.
+    """
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        return torch.compile(model, isolate_recompiles=True)
+    torch._dynamo.config.recompile_limit = 2 * len(INFER)  # an older PyTorch
+    return torch.compile(model)
 
 
 def train(arguments: argparse.Namespace) -> None:
     """Training: end to end against timm's own, every mechanism's step over the plain one's, start-up."""
-    parts = arguments.parts or ["end_to_end", "mechanisms", "start_up"]
-    result: dict[str, Any] = {"surroundings": surroundings(torch.device("cpu"))}
-    if "end_to_end" in parts:
-        rates = bench_train.end_to_end(arguments.data, arguments.rounds, arguments.steps)
-        best = rates["timm_attn bf16"]
-        loader, step = bench_train.loader_alone(arguments.data, 200), 128 / statistics.median(best)
-        result["end_to_end"] = {
-            "images_per_second": {name: _spread(values) for name, values in rates.items()},
-            "times_as_fast_as": {
-                name: _spread([a / b for a, b in zip(best, values, strict=True)])
-                for name, values in rates.items()
-            },
-            "loader_share_of_step": loader / step,
+    device = usable_device(arguments.device)
+    on_cpu = device.type == "cpu"
+    parts = arguments.parts or (
+        ["end_to_end", "mechanisms", "start_up"] if on_cpu else ["full_speed", "mechanisms"]
+    )
+    if "end_to_end" in parts and not on_cpu:
+        sys.exit("end_to_end compares loaders on a CPU: take --device cpu, or other --parts")
+    if on_cpu and torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # for the trainer, here and in other processes
+    result: dict[str, Any] = {"surroundings": surroundings(device)}
+    for part in parts:
+        result |= {
+            "end_to_end": _end_to_end,
+            "mechanisms": _mechanisms,
+            "full_speed": _full_speed,
+            "start_up": _start_up,
+        }[part](arguments, device)
+        if arguments.out:
+            write_json(arguments.out, result)
+    console.print_json(json.dumps(result))
+
+
+def _end_to_end(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    rates = bench_train.end_to_end(arguments.data, arguments.rounds, arguments.steps)
+    best = rates["timm_attn bf16"]
+    loader, step = bench_train.loader_alone(arguments.data, 200), 128 / statistics.median(best)
+    result = {
+        "images_per_second": {name: _spread(values) for name, values in rates.items()},
+        "times_as_fast_as": {
+            name: _spread([a / b for a, b in zip(best, values, strict=True)])
+            for name, values in rates.items()
+        },
+        "loader_share_of_step": loader / step,
+    }
+    return {"end_to_end": result}
+
+
+def _mechanisms(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    result = {}
+    in_a_row = 1 if device.type == "cpu" else 20
+    for (plain, (names, size, batch)), precision in itertools.product(
+        bench_train.MECHANISMS.items(), arguments.precisions
+    ):
+        classes = 10 if plain == "resnet20" else 1000
+        calls = {name: bench_train.step_of(name, size, batch, precision, classes, device) for name in names}
+        with tf32(False):
+            times = rounds(calls, arguments.rounds, 1, device, in_a_row)
+        result[f"{plain}, {size} px, batch {batch}, {precision}"] = {
+            name: ratios(times, name, plain) for name in names
         }
-    if "mechanisms" in parts:
-        result["step_over_plain"] = {}
-        for (plain, (names, size, batch)), precision in itertools.product(
-            bench_train.MECHANISMS.items(), arguments.precisions
-        ):
-            classes = 10 if plain == "resnet20" else 1000
-            calls = {name: bench_train.step_of(name, size, batch, precision, classes) for name in names}
-            times = rounds(calls, arguments.rounds, 1, torch.device("cpu"))
-            result["step_over_plain"][f"{plain}, {size} px, batch {batch}, {precision}"] = {
-                name: ratios(times, name, plain) for name in names
-            }
-    if "full_speed" in parts:
-        result["full_speed"] = bench_train.full_speed(
-            arguments.data,
-            arguments.recipe,
-            arguments.model,
-            torch.device(arguments.device),
-            arguments.steps,
-            arguments.rounds,
-        )
-        result["surroundings"] = surroundings(torch.device(arguments.device))
-    if "start_up" in parts:
-        bench_train.start_up(arguments.data)  # fills the caches
-        result["seconds_to_first_step"] = _spread(
-            [bench_train.start_up(arguments.data) for _ in range(arguments.rounds)]
-        )
-    text = json.dumps(result, indent=1)
-    console.print_json(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    return {"step_over_plain": result}
+
+
+def _full_speed(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    recipe, model, steps = arguments.recipe, arguments.model, arguments.steps
+    return {
+        "full_speed": bench_train.full_speed(arguments.data, recipe, model, device, steps, arguments.rounds)
+    }
+
+
+def _start_up(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    bench_train.start_up(arguments.data)  # fills the caches
+    times = [bench_train.start_up(arguments.data) for _ in range(arguments.rounds)]
+    return {"seconds_to_first_step": _spread(times)}
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -349,8 +359,14 @@ def main() -> None:
     command.add_argument("--models", nargs="+", choices=INFER)
     command.add_argument("--batch-sizes", nargs="+", type=int, help="1 and 32; on a GPU 256, too")
     command.add_argument("--precisions", nargs="+", choices=["fp32", "tf32", "bf16"])
-    command.add_argument("--channels-last", nargs="+", type=int, choices=[0, 1], default=[0, 1])
-    command.add_argument("--compiled", nargs="+", type=int, choices=[0, 1], default=[0, 1])
+    command.add_argument("--channels-last", nargs="+", type=int, choices=[0, 1], help="both")
+    command.add_argument("--compiled", nargs="+", type=int, choices=[0, 1], help="both; on a GPU 0")
+    command.add_argument(
+        "--seconds",
+        type=float,
+        default=math.inf,
+        help="begin no condition that would end after these, if it took as long as the longest so far",
+    )
     command.add_argument("--img-size", type=int, default=224)
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument(

@@ -14,7 +14,10 @@ def draw(path: Path, order: list[str]) -> None:
     by_condition: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for row in rows:
         by_condition.setdefault(tuple(row[key] for key in keys), {})[row["model"]] = row
+    if not by_condition:
+        return
     conditions = list(by_condition.items())
+    slowest = max(float(row["ratio_max"]) for row in rows)
     lines = [conditions[i : i + 4] for i in range(0, len(conditions), 4)]
     names = [[name for name in order if any(name in found for _, found in line)] for line in lines]
     heights = [len(line) + 3 for line in names]
@@ -33,7 +36,7 @@ def draw(path: Path, order: list[str]) -> None:
                 f"batch {size}, {precision}\n{layout}{', compiled' if compiled == '1' else ''}", fontsize=8
             )
             axis.axvline(1, color="black", linewidth=0.8)
-            axis.set_xlim(0.75, 1.8)
+            axis.set_xlim(0.75, max(1.8, slowest + 0.05))
             axis.grid(alpha=0.3)
             axis.tick_params(labelsize=7)
             axis.set_yticks(range(len(names_of_line)), names_of_line)

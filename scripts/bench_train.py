@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from bench_timing import synchronize
 from timm.data import create_loader
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -138,16 +139,19 @@ def loader_alone(data: str, n: int) -> float:
     return statistics.median(times)
 
 
-def step_of(name: str, size: int, batch: int, precision: str, classes: int) -> Callable[[], None]:
+def step_of(
+    name: str, size: int, batch: int, precision: str, classes: int, device: torch.device
+) -> Callable[[], None]:
     """One training step of a network on noise."""
-    model = timm.create_model(name, num_classes=classes).to(memory_format=torch.channels_last).train()
+    model = timm.create_model(name, num_classes=classes).train()
+    model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = create_optimizer_v2(model, "sgd", lr=0.01)
-    images = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
-    labels = torch.randint(classes, (batch,))
+    images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(classes, (batch,), device=device)
     criterion = nn.CrossEntropyLoss()
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = criterion(model(images), labels)
         loss.backward()
         optimizer.step()
@@ -170,11 +174,12 @@ def full_speed(
             raise RuntimeError(f"Accelerate takes {accelerator.device}, not {device}: set ACCELERATE_USE_CPU")
         splits = load_splits(recipe, accelerator)
         network, recipe = build(model, recipe, splits.train)
+        bare: Any = deepcopy(network).to(device).train()  # before Accelerate wraps its forward method
         trainer = Trainer(accelerator, model, network, recipe, Path(folder), splits, None)
         trainer.model.train()
         batches = trainer.batches.train()
         images, labels, _ = next(batches)
-        bare = torch.compile(deepcopy(network)) if recipe.compile else deepcopy(network)
+        bare = torch.compile(bare) if recipe.compile else bare
         optimizer = create_optimizer_v2(bare, recipe.opt, lr=0.01)
         criterion = nn.CrossEntropyLoss()
 
@@ -195,11 +200,11 @@ def full_speed(
         ways = {"trainer": whole_step, "bare step": bare_step}
         rates: dict[str, list[float]] = {name: [] for name in ways}
         for turn, (name, step) in itertools.product(range(n + 1), ways.items()):
-            _wait(device)
+            synchronize(device)
             started = time.perf_counter()
             for _ in range(steps):
                 step()
-            _wait(device)
+            synchronize(device)
             if turn:  # the first compiles
                 rates[name].append(recipe.batch_size * steps / (time.perf_counter() - started))
         batches.close()
@@ -208,11 +213,6 @@ def full_speed(
     return {"model": model, "recipe": recipe_name, "images_per_second": medians, "n": n} | {
         "trainer_over_bare": {"min": min(shares), "median": statistics.median(shares), "max": max(shares)}
     }
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
 
 
 FIRST_STEP = """
@@ -249,5 +249,5 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--recipe", default="cifar_gpu", help="of full_speed")
     command.add_argument("--model", default="resnet20_dia", help="of full_speed")
-    command.add_argument("--steps", type=int, default=40, help="steps of a turn, end to end")
+    command.add_argument("--steps", type=int, default=40, help="of a turn, end to end and full_speed")
     command.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])

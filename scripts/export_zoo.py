@@ -20,7 +20,7 @@ from typing import Any
 
 import timm
 import torch
-from bench import ratios, rounds, surroundings
+from bench_timing import ratios, rounds, surroundings
 from readme_tables import DOCUMENTS, tables
 from rich.console import Console
 from rich.progress import track

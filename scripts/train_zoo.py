@@ -1,9 +1,12 @@
-"""Train the CIFAR networks of the zoo with one recipe, seed by seed; what is finished is skipped.
+"""Train small networks with one recipe, seed by seed; what is finished is skipped.
 
     python scripts/train_zoo.py --data uoft-cs/cifar10
+    python scripts/train_zoo.py --data tinyimagenet32 --recipe tinyimagenet_cpu --results hub/results/tiny \
+        --models resnet20 resnet20_asr resnet20_asr:generator=scale
 
-Runs lie in ``<runs>/<model>/seed-<seed>``; a finished one is copied to the same place under the results, less
-its checkpoints. A run that was stopped goes on where it was, so the script can be run again until nothing is
+A network may have arguments, after colons; they are a part of its name here. Runs lie in
+``<runs>/<model>/seed-<seed>``; a finished one is copied to the same place under the results, less its
+checkpoints. A run that was stopped goes on where it was, so the script can be run again until nothing is
 left; `scripts/export_zoo.py` exports what is finished at any time. A run that breaks off (it diverges, say)
 does not keep the others from being made; the script then ends with status 1.
 
@@ -77,8 +80,11 @@ def refuse_another_recipe(run: Path, asked: Recipe) -> None:
         raise UserError(f"{run} has {'; '.join(differing)}: name other folders with --runs and --results")
 
 
-def train(model: str, run: Path, options: list[str], seconds: float | None = None) -> bool:
+def train(arm: str, run: Path, options: list[str], seconds: float | None = None) -> bool:
     """Start a run, or go on with it; whether it came to its end. After so many seconds it is stopped."""
+    model, *model_kwargs = arm.split(":")
+    if model_kwargs:
+        options = [*options, "--model-kwargs", *model_kwargs]
     arguments = ["--resume", str(run)] if is_run(run) else [model, *options, "--out", str(run)]
     console.print(f"$ timm-attn train {' '.join(arguments)}", markup=False)
     command = [sys.executable, "-m", "timm_attn", "train", *arguments]
@@ -120,13 +126,18 @@ def keep(run: Path, data: str, folder: Path) -> None:
     replace_file(folder / WEIGHTS, (run / WEIGHTS).read_bytes())
 
 
+def folder_name(arm: str) -> str:
+    """Folder of a network's runs."""
+    return arm.replace(":", "-")
+
+
 def show(runs: Path, results: Path, models: list[str], seeds: list[int]) -> None:
     """Print how far every run is, and its last top-1."""
     table = Table("model", *(f"seed {seed}" for seed in seeds), title="top-1 (%) of the last epoch")
     for model in models:
         cells = []
         for seed in seeds:
-            kept, run = (folder / model / f"seed-{seed}" for folder in (results, runs))
+            kept, run = (folder / folder_name(model) / f"seed-{seed}" for folder in (results, runs))
             done = (kept / WEIGHTS).is_file()
             epochs = read_metrics(kept if done else run)
             cells.append(f"{epochs[-1]['top1']:.2f}" if done else f"epoch {len(epochs)}" if epochs else "")
@@ -158,16 +169,17 @@ def main() -> None:
         load_recipe(arguments.recipe), data=arguments.data, checkpoint_every=CHECKPOINT_EVERY
     )
     for model in arguments.models:  # at once, not when its turn comes
-        check_model(model)
+        check_model(model.partition(":")[0])
     for seed in arguments.seeds:
         dataclasses.replace(asked, seed=seed)  # a recipe checks its own fields
     broken = []
     for seed in arguments.seeds:  # one seed of every network says more than all seeds of one
         for model in arguments.models:
-            run = arguments.runs / model / f"seed-{seed}"
-            kept = arguments.results / model / f"seed-{seed}"
+            run = arguments.runs / folder_name(model) / f"seed-{seed}"
+            kept = arguments.results / folder_name(model) / f"seed-{seed}"
+            model_kwargs = tuple(model.split(":")[1:]) or asked.model_kwargs
             for folder in filter(is_run, (kept, run)):
-                refuse_another_recipe(folder, asked)
+                refuse_another_recipe(folder, dataclasses.replace(asked, model_kwargs=model_kwargs))
             if not (kept / WEIGHTS).is_file():
                 if (run / WEIGHTS).is_file() or train(
                     model,

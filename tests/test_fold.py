@@ -25,7 +25,16 @@ GATED = [name for name in FOLDABLE if "_asr" in name]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    "options", [{}, {"delta": 2}, {"generator": "ie"}, {"generator": "eca"}, {"generator": "srm"}], ids=str
+    "options",
+    [
+        {},
+        {"delta": 2},
+        {"generator": "ie"},
+        {"generator": "eca"},
+        {"generator": "srm"},
+        {"generator": "scale"},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("architecture", GATED)
 def test_gates_fold_exactly(architecture, options, dtype):

@@ -15,7 +15,13 @@ from timm_attn.models.resnet_only import last_norm
 GRAFTED = [name for name in SMALL if not graft_obstacle(name)]
 OPTIONS = {
     "dia": [{"reduction": 2}, {"dia_light": True}],
-    "asr": [{"delta": 2}, {"generator": "ie"}, {"generator": "eca"}, {"generator": "srm"}],
+    "asr": [
+        {"delta": 2},
+        {"generator": "ie"},
+        {"generator": "eca"},
+        {"generator": "srm"},
+        {"generator": "scale"},
+    ],
     "asr_se": [{"delta": 2}],
     "conam": [{"grid": 3}, {"reduction": 1}, {"temperature": "sqrt"}],
     "ssia": [{"target": "spatial"}, {"target": "last"}],

@@ -136,7 +136,7 @@ def test_every_generator_is_as_written(generator, channels):
     assert gate.std() > 0.01
 
 
-@pytest.mark.parametrize(("generator", "start"), [("ie", 0.2689), ("srm", 0.5)])
+@pytest.mark.parametrize(("generator", "start"), [("ie", 0.2689), ("srm", 0.5), ("scale", 1.0)])
 def test_generators_start_as_published(generator, start):
     torch.testing.assert_close(
         ASR(16, generator=generator).gate(), torch.full((1, 16), start), atol=1e-4, rtol=0
@@ -323,7 +323,7 @@ def test_ssia_loss_is_as_written(target):
         (lambda: DIACell(8, 0), "DIA reduction must be at least 1, got 0"),
         (lambda: ASR(8, 0), "ASR delta must be at least 1, got 0"),
         (lambda: ASR(8, 1, 0), "ASR reduction must be at least 1, got 0"),
-        (lambda: ASR(8, generator="spa"), "ASR generator must be one of se, ie, eca, srm, got 'spa'"),
+        (lambda: ASR(8, generator="spa"), "ASR generator must be one of se, ie, eca, srm, scale, got 'spa'"),
         (lambda: ASR(8, reduction=4, generator="ie"), "generator 'ie' has no reduction, got 4"),
         (lambda: ConAM(8, grid=0), "ConAM grid must be at least 1, got 0"),
         (lambda: ConAM(8, patch_size=0), "ConAM patch_size must be at least 1, got 0"),

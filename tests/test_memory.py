@@ -1,11 +1,14 @@
 """What a run says when there is too little memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from timm_attn.errors import UserError
 from timm_attn.models.cifar import CifarResNet
 from timm_attn.training import Recipe, train
+from timm_attn.training.trainer import Trainer
 
 RECIPE = Recipe(
     data="digits",
@@ -47,3 +50,33 @@ def test_there_may_be_none(tmp_path, monkeypatch):
     small_memory(monkeypatch, 0)
     with pytest.raises(UserError, match="even for one image"):
         train("resnet20", RECIPE, tmp_path / "run")
+
+
+def test_what_a_step_needs_besides_the_network_counts(tmp_path, monkeypatch):
+    small_memory(monkeypatch, 20)
+    loss = Trainer._loss
+
+    def raising(self, logits, images, targets):
+        if len(images) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(self, logits, images, targets)
+
+    monkeypatch.setattr(Trainer, "_loss", raising)
+    with pytest.raises(UserError, match="4 fit: take --batch-size 8, or --accumulation 16"):
+        train("resnet20", RECIPE, tmp_path / "run")
+
+
+def test_optimisers_take_memory_at_their_first_step(tmp_path, monkeypatch):
+    def raising(self, closure=None):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.SGD, "step", raising)
+    with pytest.raises(UserError, match="even for one image"):
+        train("resnet20", RECIPE, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("most", "said"), [(5, "2 fit: take --batch-size 4"), (1, "even for two images")])
+def test_mixup_takes_even_numbers_of_images(most, said, tmp_path, monkeypatch):
+    small_memory(monkeypatch, most)
+    with pytest.raises(UserError, match=said):
+        train("resnet20", replace(RECIPE, batch_size=24, mixup=0.8), tmp_path / "run")

@@ -144,18 +144,22 @@ def freeze(
     note("choice")
     limit = math.inf if every else budget
     choice = search.choose(limit)
-    chosen, refused, greedy = choice
+    chosen = choice.chosen
     network = search.network(chosen)
-    if recover is not None and greedy:
+    when = ""
+    if recover is not None and choice.order:
         note("recovery")
-        refused = {g: f"{why}, before recovery" if "points" in why else why for g, why in refused.items()}
+        when = ", before recovery"
         network, chosen = search.recovered(recover, choice, limit) or (network, chosen)
+    where = {gate: f"{loss:.2f} points with those before it{when}" for gate, loss in choice.losses.items()}
+    where |= choice.staying | {gate: network.where[gate] for gate in chosen}
     note("final figures")
     before, after = search.figures(network.model)
     drawn: dict[str, list[tuple[int, float, float]]] = {}
     if curves:
         note("curves")
-        drawn = {name: search.curve(order) for name, order in (("greedy", greedy), ("depth", search.depth))}
+        orders = {"greedy": choice.order, "depth": search.depth}
+        drawn = {name: search.curve(order) for name, order in orders.items()}
     reports = [
         GateReport(
             gate.path,
@@ -166,7 +170,7 @@ def freeze(
             search.damage[gate],
             search.milliseconds[gate],
             gate in chosen,
-            network.where[gate] if gate in chosen else refused[gate],
+            where[gate],
         )
         for gate in found
     ]

@@ -35,12 +35,14 @@ class Choice(NamedTuple):
 
     Attributes:
         chosen: Those, in the order in which they were tried.
-        refused: The others, and why each stays.
+        staying: Gates that cannot go, and why.
+        losses: Points of top-1 that each of the others would have cost, with those chosen before it.
         order: All that may go at all, the chosen first, then the next best.
     """
 
     chosen: list[Gate]
-    refused: dict[Gate, str]
+    staying: dict[Gate, str]
+    losses: dict[Gate, float]
     order: list[Gate]
 
 
@@ -106,18 +108,19 @@ class GateSearch:
 
     def _greedy(self, order: list[Gate], budget: float) -> Choice:
         chosen: list[Gate] = []
-        refused = dict(self.staying)
+        staying = dict(self.staying)
+        losses: dict[Gate, float] = {}
         for gate in order:
             stays = [path for path in gate.later if path not in {g.path for g in chosen}]
             if stays:
-                refused[gate] = f"{stays[0]}, which stays, reads its cell"
+                staying[gate] = _read_by(stays[0])
                 continue
             loss, error = (0.0, 0.0) if math.isinf(budget) else self._loss((*chosen, gate))
             if loss <= max(budget, error):
                 chosen.append(gate)
             else:
-                refused[gate] = f"{loss:.2f} points with those before it"
-        return Choice(chosen, refused, [*chosen, *(gate for gate in order if gate not in chosen)])
+                losses[gate] = loss
+        return Choice(chosen, staying, losses, [*chosen, *(gate for gate in order if gate not in chosen)])
 
     def _loss(self, some: Iterable[Gate]) -> tuple[float, float]:
         gates = frozenset(some)
@@ -184,8 +187,12 @@ def _staying(gates: list[Gate], keep: Sequence[str]) -> dict[Gate, str]:
         if gate.path in kept:
             reasons[gate] = "named by keep"
         elif reading:
-            reasons[gate] = f"{reading[0]}, which stays, reads its cell"
+            reasons[gate] = _read_by(reading[0])
     return reasons
+
+
+def _read_by(path: str) -> str:
+    return f"{path}, which stays, reads its cell"
 
 
 def _in_order(gates: Iterable[Gate], cost: dict[Gate, float]) -> list[Gate]:

@@ -71,14 +71,16 @@ def _generate(params: dict[str, Tensor]) -> Tensor:
         return eca_generator(params["psi"], params)
     if "bias" in params:
         return ie_generator(params["psi"], params)
-    return srm_generator(params["psi"], params)
+    if "weight" in params:
+        return srm_generator(params["psi"], params)
+    return params["psi"][0]  # a scale
 
 
 def asr_gate(generators: list[dict[str, Tensor]]) -> Tensor:
     """The product of delta >= 1 generators on one layer (arXiv 2304.06345); the result is (C,).
 
     Every item holds its own ``psi`` next to the keys of its generator: ``fc1.weight`` marks SE,
-    ``conv.weight`` ECA, ``weight`` with ``bias`` IE and ``weight`` alone SRM.
+    ``conv.weight`` ECA, ``weight`` with ``bias`` IE ``weight`` alone SRM, and nothing else a scale.
     """
     if not generators:
         raise ValueError("no generators")

@@ -1,6 +1,6 @@
 """The attention mechanisms, one a file."""
 
-from .asr import ASR, ECAGenerator, IEGenerator, SEGenerator, SRMGenerator
+from .asr import ASR, ECAGenerator, IEGenerator, ScaleGenerator, SEGenerator, SRMGenerator
 from .conam import ConAM
 from .dia import DIACell
 from .fmm import FMM
@@ -22,4 +22,5 @@ __all__ = [
     "IEGenerator",
     "SEGenerator",
     "SRMGenerator",
+    "ScaleGenerator",
 ]

@@ -95,7 +95,29 @@ class SRMGenerator(nn.Module):
         return (self.weight * self.psi).sum(-1).sigmoid()
 
 
-GENERATORS = {"se": SEGenerator, "ie": IEGenerator, "eca": ECAGenerator, "srm": SRMGenerator}
+class ScaleGenerator(nn.Module):
+    """v = ψ, a learnt scale for each channel, all 1 at the start: what the other generators fold to.
+
+    A control of this package, in no paper: the functions that it can learn are those of the folded network,
+    so that a difference from it is what a generator does to the training. Unbounded, and without a sigmoid.
+    """
+
+    def __init__(self, channels: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.psi = nn.Parameter(torch.ones(1, channels, device=device, dtype=dtype))
+
+    def forward(self) -> Tensor:
+        """The gate v, 1 × C."""
+        return self.psi
+
+
+GENERATORS = {
+    "se": SEGenerator,
+    "ie": IEGenerator,
+    "eca": ECAGenerator,
+    "srm": SRMGenerator,
+    "scale": ScaleGenerator,
+}
 
 
 class ASR(ConstantGate):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import itertools
 import math
 import signal
 import time
@@ -301,33 +302,54 @@ class Trainer:
         return nn.functional.kl_div(logits.log_softmax(1), wanted, reduction="batchmean", log_target=True)
 
     def _out_of_memory(self, reason: str) -> str:
-        """What to say, with the batch size that fits, which is found by trying."""
-        self.optimizer.zero_grad()
+        """What to say, with the batch size that fits, which is found by trying.
+
+        What is tried is the step of the run itself, with what the optimiser keeps. It spoils the weights, and
+        the run is over. The network is not compiled, which takes less time and if anything more memory, and
+        takes no part in what other processes do.
+        """
         assert self.part_shape is not None
         size, *shape = self.part_shape
-        fits = size // 2
+        least = 1 if self.mixup is None else 2  # mixup takes even numbers of images
+        self.model = self.network
+        fits = size // 2 // least * least
+        self._forget_step()
         while fits:
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
             try:
-                images = torch.zeros(fits, *shape, device=self.accelerator.device)
-                self.accelerator.backward(self.wrapped(images).float().sum())
+                self._try_steps(fits, shape)
                 break
             except torch.OutOfMemoryError:
-                fits //= 2
-            finally:
-                images = None
-                self.optimizer.zero_grad()
+                fits = fits // 2 // least * least
+            self._forget_step()
         recipe = self.recipe
         if not fits:
-            return f"out of memory ({reason}), even for one image: take smaller images or a smaller network"
+            images = "one image" if least == 1 else "two images"
+            return f"out of memory ({reason}), even for {images}: take smaller images or a smaller network"
         batch = fits * recipe.accumulation * self.accelerator.num_processes
         parts = recipe.accumulation * -(-size // fits)
         return (
             f"out of memory ({reason}) with {size} images at a time; {fits} fit: take --batch-size {batch}, "
             f"or --accumulation {parts} for the same steps. {self._last_checkpoint()}"
         )
+
+    def _try_steps(self, size: int, shape: list[int]) -> None:
+        """Two steps with so many images at a time: in the second the optimiser has all it keeps."""
+        device = self.accelerator.device
+        images = torch.zeros(size, *shape, device=device).contiguous(memory_format=self.batches.format)
+        batch = Batch(images, torch.zeros(size, dtype=torch.int64, device=device))
+        for _ in range(2):
+            self._update(itertools.repeat(batch))
+
+    def _forget_step(self) -> None:
+        """Give back what a step holds that broke off."""
+        self.optimizer.zero_grad()
+        scaler = self.accelerator.scaler
+        if scaler is not None:  # which may have unscaled gradients already, and would not do so again
+            scaler.scale(self.sums[:1])  # it has no scale before it is first used
+            scaler.update(scaler.get_scale())
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _reduce(self, tensor: Tensor) -> list[float]:
         """Sum over all processes."""
