@@ -1,4 +1,4 @@
-"""The tables of README and docs of what was measured, from the files of results that are committed."""
+"""The tables of measurements in README and docs, from the committed files of results."""
 
 import csv
 import json
@@ -60,7 +60,7 @@ def short_results() -> str:
         medians = [f"{float(t['ratio_median']):.2f}" for t in (times[c.name], folded)]
         parameters = f"{c.metrics['parameters']:,}"
         rows.append([f"`{c.architecture}`", parameters, figure(c.over_seeds["top1"]), *medians])
-    return _table(["model", "parameters", "top-1 (%), mean ± std (n)", "time", "folded"], rows)
+    return _table(["model", "parameters", "top-1 (%), mean ± std (n)", "time", "time, folded"], rows)
 
 
 def freeze_accuracy() -> str:
@@ -82,15 +82,17 @@ def freeze_accuracy() -> str:
             figures = (statistics.mean(lost), statistics.stdev(lost), len(lost)) if lost else ()
             cells += [gates, "{:.2f} ± {:.2f} ({})".format(*figures) if figures else ""]
         table.append(cells)
-    header = ["", "budget (points)", "gates frozen, by seed", "top-1 lost (points), mean ± std (n)"]
-    return _table([*header, f"with {steps} steps of recovery: gates", "top-1 lost"], table)
+    header = ["model", "budget (points)", "gates frozen, by seed", "top-1 lost (points), mean ± std (n)"]
+    return _table(
+        [*header, f"gates frozen, with {steps} steps of recovery", "top-1 lost, with recovery"], table
+    )
 
 
 def freeze_speed() -> str:
     """Time of networks with frozen gates over the original's, and over that of the same without gates."""
     with (RESULTS / "freeze_speed.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    cases = sorted({(row["compiled"], row["precision"], row["batch"]) for row in rows})
+    cases = sorted({(row["compiled"], row["precision"], row["batch"]) for row in rows}, key=_by_batch)
     found = {(r["network"], r["compiled"], r["precision"], r["batch"]): r for r in rows}
     names = [f"{'compiled' if c == '1' else 'eager'}, {p}, batch {b}" for c, p, b in cases]
     table = []
@@ -102,7 +104,12 @@ def freeze_speed() -> str:
                 f"{float(row['over_original']):.2f}, {float(row['over_without']):.2f}" if row else ""
             )
         table.append(cells)
-    return _table(["frozen ÷ original, ÷ without gates", *names], table)
+    return _table(["time ÷ original, ÷ without gates", *names], table)
+
+
+def _by_batch(case: tuple[str, str, str]) -> tuple[str, str, int]:
+    compiled, precision, batch = case
+    return compiled, precision, int(batch)
 
 
 def comparison() -> str:
@@ -130,7 +137,14 @@ def comparison() -> str:
                 f"{folded.metrics['logit_difference']:.0e}" if folded else "",
             ]
         )
-    header = ["model", "mean ± std (n)", "behind plain", f"seed {seed} again", "time", "time, folded"]
+    header = [
+        "model",
+        "top-1 (%), mean ± std (n)",
+        "behind plain",
+        f"seed {seed} again",
+        "time",
+        "time, folded",
+    ]
     return _table([*header, "max\\|Δlogit\\| ÷ max\\|logit\\|"], rows)
 
 
@@ -167,22 +181,22 @@ def sweep() -> str:
     return _table(
         [
             "",
-            "architectures",
-            f"tried with weights: the {len(tried)} smallest of {len(modules)} module files",
+            "has a place for it",
+            f"built and run: the {len(tried)} smallest, of {len(modules)} module files",
         ],
         [
             [
-                "ASR at the ends of branches, folds",
+                "ASR at the ends of branches; folds",
                 share(rows, folding),
                 share(tried, [row for row in exact if row["asr_where"] == "branches"]),
             ],
             [
-                f"ASR there or on norms, folds (worst max\\|Δlogit\\| ÷ max\\|logit\\| {worst:.0e})",
+                f"ASR there or on norms; folds (largest max\\|Δlogit\\| ÷ max\\|logit\\| {worst:.0e})",
                 share(rows, norms),
                 share(tried, exact),
             ],
-            ["DIA, exports", share(rows, once), share(tried, [row for row in tried if row["dia"] == "yes"])],
-            ["SSIA, trains and folds", "", share(tried, [row for row in tried if row["ssia"] == "yes"])],
+            ["DIA; exports", share(rows, once), share(tried, [row for row in tried if row["dia"] == "yes"])],
+            ["SSIA; trains and folds", "", share(tried, [row for row in tried if row["ssia"] == "yes"])],
         ],
     )
 
@@ -234,7 +248,7 @@ def inference(compiled: str) -> str:
     ]
     what = "compiled" if compiled == "1" else "eager"
     return _table(
-        [f"224 px, {what}, median", *header],
+        [f"time ÷ `resnet50`, 224 px, {what}, median", *header],
         ([label, *(medians[name, condition] for condition in conditions)] for name, label in names.items()),
     )
 
@@ -254,7 +268,7 @@ def training_speed() -> str:
         for name, speed in measured["images_per_second"].items()
     ]
     n = measured["images_per_second"][ours]["n"]
-    return _table(["ResNet-20, CIFAR-10", "images/s", f"ours is faster by (n = {n})"], rows)
+    return _table(["ResNet-20, CIFAR-10", "images/s", f"speed-up of `timm-attn train` (n = {n})"], rows)
 
 
 def training_steps() -> str:
@@ -270,7 +284,7 @@ def training_steps() -> str:
         [label, *(_ratio(next(steps[n] for n in names[key] if n in steps)) for steps in measured.values())]
         for key, label in labels.items()
     ]
-    return _table(["step over plain", *measured], rows)
+    return _table(["step time ÷ plain network's", *measured], rows)
 
 
 def import_time() -> str:

@@ -27,26 +27,26 @@ def attach(model: nn.Module, mechanism: str, images: Tensor | None = None, **opt
     """Put a mechanism into a network, in place.
 
     The network keeps its own keys; those of the mechanism carry its name, such as
-    ``layer1.0.asr.generators.0.psi``. ``timm_attn.fold`` makes it the stock network again where the
-    mechanism does not depend on the image.
+    ``layer1.0.asr.generators.0.psi``. If the mechanism does not depend on the image, ``timm_attn.fold`` gives
+    back the stock network.
 
     Args:
         model: A network of timm, or one that holds blocks of timm.
         mechanism: ``asr``, ``dia``, ``ssia``, ``sem``, ``spem``; on ResNets also ``conam`` and ``fmm``; or a
             name of timm's ``create_attn``, such as ``se``, ``eca`` and ``cbam``. All but ``ssia``, ``conam``
-            and ``fmm`` stand at the ends of residual branches; of tokens, they read the patches.
-        images: B × C × H × W that the network takes, if it is not called with images of the size that its
-            ``pretrained_cfg`` names.
-        options: Of the mechanism's layer. ``asr`` takes ``where="norms"`` besides, for a gate on every norm
-            layer in place of the ends of branches.
+            and ``fmm`` stand at the ends of residual branches; in transformers, they read the patch tokens.
+        images: Example images, B × C × H × W. Needed only if the network does not take images of the size in
+            its ``pretrained_cfg``.
+        options: Options of the mechanism's layer. ``asr`` also takes ``where="norms"``, for a gate on every
+            norm layer instead of the ends of branches.
 
     Returns:
         The network.
 
     Raises:
-        TypeError: It is no network, or an option does not exist.
-        ValueError: There is no such mechanism, it is not possible there, an option is out of range, or the
-            network is compiled, wrapped, quantised or attached already. It is left as it is.
+        TypeError: ``model`` is not a network, or an option does not exist.
+        ValueError: The mechanism does not exist or cannot stand in this network, an option is out of range,
+            or the network is compiled, wrapped, quantised or has a mechanism already. It is left unchanged.
     """
     _check(model)
     if mechanism == "asr_se":
@@ -119,14 +119,15 @@ def create_model(
     """``timm.create_model``, with a mechanism in the network.
 
     Args:
-        model_name: Of timm or this package.
-        attention: As for ``attach``. The variant of the two, such as ``resnet50_dia``, is registered
-            with timm if it is not yet.
-        pretrained: Load timm's weights of the stock network; the mechanism starts so that it changes nothing.
-        kwargs: Of the mechanism, and of ``timm.create_model``.
+        model_name: Name of a network of timm or this package.
+        attention: The mechanism, as for ``attach``. The name of the two together, such as ``resnet50_dia``,
+            is registered with timm if it is not yet.
+        pretrained: Load timm's weights of the stock network; the mechanism starts without changing its
+            outputs.
+        kwargs: Options of the mechanism, and arguments of ``timm.create_model``.
 
     Raises:
-        GraftError: The mechanism cannot start without changing what the network computes.
+        GraftError: The mechanism cannot start without changing the outputs.
         ValueError: As for ``attach``.
     """
     if attention is None:

@@ -39,7 +39,7 @@ class FoldReport:
         parameters: Number of parameters.
         multiply_adds: Of convolutions and matrix products, for one image.
         bytes: Of parameters and persistent buffers.
-        separate_norms: Paths of batch norms that stay, as no convolution can take them in.
+        separate_norms: Paths of batch norms that stay, as there is no convolution to fuse them into.
     """
 
     max_absolute: float
@@ -53,33 +53,33 @@ class FoldReport:
 
 
 def fold(model: nn.Module, inputs: Inputs | None = None, layer_scale: bool = False) -> nn.Module:
-    """Make the deployed form of a model of this package, or of one that holds such, and compare the two.
+    """Fold a model of this package, or one that contains such, and compare it with the original.
 
-    Gates that do not depend on the image go into the norm layer before them (ASR), and what acts in
-    training only goes (SSIA): the stock network is left. Where the mechanism depends on the image (DIA,
-    ConAM, FMM, SE) it stays, and batch norms are fused into the convolutions before them; that form is
-    built by ``timm.create_model(..., folded=True)``.
+    Gates that do not depend on the image (ASR) are multiplied into the layer before them, and what acts in
+    training only (SSIA) is removed: the stock network is left. A mechanism that depends on the image (DIA,
+    ConAM, FMM, SE) stays, and batch norms are fused into the convolutions before them; that form is built by
+    ``timm.create_model(..., folded=True)``.
 
-    Works on a copy, in eval mode. Compares all outputs of the two, whatever holds them (lists of feature
-    maps, dictionaries, dataclasses), on fixed random images and on ``inputs``.
+    It works on a copy, in eval mode, and compares all outputs of the two (also in lists of feature maps,
+    dictionaries and dataclasses), on fixed random images and on ``inputs``.
 
     Args:
-        model: Left as it is. Networks of this package may sit anywhere in it.
-        inputs: Images B × C × H × W in the model's dtype, or a tuple or dictionary of the arguments that the
-            model takes. Compared besides two fixed random images of the size in ``pretrained_cfg``; needed
-            where the model does not take these.
-        layer_scale: Multiply LayerScales (https://arxiv.org/abs/2103.17239), of ConvNeXt and DeiT-3 for
-            example, into the layers before them, too. What is left is the network that timm makes with
+        model: Left unchanged. Networks of this package may be anywhere in it.
+        inputs: Images B × C × H × W in the model's dtype, or a tuple or dictionary of the model's arguments,
+            which are compared as well. Needed only if the model does not take the two fixed random images,
+            which have the size in ``pretrained_cfg``.
+        layer_scale: Also multiply LayerScales (https://arxiv.org/abs/2103.17239), of ConvNeXt and DeiT-3 for
+            example, into the layers before them. The result is the network that timm makes with
             ``ls_init_value=None`` or ``init_values=None``.
 
     Returns:
         The folded model in eval mode.
 
     Raises:
-        NothingToFold: Every network in it is a plain one, or folded already.
-        ValueError: ``inputs`` are no images, or of another dtype than the model, or are needed; the output
+        NothingToFold: Nothing in the model folds, or it is folded already.
+        ValueError: ``inputs`` are not images, have another dtype than the model, or are missing; the output
             holds no tensor; or the model cannot be copied, as it is pruned by hooks.
-        FoldError: max|Δlogit| ÷ max|logit| is above ``BOUNDS``, or an output is not finite.
+        FoldError: max|Δlogit| ÷ max|logit| is above ``timm_attn.compare.BOUNDS``, or an output is not finite.
     """
     original, folded = _fold(model, layer_scale, inputs)
     if inputs is not None:
@@ -232,7 +232,7 @@ def verify_fold(model: nn.Module, folded: nn.Module, inputs: Inputs) -> FoldRepo
             the arguments that the models take, whose tensors all have B rows.
 
     Raises:
-        ValueError: ``inputs`` are no images, or of another dtype than the models; or the output holds no
+        ValueError: ``inputs`` are not images, or have another dtype than the models; or the output holds no
             tensor.
         FoldError: An output of ``model`` is not finite, or ``folded`` has outputs of other shapes.
     """

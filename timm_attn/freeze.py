@@ -29,18 +29,18 @@ LEAST = 100
 
 @dataclass(frozen=True)
 class GateReport:
-    """What was found out about one gate, and what became of it.
+    """Measurements of one gate, and whether it was frozen.
 
     Attributes:
-        path: Of the module that multiplied.
-        kind: Its class.
+        path: Path of the module that multiplied.
+        kind: Name of its class.
         channels: Its width.
         image_share: Share of its variance, over images and channels, that is due to the image.
-        class_share: Share of that, which is between classes; NaN without labels.
-        kl: Divergence when it alone is constant, nats.
-        milliseconds: Of a batch that it takes in the original.
+        class_share: Share of the variance over images that is between classes; NaN without labels.
+        kl: Kullback–Leibler divergence from the original when only this gate is constant, in nats.
+        milliseconds: Time that it takes in the original, per batch.
         frozen: Whether it is a constant now.
-        where: What took the constant in, "a multiplication", or why the gate stays.
+        where: The layer that absorbed the constant, "a multiplication", or why the gate stays.
     """
 
     path: str
@@ -59,13 +59,13 @@ class FreezeReport:
     """What ``freeze`` did.
 
     Attributes:
-        model: The result, in eval mode. Where an architecture of this name can be built, it is one:
-            of timm's if no gate is left, or ``frozen``.
-        gates: One entry for each gate, in running order.
+        model: The result, in eval mode. If ``timm.create_model`` can build it by name, its architecture is
+            the network without gates (if none is left), or ``frozen``.
+        gates: One entry for each gate, in the order in which they run.
         unknown: Modules that look like gates but are none or are not known, with the reason.
         before, after: Figures of the original and of the result.
-        batch_size: Of the times.
-        images: Number of images for means, choosing and final figures.
+        batch_size: Batch size of the measured times.
+        images: Number of images for the means, for choosing and for the final figures.
         curves: For each order, by ``greedy`` and by ``depth``: (gates frozen, top-1 or agreement in %,
             milliseconds), measured on the images for choosing, without recovery.
         loads: Whether ``timm.create_model`` builds the result by name.
@@ -106,32 +106,33 @@ def freeze(
 ) -> FreezeReport:
     """Turn channel gates of a network into constants, as many as the budget allows.
 
-    Each gate's mean over images is tried in its place. Gates are frozen in the order of the damage that they
-    do alone (Kullback–Leibler divergence from the original), and once more of the damage over the time that
-    they take; one that would cost more than the budget, with those before it, stays. What saves more time is
-    taken.
+    Each gate is replaced by its mean over images. Gates are frozen one after the other in order of the
+    damage that each does alone (Kullback–Leibler divergence from the original), and once more in order of
+    damage divided by the time that they take. A gate stays if the loss would exceed the budget with it. Of
+    the two results, the one that saves more time is returned.
 
     Args:
-        model: In eval mode; left as it is. Of timm, this package or anybody.
-        images: B × C × H × W, normalised, on the model's device or not. They are divided, if there is no
-            ``calibration``: 40 % for the means, 30 % for choosing, 30 % for the final figures, at random.
-        labels: Their classes, B. Without them, agreement with the original stands for accuracy.
-        budget: Points of top-1 that the result may lose. What cannot be told from no loss, one standard error
-            of the paired difference, is always allowed.
-        every: Freeze all, whatever it costs.
+        model: Any network, in eval mode; left unchanged.
+        images: B × C × H × W, normalised, on any device. Without ``calibration`` they are split at random:
+            40 % for the means, 30 % for choosing, 30 % for the final figures.
+        labels: Their classes, B. Without them, agreement with the original takes the place of accuracy.
+        budget: Points of top-1 that the result may lose. A loss below one standard error of the paired
+            difference cannot be told from zero and is always allowed.
+        every: Freeze all gates, whatever the loss.
         keep: Shell patterns of paths of gates that stay.
         gates: Further classes, or paths, of modules that are channel gates.
-        calibration: Further images, for the means; then ``images`` are divided into two halves.
+        calibration: Other images for the means; ``images`` are then split into two halves.
         calibration_labels: Their classes, for ``class_share``.
-        recover: Trains what was frozen; then more may be frozen within the budget.
-        batch_size: Of all passes, and of the times.
+        recover: A function that trains a frozen network and returns it; more gates are then tried within the
+            budget.
+        batch_size: For all passes and times.
         curves: Measure accuracy and time as gates are frozen one by one.
-        note: Called with the name of each step of the work.
+        note: Called with the name of each step.
 
     Raises:
-        TypeError: It is no network, or images are no tensor.
-        ValueError: It has no gates, is in training mode, does not take the images, a gate stands in several
-            places, labels are out of range, or images are too few.
+        TypeError: ``model`` is not a network, or ``images`` are not a tensor.
+        ValueError: The network has no gates, is in training mode or does not take the images; a gate acts in
+            several places; labels are out of range; or there are too few images.
     """
     _check(model, images, labels, budget, keep, gates, batch_size)
     original: Any = _plain(model, images)

@@ -51,30 +51,30 @@ def graft(
     num_classes: int | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build a variant from the weights of its stock backbone, so that it computes what the backbone computes.
+    """Build a model from the weights of its stock network, so that both compute the same at first.
 
-    The mechanism starts as a constant that the neighbour's scale undoes: DIA's gate is ¼ everywhere,
-    ASR's does not depend on the image anyway, ConAM has equal confidence in all patches, SSIA acts in
-    training only. The two networks are compared on fixed random images before the variant is returned.
+    The mechanism starts as a constant, which the scale of a neighbouring layer undoes: DIA's gate is ¼
+    everywhere, ASR's does not depend on the image anyway, ConAM has equal confidence in all patches, SSIA
+    acts in training only. The two networks are compared on fixed random images before the model is returned.
 
     Args:
         architecture: One of ``timm_attn.model_names``.
         source: A name of timm's or this package's with or without tag, ``hf-hub:ORG/NAME`` or
             ``local-dir:FOLDER`` (weights are loaded); or a network; or its state dict.
-        num_classes: Another number of classes than the source's gets a new classifier, made after the
-            comparison.
+        num_classes: If it differs from the source's, a new classifier is made after the comparison.
         kwargs: Options of the mechanism and the network, as for ``timm.create_model``.
 
     Returns:
-        The variant, with the source's preprocessing and what it was grafted from in ``pretrained_cfg``, in
+        The model. Its ``pretrained_cfg`` has the source's preprocessing, and names the source. It is in
         training mode if the source is.
 
     Raises:
-        GraftError: The architecture is not one of them, or its mechanism cannot be grafted (FMM: a product
-            cannot represent a sum; ConAM with literal patches); the weights are not those of its backbone;
-            or the two networks differ by more than ``timm_attn.fold.BOUNDS``.
-        TypeError: The source is none of these, or something is given that is the source's: ``in_chans``,
-            ``pretrained``, ``pretrained_cfg_overlay``, ``checkpoint_path``, ``device`` or ``dtype``.
+        GraftError: The architecture is not one of this package, or its mechanism cannot be grafted (FMM,
+            as a product cannot represent a sum; ConAM with ``patch_size``); the weights are not those of its
+            backbone; or the two networks differ by more than ``timm_attn.compare.BOUNDS``.
+        TypeError: The source is none of these, or an argument is given that the source decides:
+            ``in_chans``, ``pretrained``, ``pretrained_cfg``, ``pretrained_cfg_overlay``, ``checkpoint_path``,
+            ``device`` or ``dtype``.
     """
     if architecture not in model_names():
         raise GraftError(f"{architecture} is no model of this package: name one of timm_attn.model_names()")

@@ -17,7 +17,7 @@ from .images import DataError, decode
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of one image, the first one most.
+    """The most probable classes of one image, in falling order.
 
     Attributes:
         source: Path of the image, or its number.
@@ -54,10 +54,10 @@ def predict(
     """The most probable classes of images.
 
     Args:
-        model: Of timm or this package. It is called in eval mode and left in its own.
-        images: Paths, images of Pillow, which are prepared as timm prepares them for the model; or normalised
-            B × C × H × W.
-        topk: How many classes.
+        model: A network of timm or this package. It runs in eval mode; its own mode is restored.
+        images: Paths or Pillow images, which are prepared with the model's timm transform; or a normalised
+            tensor B × C × H × W.
+        topk: Number of classes for each image.
         batch_size: Images at a time.
         on_corrupt: "stop" at an image that cannot be read, or "skip" it with a warning.
 

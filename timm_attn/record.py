@@ -46,7 +46,7 @@ class GateStatistics:
 
     @property
     def known(self) -> Tensor:
-        """Channels of which anything is known, C: of what is 0 everywhere, no gate can be seen."""
+        """Whether each channel's gate was seen, C; where a channel is 0 everywhere, it cannot be."""
         return self._sums[0] > 0
 
     @property
@@ -113,14 +113,14 @@ class Record:
     """What ``record`` has collected of the gates of a network.
 
     ``record[path]`` is the ``GateStatistics`` of a gate. Set ``labels`` to the classes of the images, B,
-    before each forward pass to learn what is between classes.
+    before each forward pass, for ``class_share``.
 
     Attributes:
-        gates: In running order.
-        statistics: By path.
-        unknown: Paths of what looked like a gate and is none, with the reason.
-        kept: By path, the gates of the images that were asked for, N × C.
-        images: Number of images that have passed.
+        gates: The gates, in the order in which they run.
+        statistics: Statistics by path.
+        unknown: Paths of modules that looked like gates but are none, with the reason.
+        kept: By path, the gates of the images in ``keep``, N × C.
+        images: Number of images so far.
     """
 
     def __init__(
@@ -239,16 +239,16 @@ def record(
     meanwhile) or wrapped for distributed training, where each process records its own images.
 
     Args:
-        model: Of timm, this package or anybody.
-        gates: From ``find_gates``; by default those that are seen at work.
+        model: Any network.
+        gates: From ``find_gates``; by default, all that are found while the network runs.
         also: Further classes, or paths, of modules that are channel gates.
-        keep: Of which images to keep the gates in ``kept``: of the first ones, if it is a number; else the
-            numbers of the images, counted from 0 as they pass.
-        correlation: Collect what is between neighbouring gates, too.
+        keep: Images whose gates are kept in ``kept``: the number of first images, or the indices of images,
+            counted from 0.
+        correlation: Also collect correlations between gates.
 
     Raises:
-        TypeError: It is no network; ``gates`` are none; ``keep`` are no numbers.
-        ValueError: ``also`` names a module that there is not, or ``keep`` is below 0.
+        TypeError: ``model`` is not a network, ``gates`` are not gates, or ``keep`` is not numbers.
+        ValueError: ``also`` names a module that does not exist, or ``keep`` is negative.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"record needs a network, got {type(model).__name__}")

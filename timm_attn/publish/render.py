@@ -128,7 +128,7 @@ def results_csv(checkpoints: Iterable[Checkpoint]) -> str:
 def results_table(checkpoints: Iterable[Checkpoint]) -> str:
     """The table of results for a README: a line for every trained network, with its folded form."""
     by_name = {c.name: c for c in checkpoints}
-    columns = ["weights", "parameters", "top-1 (%)", "mean ± std (n)", "from"]
+    columns = ["weights", "parameters", "top-1 (%)", "mean ± std (n)", "trained on, or made from"]
     columns += ["folded form", "parameters", "top-1 (%)"]
     rows = [columns, ["---"] * len(columns)]
     for name in sorted(by_name, key=lambda name: name.split(".")):
