@@ -1,5 +1,6 @@
 """The scripts that train, export, measure and draw the zoo, on digits."""
 
+import csv
 import json
 import shutil
 import subprocess
@@ -181,3 +182,23 @@ def test_every_run_is_a_process_of_its_own(tmp_path):
     assert result.returncode == 0, result.stdout
     kept = tmp_path / "hub" / "results" / "zoo" / "resnet20" / "seed-0"
     assert {p.name for p in kept.iterdir()} == KEPT
+
+
+def test_differences_are_scipys_paired_intervals(tmp_path):
+    stats = pytest.importorskip("scipy.stats")
+    values = {"resnet20": [50.0, 51.0, 50.4], "better": [51.1, 52.0, 51.6], "alone": [49.0], "none": []}
+    for network, found_top1 in values.items():
+        for seed, top1 in enumerate(found_top1):
+            run = tmp_path / network / f"seed-{seed}"
+            run.mkdir(parents=True)
+            (run / "results.json").write_text(json.dumps({"top1": top1}))
+            (run / "model.safetensors").touch()
+    (tmp_path / "better" / "seed-7").mkdir()  # not finished
+    result = script("compare_seeds.py", str(tmp_path), "--out", str(tmp_path / "d.csv"))
+    assert result.returncode == 0, result.stderr
+    better, alone = csv.DictReader((tmp_path / "d.csv").read_text().splitlines())
+    wanted = stats.ttest_rel(values["better"], values["resnet20"]).confidence_interval(0.95)
+    assert float(better["low"]) == pytest.approx(wanted.low, abs=1e-3)
+    assert float(better["high"]) == pytest.approx(wanted.high, abs=1e-3)
+    assert (better["network"], better["verdict"], better["n"]) == ("better", "above", "3")
+    assert (alone["network"], alone["verdict"], alone["low"]) == ("alone", "not told apart", "-inf")

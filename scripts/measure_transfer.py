@@ -1,0 +1,126 @@
+"""Fine-tuning of grafted networks against fine-tuning of the plain one, with all images and with a part.
+
+    python scripts/measure_transfer.py hub/results/transfer.csv --source runs/tiny/resnet20/seed-0 \\
+        --data cifar10 --networks resnet20 resnet20_asr resnet20_dia --shares 1 0.1 --lr 0.003
+
+The source is a trained plain network. Each network starts from it, by `graft:` if it has attention, with
+a new classifier where the classes are others. A share is of the training images of every class, the same for
+all networks and seeds. With --held-out a part of the training split is evaluated in place of the test split:
+learning rates are chosen with that. Each row is one run; rows that the table has are not made again, and a
+run that was stopped is resumed.
+"""
+
+import argparse
+import csv
+import shlex
+from pathlib import Path
+from typing import Any
+
+import timm_attn
+from timm_attn.errors import UserError
+from timm_attn.files import write_csv
+from timm_attn.load import load_model
+from timm_attn.training import Recipe, resume, train
+from timm_attn.training.recipe_file import load_recipe
+from timm_attn.training.run import hardware, is_run, read_metrics
+
+FIELDS = (
+    "network",
+    "source",
+    "data",
+    "share",
+    "lr",
+    "seed",
+    "epochs",
+    "held_out",
+    "images",
+    "top1",
+    "hardware",
+)
+assert timm_attn.__version__  # the models are registered
+
+
+def part_of(data: str, share: float, folder: Path) -> str:
+    """A data set with a share of the training images of every class, and the whole test split, as parquet.
+
+    Raises:
+        UserError: The share leaves some class without an image.
+    """
+    import datasets
+
+    if share == 1:
+        return data
+    if (folder / "test.parquet").is_file():  # written last
+        return str(folder)
+    splits = datasets.load_dataset(data)
+    label = next(n for n, f in splits["train"].features.items() if isinstance(f, datasets.ClassLabel))
+    if share * min(map(splits["train"][label].count, set(splits["train"][label]))) < 1:
+        raise UserError(f"a share of {share} leaves classes of {data} without images: take a larger one")
+    part = splits["train"].train_test_split(train_size=share, stratify_by_column=label, seed=0)["train"]
+    folder.mkdir(parents=True, exist_ok=True)
+    part.to_parquet(str(folder / "train.parquet"))
+    splits["test"].to_parquet(str(folder / "test.parquet"))
+    return str(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", type=Path)
+    parser.add_argument("--source", required=True, help="run or hub folder of the plain network, or its name")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--networks", nargs="+", required=True)
+    parser.add_argument("--shares", nargs="+", type=float, default=[1.0, 0.1])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--lr", nargs="+", type=float, required=True)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--recipe", default="cifar_cpu")
+    parser.add_argument("--precision", default="no", choices=["no", "bf16"])
+    parser.add_argument("--held-out", type=float, default=0.0, help="share of the training split")
+    parser.add_argument("--runs", type=Path, default=Path("runs/transfer"))
+    arguments = parser.parse_args()
+    plain = load_model(arguments.source).pretrained_cfg["architecture"]
+    rows: list[dict[str, Any]] = []
+    if arguments.table.exists():
+        with arguments.table.open(newline="") as stream:
+            rows = list(csv.DictReader(stream))
+    plan = [
+        (share, seed, lr, network)  # a seed of every network says more than all seeds of one
+        for share in arguments.shares
+        for seed in arguments.seeds
+        for lr in arguments.lr
+        for network in arguments.networks
+    ]
+    for share, seed, lr, network in plan:
+        key = {"network": network, "source": Path(arguments.source).name, "data": Path(arguments.data).name}
+        key |= {"share": share, "lr": lr, "seed": seed, "epochs": arguments.epochs}
+        key |= {"held_out": arguments.held_out}
+        if any(all(str(row[name]) == str(value) for name, value in key.items()) for row in rows):
+            continue
+        data = part_of(arguments.data, share, arguments.runs / f"{key['data']}-{share}")
+        recipe = load_recipe(arguments.recipe)
+        fields = vars(recipe) | {
+            "data": data,
+            "init": arguments.source if network == plain else f"graft:{arguments.source}",
+            "epochs": arguments.epochs,
+            "lr": lr,
+            "seed": seed,
+            "precision": arguments.precision,
+            "val_fraction": arguments.held_out,
+        }
+        run = arguments.runs / "-".join(map(str, key.values()))
+        print(f"$ {shlex.join(map(str, key.values()))}", flush=True)
+        if is_run(run):
+            resume(run)
+        else:
+            train(network, Recipe(**fields), run)
+        last = read_metrics(run)[
+            -1
+        ]  # of the held-out part, where there is one: the test split chooses nothing
+        rows.append(key | {"images": last["images"], "top1": round(last["top1"], 3), "hardware": hardware()})
+        write_csv(arguments.table, [{name: row[name] for name in FIELDS} for row in rows])
+
+
+if __name__ == "__main__":
+    main()
