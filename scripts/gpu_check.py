@@ -41,7 +41,7 @@ from gpu_check_training import out_of_memory, pinned_loader, resuming, training
 from rich.console import Console
 from rich.table import Table
 
-from timm_attn.training.checkpoint import write_json
+from timm_attn.files import write_json
 from timm_attn.training.run import hardware
 
 console = Console(highlight=False)
