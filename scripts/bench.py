@@ -43,8 +43,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_attn
+from timm_attn.files import write_json
 from timm_attn.models.deployed import fuse_conv_norms
-from timm_attn.training.checkpoint import write_json
 
 
 def fused(name: str, **kwargs: Any) -> nn.Module:
