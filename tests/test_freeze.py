@@ -399,7 +399,7 @@ def test_the_command_writes_what_timm_loads_and_goes_on_where_it_was(tmp_path, c
     with pytest.raises(SystemExit) as status:
         cli.main(freeze)
     assert status.value.code == 130 and not (out / "config.json").exists()
-    assert "stopped; the same command goes on" in capsys.readouterr().err
+    assert "stopped; run the same command again to resume" in capsys.readouterr().err
     monkeypatch.setattr(freezing, "train", None)  # it is not started again
     capsys.readouterr()
     cli.main(freeze)

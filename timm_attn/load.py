@@ -64,7 +64,7 @@ def source_name(source: str) -> str:
     elif kind == "local-dir" or Path(source).is_dir():
         folder = Path(rest if kind == "local-dir" else source)
         if is_run(folder) and not (folder / WEIGHTS).is_file():
-            hint = f"`timm-attn train --resume {folder}` goes on with it"
+            hint = f"`timm-attn train --resume {folder}` resumes it"
             raise UserError(f"run {folder} is not finished: {hint}")
         config = read_folder(folder)
     else:
