@@ -438,7 +438,7 @@ def _exported_and_published(folders, hub, monkeypatch, capsys):
         publish([hub / name for name in names], "alice")
         for name, model, constants in zip(names, loaded, ("3 of 3", "2 of 3"), strict=True):
             card = server.files(f"alice/{name}")["README.md"].decode()
-            assert f"{constants} channel gates are constants" in card and "decided nothing" in card
+            assert f"{constants} channel gates are frozen" in card and "not used to choose" in card
             assert "base_model: alice/resnet20_se.d" in card and "(freeze.png)" in card
             assert "import timm_attn" in card and "- transformers" not in card
             again = timm.create_model(f"hf-hub:alice/{name}", pretrained=True).eval()
