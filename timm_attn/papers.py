@@ -25,7 +25,7 @@ class Paper:
 
     @property
     def url(self) -> str:
-        """Address of the paper, or of timm."""
+        """URL of the paper, or of timm."""
         return (
             f"https://arxiv.org/abs/{self.arxiv}"
             if self.arxiv

@@ -1,4 +1,4 @@
-"""One recipe with several seeds: a run folder each, resumable as a whole, and their mean and deviation."""
+"""Runs of one recipe with several seeds: a run folder each, resumed together, with mean and deviation."""
 
 import dataclasses
 import json
