@@ -92,7 +92,7 @@ def freeze_command(
         keep: Shell patterns of gates that are not frozen, e.g. 'layer3.*'.
         recover: Steps of distillation from the original, with SGD on the training split. If interrupted, they
             are resumed.
-        max_images: Largest number of images used of the split.
+        max_images: Maximum number of images used from the split.
         lr: Peak learning rate of the distillation.
         precision: Precision of the distillation: no (fp32), bf16 or fp16.
     """

@@ -45,7 +45,7 @@ def look_command(
             stiffness and landscape take several; for a single run folder, stripes shows all its checkpoints.
         out: Folder for <what>.png and <what>.csv.
         gates: Shell patterns of gates, e.g. 'layer3.*'; all by default.
-        max_images: Largest number of images used of the split, chosen at random, the same every time.
+        max_images: Maximum number of images used from the split, chosen at random, the same every time.
     """
     from ..report import COMPARING, OBSERVATIONS, OF_GATES
 

@@ -36,8 +36,8 @@ def train(
         model: Model name, e.g. resnet20_dia.
         recipe: Name of a recipe of the package, or a YAML file with any of the options below. Options on the
             command line override it.
-        attention: Mechanism to put into the model, which may be any model of timm: asr, dia, ssia, sem, spem,
-            se, eca, ….
+        attention: Mechanism (asr, dia, ssia, sem, spem, se, eca, …) to put into the model, which may be any
+            model of timm.
         resume: Run folder to resume. Takes no other option than --data, for data that has moved.
         out: Run folder to create; runs/<model>_<data>_s<seed> by default.
         seeds: Train once with each of these seeds, in seed-<seed> of the run folder.

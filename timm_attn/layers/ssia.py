@@ -71,8 +71,8 @@ class SSIA(nn.Module):
         spatial   L_s = ‖a(X_s) − sg a(X_{s+1})‖²    a: energy over channels, unit norm over pixels; no heads
 
     If a loop multiplies its loss by a factor, the backward pass does not know it. Set the buffer
-    ``aux_scale`` to the same factor before the forward pass: 1 / steps for gradient accumulation, the scale of
-    the gradient scaler, or their product::
+    ``aux_scale`` to the same factor before the forward pass: 1 / steps for gradient accumulation, the scale
+    of the gradient scaler, or their product::
 
         model.ssia.aux_scale.fill_(scaler.get_scale() / steps)
 

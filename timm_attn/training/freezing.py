@@ -57,7 +57,7 @@ def freeze_trained(
         every: Freeze all gates.
         keep: Shell patterns of paths of gates that are not frozen.
         steps: Steps of distillation from the original; 0 for none. Their runs are in ``out`` and are resumed.
-        most: Largest number of images used of the evaluation split.
+        most: Maximum number of images used from the evaluation split.
         say: Called with a line of text on each step.
         show: Show progress bars.
 

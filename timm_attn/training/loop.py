@@ -113,8 +113,8 @@ def resume(run: str | Path, on_step: OnStep | None = None, data: str | None = No
         write_json(run / ENVIRONMENT, environment | {"moved_to": recipe.data})
     if accelerator.num_processes != environment["processes"]:
         accelerator.print(
-            f"warning: {run} was started with {environment['processes']} processes and goes on with "
-            f"{accelerator.num_processes}: not in the same bits"
+            f"warning: {run} was started with {environment['processes']} processes and is resumed with "
+            f"{accelerator.num_processes}: it will not be bit-identical"
         )
     state = take_up(run, accelerator)
     if state is None:
