@@ -403,7 +403,7 @@ def test_the_command_writes_what_timm_loads_and_goes_on_where_it_was(tmp_path, c
     monkeypatch.setattr(freezing, "train", None)  # it is not started again
     capsys.readouterr()
     cli.main(freeze)
-    assert "3 of 3 gates are constants" in capsys.readouterr().out
+    assert "3 of 3 gates are frozen" in capsys.readouterr().out
     report = json.loads((out / "freeze.json").read_text())
     assert report["steps"] == 6 and report["images"] == [1437, 180, 180] and (out / "freeze.png").exists()
     model = timm.create_model(f"local-dir:{out}", pretrained=True)
