@@ -72,7 +72,7 @@ def test_norms_are_fused_where_the_attention_stays(tmp_path, capsys):
     run("train", "fmmnet20", "--data", "digits", "--epochs", "1", "--out", str(tmp_path / "a"), *FAST)
     run("fold", str(tmp_path / "a"))
     output = capsys.readouterr().out
-    assert "norms stay: no convolution stands before them" in output and "multiply-adds" in output
+    assert "norms stay: there is no convolution before them" in output and "multiply-adds" in output
     model = timm.create_model(f"local-dir:{tmp_path}/a/folded", pretrained=True)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in (model.bn1, model.layer1[0].bn1))
 
@@ -179,7 +179,7 @@ def test_doctor_says_what_a_bug_report_needs(capsys, monkeypatch):
         torch.__version__,
         "extra train",
         "CPU",
-        "here",
+        "installed",
         "self-test: resnet20_asr loads and folds",
     ):
         assert part in out

@@ -399,11 +399,11 @@ def test_the_command_writes_what_timm_loads_and_goes_on_where_it_was(tmp_path, c
     with pytest.raises(SystemExit) as status:
         cli.main(freeze)
     assert status.value.code == 130 and not (out / "config.json").exists()
-    assert "stopped; the same command goes on" in capsys.readouterr().err
+    assert "stopped; run the same command again to resume" in capsys.readouterr().err
     monkeypatch.setattr(freezing, "train", None)  # it is not started again
     capsys.readouterr()
     cli.main(freeze)
-    assert "3 of 3 gates are constants" in capsys.readouterr().out
+    assert "3 of 3 gates are frozen" in capsys.readouterr().out
     report = json.loads((out / "freeze.json").read_text())
     assert report["steps"] == 6 and report["images"] == [1437, 180, 180] and (out / "freeze.png").exists()
     model = timm.create_model(f"local-dir:{out}", pretrained=True)
@@ -438,7 +438,7 @@ def _exported_and_published(folders, hub, monkeypatch, capsys):
         publish([hub / name for name in names], "alice")
         for name, model, constants in zip(names, loaded, ("3 of 3", "2 of 3"), strict=True):
             card = server.files(f"alice/{name}")["README.md"].decode()
-            assert f"{constants} channel gates are constants" in card and "decided nothing" in card
+            assert f"{constants} channel gates are frozen" in card and "not used to choose" in card
             assert "base_model: alice/resnet20_se.d" in card and "(freeze.png)" in card
             assert "import timm_attn" in card and "- transformers" not in card
             again = timm.create_model(f"hf-hub:alice/{name}", pretrained=True).eval()

@@ -395,7 +395,7 @@ def test_memory_and_disk_errors_are_one_line(tmp_path, capsys, monkeypatch):
     for error, hint in (
         (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "lower --batch-size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte"), "lower --batch-size"),
-        (OSError(28, "No space left on device"), "make room on the disk, then go on with"),
+        (OSError(28, "No space left on device"), "make room on the disk, then resume with"),
     ):
         monkeypatch.setattr(trainers.Trainer, "_update", fail(error))
         with pytest.raises(SystemExit) as stop:

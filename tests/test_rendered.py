@@ -145,11 +145,11 @@ def test_a_card_says_how_far_it_is_from_its_controls():
     dia = checkpoint("resnet20_dia.a", "dia", 91.5, 0.2, 4, controls=["resnet20.a"])
     text = card(dia, {"resnet20.a": plain})
     assert (
-        "91.50 ± 0.20 % (n = 4) against 91.00 ± 0.10 % (n = 4) of `resnet20.a`, a difference of +0.50 points; "
-        "that is more than twice its standard error (0.11)" in text
+        "91.50 ± 0.20 % (n = 4) against 91.00 ± 0.10 % (n = 4) for `resnet20.a`. The difference of +0.50 points "
+        "is more than twice its standard error (0.11)" in text
     )
     assert "less than twice" in judge({"mean": 91.1, "std": 0.2, "n": 4}, plain.over_seeds["top1"])
-    assert "No control was trained" in card(dataclasses.replace(dia, controls=[]), {})
+    assert "No baseline was trained" in card(dataclasses.replace(dia, controls=[]), {})
     for few in ({"mean": 95.0, "std": None, "n": 1}, {"mean": 95.0, "std": 0.01, "n": 2}):
         assert "may be noise" in judge(few, plain.over_seeds["top1"])
         assert "may be noise" in judge(plain.over_seeds["top1"], few)
@@ -157,18 +157,18 @@ def test_a_card_says_how_far_it_is_from_its_controls():
 
 def test_a_card_says_which_of_the_seeds_it_is():
     for n, which in (
-        (2, "over seeds 0 and 1; by its top-1 this is the lower one."),
-        (3, "over seeds 0, 1 and 2; by its top-1 this is the median."),
-        (4, "over seeds 0, 1, 2 and 3; by its top-1 this is the lower median."),
+        (2, "over seeds 0 and 1; this is the run with the lower top-1."),
+        (3, "over seeds 0, 1 and 2; this is the run with the median top-1."),
+        (4, "over seeds 0, 1, 2 and 3; this is the run with the lower median top-1."),
     ):
         assert which in card(checkpoint("resnet20.a", "resnet", 91.0, 0.1, n), {})
-    assert "One run says nothing" in card(checkpoint("resnet20.a", "resnet", 91.0), {})
+    assert "This is a single run" in card(checkpoint("resnet20.a", "resnet", 91.0), {})
 
 
 def test_a_control_has_no_claim():
     se = checkpoint("resnet20_se.a", "se", 91.0, 0.1, 3)
     text = card(checkpoint("resnet20.a", "resnet", 91.0, 0.1, 3, controls=[se.name]), {se.name: se})
-    assert "control: it stands for no claim of ours.\n\nHere, with one recipe" in text
+    assert "baseline; we make no claim about it.\n\nHere, with the same recipe" in text
 
 
 def test_a_card_says_which_options_there_were_and_what_is_left():
@@ -187,6 +187,4 @@ def test_a_card_says_which_options_there_were_and_what_is_left():
         {**folded, "folded_from": "resnet20_asr_se.x", "model_args": {"block_args": {"attn_layer": "eca"}}},
     ):
         text = with_options(**changes)
-        assert (
-            "a network with only the attention that stood on top" in text and "plain network with" not in text
-        )
+        assert "a network that keeps only the attention on top" in text and "plain network with" not in text

@@ -331,7 +331,8 @@ def test_the_report_stands_alone_and_renders(run, tmp_path):
     page = out.read_text(encoding="utf-8")
     results = json.loads((run / "results.json").read_text())
     assert f"{results['top1']:.2f} %" in page
-    for title in ("Training", "By class", "Confusion", "Calibration", "Worst mistakes", "Stripes", "Speed"):
+    titles = ["Training", "Accuracy by class", "Confusion matrix", "Calibration", "Worst mistakes", "Speed"]
+    for title in (*titles, "Dependence of gates on the image"):
         assert f"<h2>{title}</h2>" in page
     links = re.findall(r'(?:src|href|srcset)="([^"]{0,12})', page)
     assert links and all(link.startswith(("data:", "#")) for link in links)

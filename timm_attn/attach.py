@@ -1,4 +1,4 @@
-"""Puts a mechanism into a network of timm, or of anybody, without touching the network's keys."""
+"""Puts a mechanism into a network of timm, or another one, without changing the keys of its state dict."""
 
 import warnings
 from copy import deepcopy
@@ -26,15 +26,15 @@ _ATTACHED = (BranchEnd, GatedInput, GatedNorm, SSIANetwork, ConAM, FMM)
 def attach(model: nn.Module, mechanism: str, images: Tensor | None = None, **options: Any) -> nn.Module:
     """Put a mechanism into a network, in place.
 
-    The network keeps its own keys; those of the mechanism carry its name, such as
+    The network keeps the keys of its state dict; those of the mechanism contain its name, such as
     ``layer1.0.asr.generators.0.psi``. If the mechanism does not depend on the image, ``timm_attn.fold`` gives
     back the stock network.
 
     Args:
-        model: A network of timm, or one that holds blocks of timm.
+        model: A network of timm, or one that contains blocks of timm.
         mechanism: ``asr``, ``dia``, ``ssia``, ``sem``, ``spem``; on ResNets also ``conam`` and ``fmm``; or a
             name of timm's ``create_attn``, such as ``se``, ``eca`` and ``cbam``. All but ``ssia``, ``conam``
-            and ``fmm`` stand at the ends of residual branches; in transformers, they read the patch tokens.
+            and ``fmm`` are put at the ends of residual branches; in transformers, they read the patch tokens.
         images: Example images, B × C × H × W. Needed only if the network does not take images of the size in
             its ``pretrained_cfg``.
         options: Options of the mechanism's layer. ``asr`` also takes ``where="norms"``, for a gate on every
@@ -45,8 +45,8 @@ def attach(model: nn.Module, mechanism: str, images: Tensor | None = None, **opt
 
     Raises:
         TypeError: ``model`` is not a network, or an option does not exist.
-        ValueError: The mechanism does not exist or cannot stand in this network, an option is out of range,
-            or the network is compiled, wrapped, quantised or has a mechanism already. It is left unchanged.
+        ValueError: The mechanism does not exist or does not fit this network, an option is out of range, or
+            the network is compiled, wrapped, quantised or already has a mechanism. It is left unchanged.
     """
     _check(model)
     if mechanism == "asr_se":
@@ -120,14 +120,14 @@ def create_model(
 
     Args:
         model_name: Name of a network of timm or this package.
-        attention: The mechanism, as for ``attach``. The name of the two together, such as ``resnet50_dia``,
-            is registered with timm if it is not yet.
-        pretrained: Load timm's weights of the stock network; the mechanism starts without changing its
-            outputs.
+        attention: The mechanism, as for ``attach``. The combined name, such as ``resnet50_dia``, is
+            registered with timm if necessary.
+        pretrained: Load timm's weights of the stock network; the mechanism is initialised so that the outputs
+            do not change.
         kwargs: Options of the mechanism, and arguments of ``timm.create_model``.
 
     Raises:
-        GraftError: The mechanism cannot start without changing the outputs.
+        GraftError: The mechanism cannot be initialised without changing the outputs.
         ValueError: As for ``attach``.
     """
     if attention is None:

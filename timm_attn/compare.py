@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 #: What a model is called with: one tensor, a tuple of positional arguments or a dictionary of named ones.
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 
-#: Greatest max|Δlogit| ÷ max|logit| that a fold may cause, by dtype. The half-precision bounds are a few
+#: Largest max|Δlogit| ÷ max|logit| that folding may cause, by dtype. The half-precision bounds are a few
 #: roundings of the network's own arithmetic: folding moves the rounding of γ · v from run time to fold time.
 #: FMMNets multiply roundings: random ones of 50 layers differ from themselves in float64 by up to 4e-5 in
 #: float32, and from their fused form as much (3e-12 in float64). `fold` refuses those, in float32.
@@ -18,11 +18,11 @@ BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch
 
 
 class FoldError(RuntimeError):
-    """A folded model does not compute what the model it was made from computes."""
+    """The outputs of a folded model differ from those of the original."""
 
 
 def above_bound(error: float, dtype: torch.dtype) -> str:
-    """What to say of a max|Δlogit| ÷ max|logit| that is above ``BOUNDS`` or NaN, or ''."""
+    """A message if max|Δlogit| ÷ max|logit| is above ``BOUNDS`` or NaN, or else ''."""
     if error <= BOUNDS[dtype]:
         return ""
     return f"max|Δlogit| / max|logit| = {error:.3g}, allowed {BOUNDS[dtype]:g}"
@@ -30,12 +30,12 @@ def above_bound(error: float, dtype: torch.dtype) -> str:
 
 @torch.no_grad()
 def relative_difference(model: nn.Module, other: nn.Module, inputs: Inputs) -> float:
-    """max|Δlogit| ÷ max|logit| of two models, which are put in eval mode, on the same images.
+    """max|Δlogit| ÷ max|logit| of two models on the same images; both are put in eval mode.
 
-    Of several outputs, the largest of these.
+    With several outputs, the largest of their values.
 
     Raises:
-        ValueError: The output holds no tensor.
+        ValueError: The output contains no tensor.
         FoldError: An output of the first model is not finite, or the other's has another shape.
     """
     return max(relative(a, b) for a, b in compared(model, other, inputs))

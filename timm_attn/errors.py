@@ -1,4 +1,4 @@
-"""Errors that a user can mend: the command line prints their message and exits with status 2."""
+"""Errors that a user can fix: the command line prints their message and exits with status 2."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,16 +7,16 @@ from contextlib import contextmanager
 class UserError(Exception):
     """Wrong input; the message names the value and the fix.
 
-    No ValueError: the parser of the command line takes those for its own and hides what they say.
+    Not a ValueError, as the command-line parser would catch it and hide its message.
     """
 
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Import what belongs to an extra of the package.
+    """Import packages that an extra of this package installs.
 
     Raises:
-        ModuleNotFoundError: It is not there; the message says how to install it.
+        ModuleNotFoundError: One is missing; the message says how to install it.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Trained form to deployed form: fold what folds, and prove it on the spot."""
+"""Folds trained networks for inference, and compares the result with the original."""
 
 from copy import deepcopy
 from dataclasses import dataclass
@@ -21,24 +21,24 @@ from .models.ssia import SSIANetwork
 
 
 class NothingToFold(ValueError):
-    """The model has nothing that folds."""
+    """The model has nothing to fold."""
 
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What folding did. Pairs are before and after.
+    """Differences and costs of a model before and after folding; pairs are (before, after).
 
-    Of several outputs, the largest differences are reported.
+    With several outputs, the largest differences are reported.
 
     Attributes:
         max_absolute: max|Δlogit|.
         max_relative: max|Δlogit| ÷ max|logit|.
-        top1_agreement: Share of the images to which both give the same class, in %; NaN if the output is
-            anything but logits, B × classes.
+        top1_agreement: Images with the same predicted class, in %; NaN if the output is not logits,
+            B × classes.
         images: Number of images compared.
         parameters: Number of parameters.
-        multiply_adds: Of convolutions and matrix products, for one image.
-        bytes: Of parameters and persistent buffers.
+        multiply_adds: Multiply-adds of convolutions and matrix products, for one image.
+        bytes: Size of parameters and persistent buffers, in bytes.
         separate_norms: Paths of batch norms that stay, as there is no convolution to fuse them into.
     """
 
@@ -53,21 +53,21 @@ class FoldReport:
 
 
 def fold(model: nn.Module, inputs: Inputs | None = None, layer_scale: bool = False) -> nn.Module:
-    """Fold a model of this package, or one that contains such, and compare it with the original.
+    """Fold a model of this package, or one that contains such a model, and compare it with the original.
 
-    Gates that do not depend on the image (ASR) are multiplied into the layer before them, and what acts in
-    training only (SSIA) is removed: the stock network is left. A mechanism that depends on the image (DIA,
-    ConAM, FMM, SE) stays, and batch norms are fused into the convolutions before them; that form is built by
-    ``timm.create_model(..., folded=True)``.
+    Gates that do not depend on the image (ASR) are multiplied into the layer before them, and mechanisms that
+    act in training only (SSIA) are removed: the result is the stock network. A mechanism that depends on the
+    image (DIA, ConAM, FMM, SE) stays, and batch norms are fused into the convolutions before them;
+    ``timm.create_model(..., folded=True)`` builds that form.
 
-    It works on a copy, in eval mode, and compares all outputs of the two (also in lists of feature maps,
-    dictionaries and dataclasses), on fixed random images and on ``inputs``.
+    Folding works on a copy, in eval mode. All outputs of the copy and the original (also in lists of feature
+    maps, dictionaries and dataclasses) are compared, on fixed random images and on ``inputs``.
 
     Args:
         model: Left unchanged. Networks of this package may be anywhere in it.
-        inputs: Images B × C × H × W in the model's dtype, or a tuple or dictionary of the model's arguments,
-            which are compared as well. Needed only if the model does not take the two fixed random images,
-            which have the size in ``pretrained_cfg``.
+        inputs: Images B × C × H × W in the model's dtype, or a tuple or dictionary of the model's arguments;
+            the outputs are compared on them, too. Needed only if the model does not take the two fixed random
+            images, which have the size in ``pretrained_cfg``.
         layer_scale: Also multiply LayerScales (https://arxiv.org/abs/2103.17239), of ConvNeXt and DeiT-3 for
             example, into the layers before them. The result is the network that timm makes with
             ``ls_init_value=None`` or ``init_values=None``.
@@ -76,9 +76,9 @@ def fold(model: nn.Module, inputs: Inputs | None = None, layer_scale: bool = Fal
         The folded model in eval mode.
 
     Raises:
-        NothingToFold: Nothing in the model folds, or it is folded already.
-        ValueError: ``inputs`` are not images, have another dtype than the model, or are missing; the output
-            holds no tensor; or the model cannot be copied, as it is pruned by hooks.
+        NothingToFold: The model has nothing to fold, or is already folded.
+        ValueError: ``inputs`` are not images, differ from the model in dtype, or are missing; the output
+            contains no tensor; or the model cannot be copied, as it is pruned by hooks.
         FoldError: max|Δlogit| ÷ max|logit| is above ``timm_attn.compare.BOUNDS``, or an output is not finite.
     """
     original, folded = _fold(model, layer_scale, inputs)
@@ -191,17 +191,17 @@ def _networks(model: nn.Module) -> dict[str, Any]:
 
 
 def foldable(model: nn.Module) -> int:
-    """Number of modules that are gone after folding."""
+    """Number of modules that folding removes."""
     return sum(isinstance(module, ConstantGate | SSIA) for module in model.modules())
 
 
 def fuse_gates(model: nn.Module) -> nn.Module:
     """Multiply every gate that does not depend on the image into the parameters before it, in place.
 
-    What acts in training only goes. Returns the model, which may be another module.
+    Mechanisms that act in training only are removed. Returns the model, which may be another module.
 
     Raises:
-        FoldError: Nothing takes in one of the gates.
+        FoldError: There are no parameters to multiply one of the gates into.
     """
     for path, module in list(model.named_modules()):
         if isinstance(module, SSIANetwork):
@@ -227,14 +227,14 @@ def verify_fold(model: nn.Module, folded: nn.Module, inputs: Inputs) -> FoldRepo
 
     Args:
         model: The model before folding.
-        folded: After.
+        folded: The model after folding.
         inputs: Images B × C × H × W in the models' dtype and on their device, or a tuple or dictionary of
-            the arguments that the models take, whose tensors all have B rows.
+            the models' arguments, whose tensors all have B rows.
 
     Raises:
-        ValueError: ``inputs`` are not images, or have another dtype than the models; or the output holds no
+        ValueError: ``inputs`` are not images, or differ from the models in dtype; or the output contains no
             tensor.
-        FoldError: An output of ``model`` is not finite, or ``folded`` has outputs of other shapes.
+        FoldError: An output of ``model`` is not finite, or the outputs of ``folded`` have other shapes.
     """
     model, folded = unwrap_model(model), unwrap_model(folded)
     for m in (model, folded):

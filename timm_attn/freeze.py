@@ -1,7 +1,8 @@
-"""Trained gates into constants, within a budget of accuracy.
+"""Replaces trained gates by constants, within a budget of accuracy.
 
-Many trained channel gates hardly depend on the image (https://arxiv.org/abs/2304.06345 calls it the stripe
-observation). Such a gate may become its mean, and the mean may go into the layer before or after it.
+Many trained channel gates hardly depend on the image (the "stripe observation" of
+https://arxiv.org/abs/2304.06345). Such a gate can be replaced by its mean, and the mean can be multiplied
+into the layer before or after it.
 """
 
 import math
@@ -21,9 +22,9 @@ from .gates import Gate, find_gates
 from .passes import Figures
 from .search import GateSearch, Recover
 
-#: Of images that are not divided by the caller: for the means, for choosing, for the final figures.
+#: Shares of the images for the means, for choosing and for the final figures, without ``calibration``.
 PARTS = (0.4, 0.3, 0.3)
-#: Fewer images tell nothing of a gate, or of a network.
+#: Smallest number of images to judge a gate or a network by.
 LEAST = 100
 
 
@@ -32,14 +33,14 @@ class GateReport:
     """Measurements of one gate, and whether it was frozen.
 
     Attributes:
-        path: Path of the module that multiplied.
+        path: Path of the gate's module.
         kind: Name of its class.
-        channels: Its width.
+        channels: Number of channels.
         image_share: Share of its variance, over images and channels, that is due to the image.
         class_share: Share of the variance over images that is between classes; NaN without labels.
-        kl: Kullback–Leibler divergence from the original when only this gate is constant, in nats.
-        milliseconds: Time that it takes in the original, per batch.
-        frozen: Whether it is a constant now.
+        kl: Kullback–Leibler divergence from the original when only this gate is frozen, in nats.
+        milliseconds: Time that the gate takes in the original, per batch.
+        frozen: Whether the gate was frozen.
         where: The layer that absorbed the constant, "a multiplication", or why the gate stays.
     """
 
@@ -56,17 +57,17 @@ class GateReport:
 
 @dataclass(frozen=True)
 class FreezeReport:
-    """What ``freeze`` did.
+    """The result of ``freeze``.
 
     Attributes:
-        model: The result, in eval mode. If ``timm.create_model`` can build it by name, its architecture is
-            the network without gates (if none is left), or ``frozen``.
-        gates: One entry for each gate, in the order in which they run.
-        unknown: Modules that look like gates but are none or are not known, with the reason.
+        model: The frozen network, in eval mode. If ``timm.create_model`` can build it by name, its
+            architecture is that of the network without gates (if no gate is left), or ``frozen``.
+        gates: One entry per gate, in the order in which they run.
+        unknown: Modules that look like gates but are not, or are not known, with the reason.
         before, after: Figures of the original and of the result.
         batch_size: Batch size of the measured times.
         images: Number of images for the means, for choosing and for the final figures.
-        curves: For each order, by ``greedy`` and by ``depth``: (gates frozen, top-1 or agreement in %,
+        curves: For each order, ``greedy`` and ``depth``: (gates frozen, top-1 or agreement in %,
             milliseconds), measured on the images for choosing, without recovery.
         loads: Whether ``timm.create_model`` builds the result by name.
     """
@@ -84,7 +85,7 @@ class FreezeReport:
 
     @property
     def frozen(self) -> int:
-        """Number of gates that are constants."""
+        """Number of frozen gates."""
         return sum(gate.frozen for gate in self.gates)
 
 
@@ -104,12 +105,12 @@ def freeze(
     curves: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> FreezeReport:
-    """Turn channel gates of a network into constants, as many as the budget allows.
+    """Replace channel gates of a network by constants, as many as the budget allows.
 
-    Each gate is replaced by its mean over images. Gates are frozen one after the other in order of the
-    damage that each does alone (Kullback–Leibler divergence from the original), and once more in order of
-    damage divided by the time that they take. A gate stays if the loss would exceed the budget with it. Of
-    the two results, the one that saves more time is returned.
+    Each gate is replaced by its mean over images. Gates are frozen one after the other, once in order of
+    their damage when frozen alone (Kullback–Leibler divergence from the original), and once in order of
+    damage divided by the time that they take. A gate stays if freezing it would make the loss of accuracy
+    exceed the budget. Of the two results, the one that saves more time is returned.
 
     Args:
         model: Any network, in eval mode; left unchanged.
@@ -119,14 +120,14 @@ def freeze(
         budget: Points of top-1 that the result may lose. A loss below one standard error of the paired
             difference cannot be told from zero and is always allowed.
         every: Freeze all gates, whatever the loss.
-        keep: Shell patterns of paths of gates that stay.
+        keep: Shell patterns of paths of gates that are not frozen.
         gates: Further classes, or paths, of modules that are channel gates.
-        calibration: Other images for the means; ``images`` are then split into two halves.
+        calibration: Separate images for the means; ``images`` are then split into two halves.
         calibration_labels: Their classes, for ``class_share``.
         recover: A function that trains a frozen network and returns it; more gates are then tried within the
             budget.
-        batch_size: For all passes and times.
-        curves: Measure accuracy and time as gates are frozen one by one.
+        batch_size: Batch size for forward passes and timing.
+        curves: Also measure accuracy and time as gates are frozen one by one.
         note: Called with the name of each step.
 
     Raises:

@@ -29,7 +29,7 @@ from .branches import evaluating
 from .ends import BranchEnd, DIAEnd
 from .layers import SEM, SPEM
 
-#: Layers that multiply each channel of a map by a number of their own for each image.
+#: Layers that multiply each channel of a feature map by one number for each image.
 GATES = (
     *(SEModule, SqueezeExcite, EffectiveSEModule, SqueezeExciteCl, senet.SEModule, BlockESE, EseModule),
     *(EcaModule, CecaModule, GatherExcite, GlobalContext, ChannelAttn),
@@ -42,11 +42,11 @@ class Gate:
     """A channel gate of a network.
 
     Attributes:
-        path: Path of the module that multiplies.
+        path: Path of the gate's module.
         kind: Name of its class.
-        channels: Width C of the map.
-        axis: Of the channels: 1 of B × C × H × W, −1 of B × N × C or B × H × W × C.
-        run: Paths of the gates that share a recurrent cell, in running order; of DIA only.
+        channels: Number of channels C of the feature map.
+        axis: Axis of the channels: 1 for B × C × H × W, −1 for B × N × C or B × H × W × C.
+        run: Paths of the gates that share a recurrent cell, in the order in which they run; for DIA only.
     """
 
     path: str
@@ -88,18 +88,18 @@ def gate_modules(model: nn.Module, also: Iterable[type | str] = ()) -> dict[str,
 def find_gates(
     model: nn.Module, images: Any, also: Iterable[type | str] = ()
 ) -> tuple[list[Gate], dict[str, str]]:
-    """The channel gates of a network in running order, and what looks like one but is not, or is not known.
+    """Find the channel gates of a network, and modules that look like gates but are not, or are not known.
 
-    A gate is what multiplies all pixels of a channel by the same number, one for each image; that is tried
-    out on the images, in eval mode.
+    A gate multiplies all pixels of a channel by one number for each image. This is tested on the images, in
+    eval mode.
 
     Args:
-        model: Left as it is.
+        model: Left unchanged.
         images: B × C × H × W, two or more that differ.
-        also: Further classes, or paths of modules.
+        also: Further classes, or paths, of modules that are channel gates.
 
     Returns:
-        The gates; and the path of every other candidate, with the reason in words.
+        The gates, in the order in which they run; and the path of every other candidate, with the reason.
 
     Raises:
         ValueError: A path names no module of the network.

@@ -1,4 +1,4 @@
-"""Stock backbone to variant: the same function, with new parameters that learn from the first step."""
+"""Builds a model with attention from stock weights, with unchanged outputs and trainable new parameters."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -16,7 +16,7 @@ from .models.backbones import stock_network
 from .models.grafting import GraftError, classifier_keys, graft_description, load_stock, start_constant
 from .models.mechanisms import Mechanism
 
-#: Fields of a configuration that say how images are prepared, what the classes are and who allows what.
+#: Fields of a configuration about preprocessing, classes and licence.
 _TAKEN = (
     "input_size",
     "pool_size",
@@ -51,28 +51,29 @@ def graft(
     num_classes: int | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build a model from the weights of its stock network, so that both compute the same at first.
+    """Build a model from the weights of its stock network, so that both give the same outputs at first.
 
-    The mechanism starts as a constant, which the scale of a neighbouring layer undoes: DIA's gate is ¼
-    everywhere, ASR's does not depend on the image anyway, ConAM has equal confidence in all patches, SSIA
-    acts in training only. The two networks are compared on fixed random images before the model is returned.
+    The mechanism is initialised to a constant, and the inverse is multiplied into a neighbouring layer: DIA's
+    gate is ¼ everywhere, ASR's does not depend on the image anyway, ConAM has equal confidence in all
+    patches, SSIA acts in training only. The two networks are compared on fixed random images before the model
+    is returned.
 
     Args:
         architecture: One of ``timm_attn.model_names``.
-        source: A name of timm's or this package's with or without tag, ``hf-hub:ORG/NAME`` or
+        source: A model name of timm or this package, with or without tag, ``hf-hub:ORG/NAME`` or
             ``local-dir:FOLDER`` (weights are loaded); or a network; or its state dict.
-        num_classes: If it differs from the source's, a new classifier is made after the comparison.
+        num_classes: If it differs from that of the source, a new classifier is created after the comparison.
         kwargs: Options of the mechanism and the network, as for ``timm.create_model``.
 
     Returns:
-        The model. Its ``pretrained_cfg`` has the source's preprocessing, and names the source. It is in
+        The model. Its ``pretrained_cfg`` has the preprocessing of the source, and names the source. It is in
         training mode if the source is.
 
     Raises:
         GraftError: The architecture is not one of this package, or its mechanism cannot be grafted (FMM,
             as a product cannot represent a sum; ConAM with ``patch_size``); the weights are not those of its
-            backbone; or the two networks differ by more than ``timm_attn.compare.BOUNDS``.
-        TypeError: The source is none of these, or an argument is given that the source decides:
+            backbone; or the outputs differ by more than ``timm_attn.compare.BOUNDS``.
+        TypeError: The source is none of these, or an argument is given that the source determines:
             ``in_chans``, ``pretrained``, ``pretrained_cfg``, ``pretrained_cfg_overlay``, ``checkpoint_path``,
             ``device`` or ``dtype``.
     """

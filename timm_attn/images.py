@@ -1,4 +1,4 @@
-"""One image from a data set's cell: upright, opaque, eight bits a channel."""
+"""Decodes one image of a dataset: upright, opaque, eight bits per channel."""
 
 import contextlib
 import io
@@ -20,15 +20,15 @@ NEWER_EXTENSIONS = {".avif", ".avifs"}
 
 
 class DataError(UserError):
-    """A data set, a split, an image or a label cannot be used."""
+    """A dataset, a split, an image or a label cannot be used."""
 
 
 def decode(cell: dict[str, Any], where: str) -> Image.Image:
     """An RGB image from a data set's undecoded cell (``bytes`` or ``path``).
 
-    It is turned as its EXIF orientation says, what is transparent lies on white, and sixteen bits a channel
-    are scaled to eight by the least of 8, 10, 12, 14 and 16 bits that hold the image's values, which is then
-    its ``info["bits"]``.
+    The image is rotated according to its EXIF orientation, and transparent pixels are put on white. Sixteen
+    bits per channel are scaled to eight: their range is the smallest of 8, 10, 12, 14 and 16 bits that holds
+    the values of the image, and is given as ``info["bits"]``.
 
     Raises:
         DataError: The image is missing or corrupt, or too large for an eighth of this machine's memory.

@@ -1,4 +1,4 @@
-"""A network from whatever names it: a model name, a run or hub folder, a repository of the Hub."""
+"""Loads a network by model name, run folder, hub folder or repository on the Hub."""
 
 import difflib
 from pathlib import Path
@@ -23,14 +23,14 @@ RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
 
 
 def load_model(name: str) -> Any:
-    """A model with its weights, in eval mode.
+    """Load a model with its weights, in eval mode.
 
     Args:
-        name: A model name with pretrained weights, a run folder, a hub folder, or ``hf-hub:`` or
-            ``local-dir:`` and what timm takes after them.
+        name: A model name with pretrained weights, a run folder, a hub folder, ``hf-hub:ORG/NAME`` or
+            ``local-dir:FOLDER``.
 
     Raises:
-        UserError: The name stands for none of these.
+        UserError: The name is none of these.
         WeightsError: The model has no weights, or damaged ones.
     """
     name = source_name(name)
@@ -49,12 +49,12 @@ def is_run(path: Path) -> bool:
 
 
 def source_name(source: str) -> str:
-    """timm's name for weights: a model name, a run or hub folder, ``hf-hub:`` or ``local-dir:``.
+    """timm's name for a source of weights: a model name, a run or hub folder, ``hf-hub:`` or ``local-dir:``.
 
-    What a folder or a repository holds is looked at before timm sees it.
+    Folders and repositories are checked before timm reads them.
 
     Raises:
-        UserError: The source stands for none of these.
+        UserError: The source is none of these.
         WeightsError: Its weights are missing, damaged or pickled, or its configuration cannot be trusted.
     """
     kind, _, rest = source.partition(":")
@@ -64,7 +64,7 @@ def source_name(source: str) -> str:
     elif kind == "local-dir" or Path(source).is_dir():
         folder = Path(rest if kind == "local-dir" else source)
         if is_run(folder) and not (folder / WEIGHTS).is_file():
-            hint = f"`timm-attn train --resume {folder}` goes on with it"
+            hint = f"`timm-attn train --resume {folder}` resumes it"
             raise UserError(f"run {folder} is not finished: {hint}")
         config = read_folder(folder)
     else:

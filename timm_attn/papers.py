@@ -1,4 +1,4 @@
-"""The papers: what a card says about a network's source."""
+"""The papers, as cited in model cards."""
 
 from dataclasses import dataclass, replace
 
@@ -8,10 +8,10 @@ class Paper:
     """A paper, and how far this package follows it.
 
     Attributes:
-        arxiv: arXiv id, or '' for what was not published there.
+        arxiv: arXiv id, or '' if it is not on arXiv.
         summary: What the mechanism does, in one sentence.
         caveat: What a reader must know before comparing with the paper.
-        claim: What it says it gains, with the source of the figures.
+        claim: The improvement that it reports, with the source of the figures.
     """
 
     title: str
@@ -25,7 +25,7 @@ class Paper:
 
     @property
     def url(self) -> str:
-        """Where it can be read."""
+        """URL of the paper, or of timm."""
         return (
             f"https://arxiv.org/abs/{self.arxiv}"
             if self.arxiv
@@ -41,7 +41,7 @@ class Paper:
         )
 
 
-#: For networks that are timm's own.
+#: For timm's own networks.
 TIMM = Paper(
     "PyTorch Image Models",
     "Ross Wightman",
@@ -59,7 +59,7 @@ PAPERS = {
         "CVPR 2016",
         2016,
         "1512.03385",
-        "A plain residual network, the control of the networks with attention.",
+        "A plain residual network, the baseline for the networks with attention.",
     ),
     "se": Paper(
         "Squeeze-and-Excitation Networks",
@@ -67,7 +67,7 @@ PAPERS = {
         "CVPR 2018",
         2018,
         "1709.01507",
-        "Channel attention in every block, the control of the newer mechanisms.",
+        "Channel attention in every block, a baseline for the newer mechanisms.",
     ),
     "dia": Paper(
         "DIANet: Dense-and-Implicit Attention Network",
@@ -76,8 +76,8 @@ PAPERS = {
         2020,
         "1905.10671",
         "One recurrent attention unit shared by all blocks of a stage.",
-        claim="ResNet-164 on CIFAR-100: 76.67 % against 73.43 % of the plain network (means of 5 runs; the "
-        "authors' code).",
+        claim="ResNet-164 on CIFAR-100: 76.67 %, against 73.43 % for the plain network (means of 5 runs; "
+        "source: the authors' code).",
     ),
     "asr": Paper(
         "Stripe Observation Guided Inference Cost-free Attention Mechanism",
@@ -85,10 +85,11 @@ PAPERS = {
         "ECCV 2024",
         2024,
         "2304.06345",
-        "Channel attention on a learnt constant, which folds into the norm layer before it and costs nothing "
-        "at inference.",
-        claim="ResNet-164 on CIFAR-100: 75.21 % against 74.10 % of the plain network, best epoch on the test "
-        "split; 74.43 % against 73.54 % at the last epoch (single runs; the authors' code and logs).",
+        "Channel attention on a learned constant, which folds into the norm layer before it and costs "
+        "nothing at inference.",
+        claim="ResNet-164 on CIFAR-100: 75.21 %, against 74.10 % for the plain network, in the best epoch on "
+        "the test split; 74.43 % against 73.54 % in the last epoch (single runs; source: the authors' code "
+        "and logs).",
     ),
     "conam": Paper(
         "ConAM: Confidence Attention Module for Convolutional Neural Networks",
@@ -96,10 +97,10 @@ PAPERS = {
         "arXiv 2021, withdrawn 2022",
         2021,
         "2110.14369",
-        "Weights the patches of a feature map by how far they agree with the whole of it.",
+        "Weights each patch of a feature map by its agreement with the whole map.",
         "The paper was withdrawn from arXiv by its authors (conflict of interest). The formula is that of "
         "their published code; the hidden width, C / 16 by default, is this package's choice.",
-        claim="ResNet-50 on CIFAR-10: about half a point above the plain network, read off a figure.",
+        claim="ResNet-50 on CIFAR-10: about half a point above the plain network (read off a figure).",
     ),
     "fmm": Paper(
         "Towards Understanding the Effectiveness of Attention Mechanism",
@@ -107,11 +108,11 @@ PAPERS = {
         "arXiv 2021",
         2021,
         "2106.15067",
-        "FMMNet: the residual sum replaced by a product of feature maps.",
-        "The paper's text multiplies the branch and the shortcut as they are, which is mode `raw` here. "
-        "Modes `bn` (the default) and `sigmoid` normalise both first, as in the first author's code; mode "
-        "`gate` and, in all but `raw`, the start with a constant branch are this package's choice.",
-        claim="FMMNet outperforms ResNet on various data sets (abstract).",
+        "FMMNet: a product of feature maps in place of the residual sum.",
+        "The text of the paper multiplies the branch and the shortcut as they are (mode `raw` here). Modes "
+        "`bn` (the default) and `sigmoid` normalise both first, as in the first author's code. Mode `gate` "
+        "and, in all modes but `raw`, the initialisation to a constant branch are this package's choice.",
+        claim="FMMNet outperforms ResNet on various datasets (abstract).",
     ),
     "ssia": Paper(
         "Self-Supervised Implicit Attention: Guided Attention by The Model Itself",
@@ -119,16 +120,16 @@ PAPERS = {
         "arXiv 2022",
         2022,
         "2206.07434",
-        "A self-supervised loss by which each stage guides the one below it, in training only.",
-        "A re-implementation from the abstract: no code is published, and the loss is this package's "
-        "reading.",
-        claim="It outperforms SE and CBAM on several image classification data sets (abstract).",
+        "A self-supervised auxiliary loss, in training only, by which each stage guides the one before it.",
+        "Re-implemented from the abstract: no code is published, and the loss is this package's "
+        "interpretation.",
+        claim="SSIA outperforms SE and CBAM on several image classification datasets (abstract).",
     ),
 }
 PAPERS["asr_se"] = replace(
     PAPERS["asr"],
-    summary="Two channel attentions: one on a learnt constant (ASR), which folds into the norm layer before "
-    "it, and SE on top of it, which stays.",
+    summary="Two channel attentions: one on a learned constant (ASR), which folds into the norm layer before "
+    "it, and SE on top, which stays.",
 )
 PAPERS["sem"] = Paper(
     "Switchable Self-attention Module",
@@ -136,9 +137,9 @@ PAPERS["sem"] = Paper(
     "arXiv 2022",
     2022,
     "2209.05680",
-    "Three channel attentions in every block, between which a switch decides.",
-    claim="ResNet-164 on CIFAR-10: 94.95 % against 93.39 %; on CIFAR-100: 76.76 % against 74.30 % (the "
-    "authors' code).",
+    "Three channel attentions in every block, weighted by a learned switch.",
+    claim="ResNet-164: 94.95 % against 93.39 % on CIFAR-10, 76.76 % against 74.30 % on CIFAR-100 (source: "
+    "the authors' code).",
 )
 PAPERS["spem"] = Paper(
     "SPEM: Self-adaptive Pooling Enhanced Attention Module for Image Recognition",
@@ -146,6 +147,6 @@ PAPERS["spem"] = Paper(
     "MMM 2023",
     2023,
     "2208.10322",
-    "Channel attention on a learnt mixture of each channel's largest and smallest value.",
-    claim="ResNet-164: 94.80 % on CIFAR-10, 76.31 % on CIFAR-100 (the authors' code).",
+    "Channel attention on a learned mixture of the maximum and the minimum of each channel.",
+    claim="ResNet-164: 94.80 % on CIFAR-10, 76.31 % on CIFAR-100 (source: the authors' code).",
 )

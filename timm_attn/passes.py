@@ -19,12 +19,12 @@ ALONE = 2048
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one network on the images that were not used for choosing.
+    """Figures of one network, on the images that were not used for choosing.
 
     Attributes:
-        top1: In %; NaN without labels.
-        agreement: Images that get the original's class, in %.
-        kl: Mean Kullback–Leibler divergence of the original's classes from these, nats.
+        top1: Top-1 in %; NaN without labels.
+        agreement: Images with the same predicted class as the original, in %.
+        kl: Mean Kullback–Leibler divergence from the original's class probabilities, in nats.
         milliseconds: Median time of a batch.
         parameters: Number of parameters.
     """

@@ -1,4 +1,4 @@
-"""What a network says of images."""
+"""Classifies images."""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -17,12 +17,12 @@ from .images import DataError, decode
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of one image, in falling order.
+    """The most probable classes of one image, in descending order.
 
     Attributes:
-        source: Path of the image, or its number.
-        classes: Names, or numbers where the model names none.
-        probabilities: Between 0 and 1.
+        source: Path of the image, or its index.
+        classes: Class names, or class indices if the model has no names.
+        probabilities: Probabilities between 0 and 1.
     """
 
     source: str
@@ -31,7 +31,7 @@ class Prediction:
 
 
 def class_names(model: Any) -> list[str]:
-    """Names of a model's classes: its own, those of the ImageNet that it was trained on, or numbers."""
+    """Names of a model's classes: its own, those of the ImageNet variant it was trained on, or indices."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     count = int(getattr(model, "num_classes", 0) or cfg.get("num_classes") or 0)
     names = cfg.get("label_names")
@@ -51,14 +51,14 @@ def predict(
     batch_size: int = 64,
     on_corrupt: str = "stop",
 ) -> list[Prediction]:
-    """The most probable classes of images.
+    """Predict the most probable classes of images.
 
     Args:
         model: A network of timm or this package. It runs in eval mode; its own mode is restored.
-        images: Paths or Pillow images, which are prepared with the model's timm transform; or a normalised
-            tensor B × C × H × W.
+        images: Paths or Pillow images, which go through the model's timm transform; or a normalised tensor
+            B × C × H × W.
         topk: Number of classes for each image.
-        batch_size: Images at a time.
+        batch_size: Images per batch.
         on_corrupt: "stop" at an image that cannot be read, or "skip" it with a warning.
 
     Raises:
@@ -141,7 +141,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def find_images(places: Iterable[Path]) -> list[Path]:
-    """The images that paths name, those of folders by name, with the folders within.
+    """The images at some paths; folders are searched recursively, in order of name.
 
     Raises:
         UserError: A path does not exist, or there is no image.

@@ -1,4 +1,4 @@
-"""What the channel gates of a network do while it runs, collected by hooks."""
+"""Records the channel gates of a network while it runs, with hooks."""
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,12 +14,12 @@ from .gates import Gate, gate_in, gate_modules, gate_of, with_runs
 
 
 class GateStatistics:
-    """Running statistics of one gate over images, float64.
+    """Running statistics of one gate over images, in float64.
 
     Attributes:
         images: Number of images.
-        not_finite: How many of them had an output that is not finite.
-        low, high: Extremes, each C.
+        not_finite: Number of images whose output was not finite.
+        low, high: Minimum and maximum of each channel, C.
     """
 
     def __init__(self, channels: int) -> None:
@@ -30,7 +30,7 @@ class GateStatistics:
         self._by_class: dict[int, Tensor] = {}
 
     def add(self, gate: Tensor, labels: Tensor | None = None) -> None:
-        """Take up gates B × C, NaN where nothing is known, and the classes of their images."""
+        """Add gates B × C, NaN where unknown, and the classes of their images."""
         gate = gate.cpu()
         self.images += len(gate)
         known = ~gate.isnan()
@@ -46,12 +46,12 @@ class GateStatistics:
 
     @property
     def known(self) -> Tensor:
-        """Whether each channel's gate was seen, C; where a channel is 0 everywhere, it cannot be."""
+        """Whether the gate of each channel is known, C; it cannot be seen where a channel is 0 everywhere."""
         return self._sums[0] > 0
 
     @property
     def mean(self) -> Tensor:
-        """Mean of each channel over the images, C; 1 where nothing is known."""
+        """Mean of each channel over the images, C; 1 where unknown."""
         count, total, _ = self._sums
         return torch.where(count > 0, total / count, 1.0)
 
@@ -90,12 +90,12 @@ class GateStatistics:
 
 @dataclass(frozen=True)
 class Correlation:
-    """How much gates of one width resemble one another.
+    """Correlations between gates of equal width.
 
     Attributes:
-        paths: Of the gates, in running order; G of them.
+        paths: Paths of the G gates, in the order in which they run.
         pearson: G × G, Pearson's r over all images and channels.
-        images: G × G, r of what is left without each channel's mean: of what the image changes.
+        images: G × G, r after subtracting each channel's mean over images, so only of what the image changes.
     """
 
     paths: tuple[str, ...]
@@ -110,16 +110,16 @@ class Correlation:
 
 
 class Record:
-    """What ``record`` has collected of the gates of a network.
+    """The gates of a network as recorded by ``record``.
 
-    ``record[path]`` is the ``GateStatistics`` of a gate. Set ``labels`` to the classes of the images, B,
-    before each forward pass, for ``class_share``.
+    ``record[path]`` is the ``GateStatistics`` of a gate. For ``class_share``, set ``labels`` to the classes
+    of the images, B, before each forward pass.
 
     Attributes:
         gates: The gates, in the order in which they run.
         statistics: Statistics by path.
-        unknown: Paths of modules that looked like gates but are none, with the reason.
-        kept: By path, the gates of the images in ``keep``, N × C.
+        unknown: Paths of modules that looked like gates but are not, with the reason.
+        kept: The gates of the images in ``keep``, N × C, by path.
         images: Number of images so far.
     """
 
@@ -148,7 +148,7 @@ class Record:
         return len(self.statistics)
 
     def correlations(self) -> list[Correlation]:
-        """Of each run of neighbouring gates of one width, if there are two or more."""
+        """Correlations for each run of two or more neighbouring gates of equal width."""
         found = []
         for paths, sums in self._sums.items():
             n, a, aa, ab = sums  # each G × G × C: what of the one is known where the other is
@@ -161,7 +161,7 @@ class Record:
         return found
 
     def take(self, gate: Gate, values: Tensor, finite: Tensor) -> None:
-        """Take up gates B × C of a pass, and whether each image's output is finite, B."""
+        """Take the gates of a pass, B × C, and whether each image's output is finite, B."""
         if gate.path in self._passing and not self._inside:  # a part of the network is called, not the whole
             self.end_pass()
         if gate.path in self._passing:  # one constant could not stand for both
@@ -172,15 +172,15 @@ class Record:
         self._passing[gate.path] = gate, values.cpu(), finite.cpu()
 
     def begin_pass(self, *_: Any) -> None:
-        """A forward pass of the network begins; what one that raised has left is dropped."""
+        """Begin a forward pass, and drop what is left of one that raised."""
         self._inside = True
         self._passing.clear()
 
     def end_pass(self, *_: Any) -> None:
-        """Take up the gates of a pass and what is between them, and count its images.
+        """Add the gates of a pass and their correlations to the statistics, and count its images.
 
         Raises:
-            ValueError: There are labels, and not as many as images.
+            ValueError: There are labels, but not one per image.
         """
         passing, self._passing, self._inside = self._passing, {}, False
         labels, self.labels = self.labels, None
@@ -227,7 +227,7 @@ def record(
     keep: int | Collection[int] = (),
     correlation: bool = True,
 ) -> Iterator[Record]:
-    """Collect the channel gates of a network while it runs, by hooks that are gone afterwards.
+    """Record the channel gates of a network while it runs, with hooks that are removed afterwards.
 
     ::
 
@@ -240,10 +240,9 @@ def record(
 
     Args:
         model: Any network.
-        gates: From ``find_gates``; by default, all that are found while the network runs.
+        gates: Gates from ``find_gates``; by default, all that are found while the network runs.
         also: Further classes, or paths, of modules that are channel gates.
-        keep: Images whose gates are kept in ``kept``: the number of first images, or the indices of images,
-            counted from 0.
+        keep: Images whose gates are kept in ``kept``: a number, for the first images, or indices from 0.
         correlation: Also collect correlations between gates.
 
     Raises:
@@ -301,7 +300,7 @@ def record(
 
 @contextmanager
 def held(model: nn.Module, constants: dict[Gate, Tensor]) -> Iterator[None]:
-    """Let gates be constants for a while: each C numbers."""
+    """Replace gates by constants, C each, within the context."""
 
     def watch(gate: Gate, constant: Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One look for all pictures: colours that the colour-blind can tell apart, light or dark."""
+"""One style for all plots, light or dark, with colours that the colour-blind can tell apart."""
 
 import io
 import warnings

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(141)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT) and arguments[:1] == ["train"]
-        hint = ": make room on the disk, then go on with `timm-attn train --resume RUN`" if full else ""
+        hint = ": make room on the disk, then resume with `timm-attn train --resume RUN`" if full else ""
         _complain("error: ", f"{error}{hint}")
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:

@@ -20,18 +20,19 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Images:
-    """Images with classes to evaluate a model on.
+    """Labelled images to evaluate a model on.
 
     Args:
-        data: A folder of parquet files or images, a Hugging Face dataset id, or digits.
-        split: Split to measure on; test by default, validation where there is no test.
-        data_config: Configuration of a data set that has several.
-        data_revision: Branch, tag or commit of a data set on the Hub.
+        data: A folder of parquet files or images, a dataset id on the Hugging Face Hub, or digits (from
+            scikit-learn).
+        split: Split to evaluate on; by default test, or validation if there is no test.
+        data_config: Configuration of the dataset, if it has several.
+        data_revision: Branch, tag or commit of a dataset on the Hub.
         batch_size: Images per batch.
-        image_column: Image column; found by its type by default.
-        label_column: Label column; found by its type by default.
+        image_column: Image column; by default found by its type.
+        label_column: Label column; by default found by its type.
         on_corrupt: Stop at a corrupt image, or skip and count it.
-        workers: Processes that decode larger images.
+        workers: Worker processes that decode larger images.
     """
 
     data: str

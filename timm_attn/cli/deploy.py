@@ -18,13 +18,13 @@ from .console import Images, Stopped, app, console
 
 @app.command(name="fold")
 def fold_command(source: Positional[str], /, out: Path | None = None, layer_scale: bool = False) -> None:
-    """Write a model's deployed form: the plain network, or the same one with norms fused.
+    """Fold a model for inference: into the plain network, or into the same network with norms fused.
 
     Args:
         source: A run folder, a hub folder or a model name with pretrained weights.
-        out: Folder to write; <run>/folded by default, of a hub folder or a name there is none.
-        layer_scale: Multiply LayerScales into the layers before them, too, and write model.pt2, a program of
-            torch.export, as no name of timm's stands for such a network.
+        out: Folder to write; <run>/folded by default. Required if the source is a hub folder or a name.
+        layer_scale: Also multiply LayerScales into the layers before them. The result is written as
+            model.pt2, a torch.export program, as timm has no name for such a network.
     """
     model = load_model(source)
     try:
@@ -37,7 +37,7 @@ def fold_command(source: Positional[str], /, out: Path | None = None, layer_scal
     report = verify_fold(model, stock, images)
     excess = above_bound(report.max_relative, images.dtype)
     if excess:
-        raise FoldError(f"the folded {source} does not compute what it computes: {excess}")
+        raise FoldError(f"the folded {source} does not compute what the original computes: {excess}")
     if out is None:
         if not Path(source).is_dir() or (Path(source).parent / INDEX).is_file():
             raise UserError(f"name a folder for the folded {source} with --out")
@@ -52,12 +52,12 @@ def fold_command(source: Positional[str], /, out: Path | None = None, layer_scal
     else:
         save_model(stock, out, list(model.pretrained_cfg.get("label_names") or []))
     table = Table("", "architecture", "parameters", "multiply-adds", "bytes")
-    for i, (name, network) in enumerate((("as it was", model), ("folded", stock))):
+    for i, (name, network) in enumerate((("original", model), ("folded", stock))):
         costs = (report.parameters[i], report.multiply_adds[i], report.bytes[i])
         table.add_row(name, network.pretrained_cfg["architecture"], *(f"{cost:,}" for cost in costs))
     console.print(table)
     if report.separate_norms:
-        console.print(f"{len(report.separate_norms)} norms stay: no convolution stands before them")
+        console.print(f"{len(report.separate_norms)} norms stay: there is no convolution before them")
     console.print(
         f"max|Δlogit| = {report.max_absolute:.1e}, max|Δlogit| / max|logit| = {report.max_relative:.1e}, "
         f"the same class for {report.top1_agreement:g} % of {report.images} random images; written to {out}"
@@ -78,22 +78,23 @@ def freeze_command(
     lr: float = 0.01,
     precision: Literal["no", "bf16", "fp16"] = "no",
 ) -> None:
-    """Turn channel gates (SE, ECA, DIA …) into constants, as many as a budget of top-1 allows.
+    """Replace channel gates (SE, ECA, DIA …) by constants, as many as a budget of top-1 allows.
 
-    The means come from the training split, where there is one. One half of the images decides which gates
-    go, the other half gives the figures.
+    The constants are the means of the gates over images of the training split, if there is one. One half of
+    the evaluation images is used to choose the gates, the other half for the final figures.
 
     Args:
         source: A run folder, a hub folder, a model name with pretrained weights, or hf-hub:ORG/NAME.
-        out: Folder to write, which timm loads as local-dir:FOLDER.
-        budget: Points of top-1 that may be lost. Less than one standard error is never told from no loss.
-        all: Freeze every gate, whatever it costs.
-        keep: Shell patterns of gates that stay, e.g. 'layer3.*'.
-        recover: Steps of distillation from the original, by SGD on the training split; resumed where they
-            stopped.
-        max_images: Most images of the split that are taken.
+        out: Folder to write; timm loads it as local-dir:FOLDER.
+        budget: Points of top-1 that may be lost. A loss below one standard error cannot be told from zero and
+            is always allowed.
+        all: Freeze every gate, whatever the loss.
+        keep: Shell patterns of gates that are not frozen, e.g. 'layer3.*'.
+        recover: Steps of distillation from the original, with SGD on the training split. If interrupted, they
+            are resumed.
+        max_images: Maximum number of images used from the split.
         lr: Peak learning rate of the distillation.
-        precision: Of the distillation: no (fp32), bf16 or fp16.
+        precision: Precision of the distillation: no (fp32), bf16 or fp16.
     """
     from ..training.freezing import freeze_trained
 
@@ -104,9 +105,9 @@ def freeze_command(
         )
     except KeyboardInterrupt as reason:
         why = f" by {reason}" if str(reason) else ""
-        raise Stopped(f"stopped{why}; the same command goes on with what it has trained") from None
+        raise Stopped(f"stopped{why}; run the same command again to resume") from None
     table = Table(
-        *("gate", "kind", "channels", "due to the image", "between classes", "KL alone", "ms"),
+        *("gate", "kind", "channels", "due to the image", "between classes", "KL if frozen alone", "ms"),
         Column("", overflow="fold"),
     )
     for gate in report.gates:
@@ -134,10 +135,10 @@ def freeze_command(
         )
     console.print(totals)
     if not report.frozen:
-        console.print(f"no gate goes within {budget:g} points; nothing is written")
+        console.print(f"no gate can be frozen within {budget:g} points; nothing is written")
         return
     console.print(
-        f"{report.frozen} of {len(report.gates)} gates are constants; figures of {report.images[2]:,} images "
-        f"that decided nothing. timm.create_model('local-dir:{out}', pretrained=True) is a "
+        f"{report.frozen} of {len(report.gates)} gates are frozen; the figures are from {report.images[2]:,} "
+        f"images not used to choose them. timm.create_model('local-dir:{out}', pretrained=True) is a "
         f"{report.model.pretrained_cfg['architecture']}"  # pyright: ignore
     )

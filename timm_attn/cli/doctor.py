@@ -1,4 +1,4 @@
-"""What a bug report needs."""
+"""Facts for a bug report."""
 
 import os
 import platform
@@ -22,7 +22,7 @@ from .console import app, console
 
 @app.command
 def doctor() -> None:
-    """Print versions, devices, extras, where weights are looked for, and the result of a short self-test."""
+    """Print versions, devices, extras, where weights are searched, and the result of a short self-test."""
     table = Table("", "")
     for what, value in facts():
         table.add_row(what, value)
@@ -33,7 +33,7 @@ def doctor() -> None:
 
 
 def facts() -> list[tuple[str, str]]:
-    """What there is, in words."""
+    """What is installed and configured, as (name, value)."""
     names = ("torchvision", "timm", "huggingface_hub", "safetensors")
     found = [
         ("timm_attn", __version__),
@@ -69,7 +69,7 @@ def _devices() -> list[str]:
 
 
 def _extras() -> list[tuple[str, str]]:
-    """For each extra, whether all of it is there, or what is missing."""
+    """For each extra, whether it is installed, or which packages are missing."""
     asked: dict[str, list[str]] = {}
     for line in requires("timm-attn") or ():
         requirement = Requirement(line)
@@ -80,7 +80,7 @@ def _extras() -> list[tuple[str, str]]:
     found = []
     for extra, names in asked.items():
         missing = [name for name in names if _version(name) == "not installed"]
-        found.append((extra, f"without {', '.join(missing)}" if missing else "here"))
+        found.append((extra, f"missing {', '.join(missing)}" if missing else "installed"))
     return found
 
 

@@ -25,18 +25,18 @@ def export(
     torch_export: bool = False,
     dataset_license: str | None = None,
 ) -> None:
-    """Write a finished run as hub folders, with cards: the trained form and, where it folds, the folded one.
+    """Export a finished run to a hub folder, with model cards: the trained model and its folded form, if any.
 
     Args:
-        run: A run folder, or one with the runs of several seeds: the median one is written, all are measured.
-            Or what `timm-attn freeze` has written of a checkpoint of the hub folder.
-        tag: Name of recipe and data, e.g. sgd_c10.
-        hub: Hub folder to write into.
-        dataset: What cards call the data set, e.g. uoft-cs/cifar10.
-        data: Where the data lies, if it is not where the run had it.
-        onnx: Write model.onnx too, with a dynamic batch size, compared in onnxruntime.
-        torch_export: Write model.pt2 too, for torch.export.load.
-        dataset_license: Licence of the images, e.g. cc-by-4.0, where it is not known here.
+        run: A run folder; or a folder with the runs of several seeds, of which the median one is exported and
+            all are evaluated; or the output of `timm-attn freeze` for a checkpoint of the hub folder.
+        tag: Tag of the weights, which names recipe and data, e.g. sgd_c10.
+        hub: Hub folder to write to.
+        dataset: Name of the dataset in the model cards, e.g. uoft-cs/cifar10.
+        data: Location of the data, if it has moved since the run.
+        onnx: Also write model.onnx, with a dynamic batch size, compared in onnxruntime.
+        torch_export: Also write model.pt2, for torch.export.load.
+        dataset_license: Licence of the images, e.g. cc-by-4.0, if this package does not know it.
     """
     from ..publish import export as export_run
     from ..publish import export_frozen, is_frozen_folder
@@ -71,15 +71,15 @@ def publish(
     dry_run: bool = False,
     sign: str | None = None,
 ) -> None:
-    """Upload checkpoints of a hub folder to the Hugging Face Hub: checked, one commit each, and read back.
+    """Upload checkpoints of a hub folder to the Hugging Face Hub, one commit each, verified before and after.
 
     Args:
         folders: Checkpoints of a hub folder, e.g. hub/resnet20_dia.sgd_c10.
         to: User or organisation.
         private: Make new repositories private.
-        create_pr: Open a pull request in an existing repository.
-        dry_run: Show what would be sent, and send nothing.
-        sign: Sign config.json and model.safetensors first: file of a private elliptic-curve key in PEM, or
+        create_pr: Open a pull request in an existing repository instead.
+        dry_run: Show what would be uploaded, and upload nothing.
+        sign: Sign config.json and model.safetensors first: PEM file of a private elliptic-curve key, or
             sigstore.
     """
     from rich.progress import track
@@ -91,14 +91,14 @@ def publish(
     bar = partial(track, description="publishing", console=console)
     done = publish_folders(folders, to, private, create_pr, dry_run, sign, bar)
     if dry_run:
-        table = Table("repository", "file", "bytes", title="to be sent, but for what is there already")
+        table = Table("repository", "file", "bytes", title="to be uploaded, except for files already there")
         for repository in done:
             for path, size in repository.files.items():
                 table.add_row(repository.repo_id, path, f"{size:,}")
     else:
         table = Table("repository", "version", "", "page")
         for repository in done:
-            state = "sent" if repository.sent else "was there"
+            state = "uploaded" if repository.sent else "already there"
             table.add_row(repository.repo_id, repository.tag or "", state, repository.url)
     console.print(table)
 
@@ -111,13 +111,13 @@ def list_command(
     data: str | None = None,
     weights: bool = False,
 ) -> None:
-    """Show the models, and the weights that are found for them.
+    """List the models and the weights available for them.
 
     Args:
-        pattern: Shell pattern of names, e.g. '*dia*'.
-        mechanism: Only these: plain, se, dia, asr, asr_se, conam, fmm, ssia, sem, spem.
-        data: Only weights trained on this data set, e.g. uoft-cs/cifar10.
-        weights: Only weights, no architectures without.
+        pattern: Shell pattern of model names, e.g. '*dia*'.
+        mechanism: Only this mechanism: plain, se, dia, asr, asr_se, conam, fmm, ssia, sem or spem.
+        data: Only weights trained on this dataset, e.g. uoft-cs/cifar10.
+        weights: Only models with weights.
     """
     from fnmatch import fnmatch
 
@@ -135,7 +135,7 @@ def list_command(
         Column(title, overflow="fold")
         for title in ("model", "backbone", "mechanism", "folds", "status", "weights")
     )
-    table = Table(*names, "data", "top-1", "mean", "n", "lies")
+    table = Table(*names, "data", "top-1", "mean", "n", "location")
     for name in [*model_names(), *(name for name in by_architecture if name not in model_names())]:
         backbone, key = parse_name(name) if name in model_names() else (name, "")
         if mechanism not in (None, key or "plain"):

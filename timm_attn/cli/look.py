@@ -1,4 +1,4 @@
-"""What networks do: look, and predict."""
+"""Commands that run a network on images: look, report and predict."""
 
 import csv
 import io
@@ -32,19 +32,20 @@ def look_command(
     gates: tuple[str, ...] = (),
     max_images: int = 512,
 ) -> None:
-    """Observe what attention does, and write a picture and a table.
+    """Measure what attention does in a trained network, and write a picture and a CSV.
 
     stripes: how little gates depend on the image. correlation: between the gates of a stage. stiffness: along
-    depth. landscape: gradients, variation and noise near images. importance: whether gates are great where
-    channels matter. maps: where a network looks.
+    the depth of the network. landscape: gradients, variation between images, and accuracy under noise.
+    importance: whether gates are large where channels matter for the loss. maps: which patches and pixels the
+    network weights most.
 
     Args:
-        what: The observation.
-        models: Run folders, hub folders, model names with pretrained weights, or hf-hub:ORG/NAME. Several for
-            stripes, stiffness and landscape; stripes takes all checkpoints of a run folder that has some.
+        what: What to measure.
+        models: Run folders, hub folders, model names with pretrained weights, or hf-hub:ORG/NAME. stripes,
+            stiffness and landscape take several; for a single run folder, stripes shows all its checkpoints.
         out: Folder for <what>.png and <what>.csv.
-        gates: Shell patterns of gates to look at, e.g. 'layer3.*'; all by default.
-        max_images: Most images of the split, chosen at random, the same every time.
+        gates: Shell patterns of gates, e.g. 'layer3.*'; all by default.
+        max_images: Maximum number of images used from the split, chosen at random, the same every time.
     """
     from ..report import COMPARING, OBSERVATIONS, OF_GATES
 
@@ -89,7 +90,7 @@ def check_folder(path: Path) -> None:
 
 
 def short_names(sources: tuple[str, ...]) -> list[str]:
-    """What tells models apart in a picture."""
+    """Short labels for models in a picture, all different."""
     names = [Path(source).name or source for source in sources]
     return names if len(set(names)) == len(names) else list(sources)
 
@@ -133,11 +134,11 @@ def report_command(
     images: OmitArgPrefixes[Images],
     out: Path = Path("report.html"),
 ) -> None:
-    """Write one HTML file on a model: accuracy, calibration, mistakes, gates, folding and speed.
+    """Write an HTML report on a model: accuracy, calibration, mistakes, gates, folding and speed.
 
     Args:
         model: A run folder, a hub folder, a model name with pretrained weights, or hf-hub:ORG/NAME.
-        out: The file, which needs no other to be looked at.
+        out: HTML file to write; it is self-contained.
     """
     from ..report.page import write_report
 
@@ -158,15 +159,15 @@ def predict_command(
     show: Path | None = None,
     batch_size: int = 64,
 ) -> None:
-    """Say what is in images.
+    """Classify images.
 
     Args:
         model: A model name with pretrained weights, a run folder, a hub folder, or hf-hub:ORG/NAME.
         places: Images, or folders of images.
-        topk: Classes for each image.
-        out: A CSV to write: a line for each image and class.
-        show: A PNG to write: the images with their classes.
-        batch_size: Images at a time.
+        topk: Number of classes to show for each image.
+        out: CSV file to write, with one row per image and class.
+        show: PNG file to write, with the images and their classes.
+        batch_size: Images per batch.
     """
     if not places:
         raise UserError("name images or folders of images")

@@ -28,24 +28,25 @@ def train(
     seeds: tuple[int, ...] = (),
     options: OmitArgPrefixes[Recipe] = Recipe(),  # noqa: B008 (frozen)
 ) -> None:
-    """Train a model and write a run folder, or go on with one.
+    """Train a model and write a run folder, or resume a run.
 
-    Under `accelerate launch scripts/train.py` with the same arguments it uses every process it is given.
+    For several processes, use `accelerate launch -m timm_attn train` with the same arguments.
 
     Args:
         model: Model name, e.g. resnet20_dia.
-        recipe: Name of a recipe of the package, or a YAML file with any of the options below; options on the
+        recipe: Name of a recipe of the package, or a YAML file with any of the options below. Options on the
             command line override it.
-        attention: A mechanism to put into the model, any of timm's: asr, dia, ssia, sem, spem, se, eca, ….
-        resume: Go on with this run folder. Takes no other argument but --data, where the data lies now.
-        out: Run folder to make; runs/<model>_<data>_s<seed> by default.
-        seeds: Train once with each of these, in seed-<seed> of the run folder.
+        attention: Mechanism (asr, dia, ssia, sem, spem, se, eca, …) to put into the model, which may be any
+            model of timm.
+        resume: Run folder to resume. Takes no other option than --data, for data that has moved.
+        out: Run folder to create; runs/<model>_<data>_s<seed> by default.
+        seeds: Train once with each of these seeds, in seed-<seed> of the run folder.
     """
     if recipe is not None:
         raise UserError("give --recipe once")  # main() has put the fields of the first into the options
     if resume is not None:
         if model is not None or attention or out is not None or seeds or options != Recipe(data=options.data):
-            raise UserError("--resume goes on with the recipe of the run: it takes --data and nothing else")
+            raise UserError("--resume uses the recipe of the run: it takes --data and nothing else")
         run = resume
     else:
         if model is None:
@@ -68,7 +69,7 @@ def train(
             results = train_run(model, options, run)
     except KeyboardInterrupt as reason:
         started = is_run(run) or is_seeds(run)
-        hint = f"`timm-attn train --resume {run}` goes on" if started else "no run yet"
+        hint = f"`timm-attn train --resume {run}` resumes it" if started else "no run yet"
         if started and PartialState().num_processes > 1:
             hint += ", with the launcher that it was started with"
         why = f" by {reason}, a checkpoint is written" if str(reason) else ""
@@ -99,11 +100,11 @@ def validate_command(
     images: OmitArgPrefixes[Images],
     precision: Literal["no", "bf16", "fp16"] = "no",
 ) -> None:
-    """Print top-1, top-5, loss and images per second of a model.
+    """Evaluate a model: print top-1, top-5, loss and images per second.
 
     Args:
         model: A model name with pretrained weights, a run folder, a hub folder, or hf-hub:ORG/NAME.
-        precision: no (fp32), bf16 or fp16.
+        precision: Precision: no (fp32), bf16 or fp16.
     """
     recipe = images.recipe(precision=precision)
     figures = validate(load_model(model), recipe, show=console.is_terminal)

@@ -1,4 +1,4 @@
-"""The attention mechanisms, one a file."""
+"""The attention mechanisms, one per file."""
 
 from .asr import ASR, ECAGenerator, IEGenerator, ScaleGenerator, SEGenerator, SRMGenerator
 from .conam import ConAM

@@ -1,11 +1,11 @@
-"""ASR: channel attention whose input is a learnt constant, so that it folds into the norm before it.
+"""ASR: channel attention whose input is a learned constant, so that it folds into the norm before it.
 
 Paper: "Stripe Observation Guided Inference Cost-free Attention Mechanism", Zhong, Huang, Wen, Qin, Lin,
 ECCV 2024 https://arxiv.org/abs/2304.06345
 
 Trained channel attention hardly depends on the image (the stripe observation). ASR gives the attention
-module a learnable vector ψ in place of the image's channel means: v = T(ψ), y = v · norm(x). The paper's code
-has T = SE; how the other modules take a constant is this package's reading.
+module a learnable vector ψ instead of the channel means of the image: v = T(ψ), y = v · norm(x). In the
+paper's code, T is SE; how the other modules take a constant is this package's interpretation.
 """
 
 import math
@@ -19,9 +19,9 @@ from .options import check_choice, check_whole
 
 
 class SEGenerator(nn.Module):
-    """v = σ(fc2 relu(fc1 ψ)): SE (https://arxiv.org/abs/1709.01507) fed with a learnt constant.
+    """v = σ(fc2 relu(fc1 ψ)): SE (https://arxiv.org/abs/1709.01507) on a learned constant.
 
-    ψ is a single row (1 × C), all 0.1 at the start; the hidden width is round(C / reduction), at least 1.
+    ψ is a single row (1 × C), initialised to 0.1; the hidden width is round(C / reduction), at least 1.
     """
 
     def __init__(self, channels: int, reduction: int = 16, device=None, dtype=None) -> None:
@@ -39,10 +39,10 @@ class SEGenerator(nn.Module):
 
 
 class IEGenerator(nn.Module):
-    """v = σ(weight · ψ + bias) by channel: instance enhancement (https://arxiv.org/abs/1908.04008).
+    """v = σ(weight · ψ + bias) per channel: instance enhancement (https://arxiv.org/abs/1908.04008).
 
-    Starts as IEBN does, weight 0 and bias −1, so v = 0.269 in every channel. ψ has no gradient before the
-    weight has moved, in the first step.
+    Initialised like IEBN, with weight 0 and bias −1, so that v = 0.269 in every channel. In the first step, ψ
+    has no gradient, as the weight is 0.
     """
 
     def __init__(self, channels: int, device=None, dtype=None) -> None:
@@ -60,7 +60,7 @@ class IEGenerator(nn.Module):
 class ECAGenerator(nn.Module):
     """v = σ(conv ψ): ECA (https://arxiv.org/abs/1910.03151), a convolution along the channels.
 
-    The kernel size grows with log₂ C as in the paper; the convolution pads with zeros and has no bias.
+    The kernel size grows with log₂ C, as in the paper; the convolution has zero padding and no bias.
     """
 
     def __init__(self, channels: int, device=None, dtype=None) -> None:
@@ -77,11 +77,11 @@ class ECAGenerator(nn.Module):
 
 
 class SRMGenerator(nn.Module):
-    """v = σ(weight₁ · ψ₁ + weight₂ · ψ₂) by channel: SRM (https://arxiv.org/abs/1903.10829).
+    """v = σ(weight₁ · ψ₁ + weight₂ · ψ₂) per channel: SRM (https://arxiv.org/abs/1903.10829).
 
-    ψ (1 × C × 2) stands for each channel's mean and standard deviation. SRM's batch norm is left out: it has
-    no batch to normalise over. Weights start at 0, as SRM's do, so v = 0.5; ψ has no
-    gradient before they have moved, in the first step.
+    ψ (1 × C × 2) takes the place of each channel's mean and standard deviation. SRM's batch norm is left out,
+    as there is no batch to normalise over. The weights are initialised to 0, as in SRM, so that v = 0.5; in
+    the first step, ψ therefore has no gradient.
     """
 
     def __init__(self, channels: int, device=None, dtype=None) -> None:
@@ -96,10 +96,10 @@ class SRMGenerator(nn.Module):
 
 
 class ScaleGenerator(nn.Module):
-    """v = ψ, a learnt scale for each channel, all 1 at the start: what the other generators fold to.
+    """v = ψ, a learned scale per channel, initialised to 1: what the other generators fold to.
 
-    A control of this package, in no paper: the functions that it can learn are those of the folded network,
-    so that a difference from it is what a generator does to the training. Unbounded, and without a sigmoid.
+    A baseline of this package, in no paper. It can learn the same functions as the folded network, so that a
+    difference from it shows the effect of a generator on training. Unbounded, without a sigmoid.
     """
 
     def __init__(self, channels: int, device=None, dtype=None) -> None:
@@ -121,14 +121,14 @@ GENERATORS = {
 
 
 class ASR(ConstantGate):
-    """δ gates from δ learnt constants, multiplied: x · Π_j T_j(ψ_j), the same for every image.
+    """Product of δ gates from δ learned constants: x · Π_j T_j(ψ_j), the same for every image.
 
-    Stands at the end of a residual branch, or on a norm layer.
+    Used at the end of a residual branch, or on a norm layer.
 
     Args:
         channels: Width C of the feature map.
         delta: Number δ of generators (the paper's insertion frequency).
-        reduction: Reduction ratio of each SE generator, 16 by default; the others have none.
+        reduction: Reduction ratio of each SE generator, 16 by default; other generators have none.
         generator: T, one of ``GENERATORS``.
 
     Raises:

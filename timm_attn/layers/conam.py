@@ -1,9 +1,9 @@
-"""ConAM: each patch of a feature map weighted by its confidence in agreeing with the whole.
+"""ConAM: weights each patch of a feature map by its agreement with the whole map (its confidence).
 
 Paper: "ConAM: Confidence Attention Module for Convolutional Neural Networks", Xue, Yuan, Neri
 https://arxiv.org/abs/2110.14369 (withdrawn from arXiv in March 2022; the code is published under Apache-2.0)
 
-It stands before the residual branch of the first block of stages 1 to 3; the shortcut sees the raw map.
+It is applied before the residual branch of the first block of stages 1 to 3; the shortcut gets the raw map.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ def _membership(pixels: int, patches: int, x: Tensor) -> Tensor:
 
 
 def patch_means(x: Tensor, grid: int) -> Tensor:
-    """Means of the patches of a grid over x (B × C × H × W): B × C × grid × grid."""
+    """Mean of each patch of a grid over x (B × C × H × W): B × C × grid × grid."""
     if torch.jit.is_tracing():  # ONNX has adaptive pooling only for maps whose size the exporter knows
         rows, columns = _membership(x.shape[2], grid, x), _membership(x.shape[3], grid, x)
         return rows @ x @ columns.T
@@ -44,7 +44,7 @@ def patch_means(x: Tensor, grid: int) -> Tensor:
 
 
 class ConAM(nn.Module):
-    """One weight a patch, the same for all channels.
+    """One weight per patch, the same for all channels.
 
     With l_i the mean of patch i, g the mean of the map and one perceptron for both::
 
@@ -54,11 +54,11 @@ class ConAM(nn.Module):
 
     Args:
         channels: Width C of the feature map.
-        grid: Patches along each side, 4 by default. Where it does not divide the map, neighbouring patches
-            overlap by a pixel, and a pixel takes the weight of the patch whose centre is nearest.
-        patch_size: Side of a patch in pixels, in place of ``grid``; it must divide the map.
-        reduction: The perceptron's hidden width is max(1, C // reduction). The paper gives none.
-        temperature: Divides the inner products, 1 in the paper; ``"sqrt"`` stands for √C.
+        grid: Number of patches along each side, 4 by default. If it does not divide the map, neighbouring
+            patches overlap by a pixel, and each pixel gets the weight of the patch with the nearest centre.
+        patch_size: Side of a patch in pixels, instead of ``grid``; it must divide the map.
+        reduction: The hidden width of the perceptron is max(1, C // reduction). The paper gives no value.
+        temperature: Divisor of the inner products, 1 in the paper; ``"sqrt"`` means √C.
 
     Raises:
         TypeError: An option is of the wrong type.

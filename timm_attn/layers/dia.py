@@ -4,7 +4,7 @@ Paper: "DIANet: Dense-and-Implicit Attention Network", Huang, Liang, Liang, Yang
 https://arxiv.org/abs/1905.10671
 
 The cell reads the channel means of each block's residual branch and carries an LSTM state from block to
-block. Its hidden state, squashed by a sigmoid instead of a tanh, is the channel gate.
+block. Its hidden state, with a sigmoid in place of the tanh, is the channel gate.
 """
 
 from typing import Any
@@ -18,16 +18,16 @@ from .options import check_whole
 
 @torch.fx.wrap  # whose quantisation would else keep the state in eight bits, which is too coarse for it
 def update(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """The new (h, c), each B × C, from [i, f, u, o] before their squashing (B × 4 C) and the old c."""
+    """The new (h, c), each B × C, from [i, f, u, o] before their activations (B × 4 C) and the old c."""
     i, f, u, o = gates.chunk(4, dim=1)
     c = f.sigmoid() * c + i.sigmoid() * u.tanh()
     return o.sigmoid() * c.sigmoid(), c
 
 
 class DIACell(nn.Module):
-    """DIA-LSTM: an LSTM cell with bottlenecked gate networks and a sigmoid output.
+    """DIA-LSTM: an LSTM cell with bottleneck layers in its gates and a sigmoid output.
 
-    With g the channel means of the branch and (h, c) the state left by the block before::
+    With g the channel means of the branch and (h, c) the state from the block before::
 
         [i, f, u, o] = x_expand(relu(x_reduce(g))) + h_expand(relu(h_reduce(h)))
         c' = σ(f) c + σ(i) tanh(u)
@@ -36,13 +36,13 @@ class DIACell(nn.Module):
     h' is both the next state and the gate, in (0, 1).
 
     Args:
-        channels: Width C of the stage that the cell serves.
-        reduction: r of the paper; the gate networks' hidden width is max(1, C // r). The paper takes 4 on
-            CIFAR and 20 on ImageNet.
+        channels: Width C of the stage in which the cell is used.
+        reduction: r of the paper; the hidden width of the gates is max(1, C // r). The paper uses 4 on CIFAR
+            and 20 on ImageNet.
 
     Raises:
-        TypeError: ``reduction`` is not a whole number.
-        ValueError: It is below 1.
+        TypeError: ``reduction`` is not an integer.
+        ValueError: ``reduction`` is below 1.
     """
 
     def __init__(self, channels: int, reduction: int = 20, device=None, dtype=None) -> None:

@@ -1,4 +1,4 @@
-"""Whether a tensor is computed with at once, by nobody but PyTorch's ordinary autograd."""
+"""Whether a tensor is computed eagerly, by PyTorch's ordinary autograd only."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from torch.autograd import forward_ad
 
 
 def eager(x: Any) -> bool:
-    """False for a tracer's or compiler's stand-in, within ``torch.func`` and in forward-mode autograd.
+    """False for tensors that are traced or compiled, within ``torch.func`` and in forward-mode autograd.
 
-    There the shortest way through memory is not ours to choose, and some of the operations are missing.
+    There, the memory format is not ours to choose, and some of the operations are missing.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor):
         return False

@@ -1,11 +1,11 @@
-"""FMM: the residual sum replaced by a product of feature maps.
+"""FMM: a product of feature maps in place of the residual sum.
 
 Paper: "Towards Understanding the Effectiveness of Attention Mechanism", Ye, He, Wang, Li
 https://arxiv.org/abs/2106.15067
 
-The paper's text says S(x) ⊙ F(x). Taken literally that explodes in deep networks. The first author's own code
-has two other forms: both factors normalised, with norm biases of 1, which is the default here; and σ on the
-branch's last convolution, which then has no norm.
+The text of the paper has S(x) ⊙ F(x), which taken literally explodes in deep networks. The first author's
+code has two other forms: both factors normalised, with norm biases of 1 (the default here); and σ on the last
+convolution of the branch, which then has no norm.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ MODES: dict[str, tuple[bool, float | None]] = {
 
 @torch.fx.wrap
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a · b, outside of float16's range if need be."""
+    """a · b, in float32 if the inputs are float16 under autocast."""
     # The product of two maps leaves float16's range long before either of them does.
     if a.dtype == torch.float16 and torch.is_autocast_enabled(a.device.type):
         a, b = a.float(), b.float()
@@ -40,14 +40,14 @@ class FMM(nn.Module):
         bn       f ⊙ norm(s)               both factors start with mean 1
         sigmoid  (σ(f) + 1) ⊙ norm(s)      f is the last convolution's output as it is
         gate     (1 + f) ⊙ s               a sum and a product; no parameters of its own
-        raw      f ⊙ s                     the paper's text; unstable
+        raw      f ⊙ s                     the text of the paper; unstable
 
-    The activation follows. A shortcut that changes shape has its own norm already; the others get one here.
+    The activation follows. A shortcut that changes the shape already has a norm; others get one here.
 
     Args:
         channels: Width C of both factors.
         mode: One of ``MODES``.
-        norm_layer: Makes the norm of an identity shortcut; None where the shortcut has one.
+        norm_layer: Class of the norm on an identity shortcut; None if the shortcut already has a norm.
 
     Raises:
         TypeError: ``mode`` is not a name.
@@ -68,14 +68,14 @@ class FMM(nn.Module):
         """Set the biases of the two norms so that both factors start with mean 1.
 
         Args:
-            branch: Last norm of the residual branch; in mode sigmoid there is none.
-            shortcut: That of the shortcut, this module's or the shortcut's own.
-            pin_bias: Keep the biases there, out of training, as the author's code does.
+            branch: Last norm of the residual branch; unused in mode sigmoid, which has none.
+            shortcut: Norm of the shortcut, in this module or in the shortcut itself.
+            pin_bias: Do not train these biases, as in the author's code.
 
         Raises:
             TypeError: ``pin_bias`` is neither True nor False.
-            ValueError: The mode does not normalise the shortcut, so it has no biases to pin; or a norm has no
-                weight and bias.
+            ValueError: The mode does not normalise the shortcut, so that there are no biases to pin; or a
+                norm has no weight and bias.
         """
         normalised, start = MODES[self.mode]
         check_flag("FMM pin_bias", pin_bias)
@@ -89,7 +89,7 @@ class FMM(nn.Module):
                 norm.bias.requires_grad_(False)
 
     def factor(self, f: Tensor) -> Tensor:
-        """What the branch output f (B × C × H × W) multiplies the shortcut by."""
+        """The factor that multiplies the shortcut, from the branch output f (B × C × H × W)."""
         if self.mode == "sigmoid":
             return f.sigmoid() + 1
         if self.mode == "gate":

@@ -1,15 +1,15 @@
-"""A gate that has become a constant, where no layer takes it in."""
+"""A frozen gate that no layer could absorb."""
 
 import torch
 from torch import Tensor, nn
 
 
 class FrozenGate(nn.Module):
-    """x times one constant for each channel.
+    """Multiplies each channel of x by a constant.
 
     Args:
-        channels: Width C of the map.
-        axis: Of the channels: 1 of B × C × H × W, −1 of B × N × C or B × H × W × C.
+        channels: Width C of the feature map.
+        axis: Axis of the channels: 1 for B × C × H × W, −1 for B × N × C or B × H × W × C.
     """
 
     gate: Tensor

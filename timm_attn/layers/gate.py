@@ -4,9 +4,9 @@ from torch import Tensor, nn
 
 
 class ConstantGate(nn.Module):
-    """One factor above zero for each channel, the same for every image.
+    """One positive factor per channel, the same for every image.
 
-    ``timm_attn.fold`` multiplies it into the parameters before it. A subclass has ``gate``.
+    ``timm_attn.fold`` multiplies it into the parameters before it. Subclasses define ``gate``.
     """
 
     def gate(self) -> Tensor:
@@ -19,5 +19,5 @@ class ConstantGate(nn.Module):
         return x * (gate[:, :, None, None] if axis == 1 else gate[0])
 
     def fuse(self) -> nn.Module:
-        """What is left when it is folded: nothing. The hook that timm's ``reparameterize_model`` calls."""
+        """What is left after folding: an identity. timm's ``reparameterize_model`` calls this."""
         return nn.Identity()

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def check_whole(name: str, value: Any, least: int = 1) -> None:
-    """A whole number of ``least`` or more; neither 4.0 nor True is one."""
+    """Check for an integer of at least ``least``; 4.0 and True are not integers."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < least:
@@ -15,7 +15,7 @@ def check_whole(name: str, value: Any, least: int = 1) -> None:
 
 
 def check_number(name: str, value: Any, allowed: str, zero: bool = False) -> None:
-    """A finite number above 0, or 0 too.
+    """Check for a finite number above 0, or with ``zero`` of at least 0.
 
     Args:
         allowed: What is allowed, for the message.
@@ -28,20 +28,20 @@ def check_number(name: str, value: Any, allowed: str, zero: bool = False) -> Non
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
-    """One of some names."""
+    """Check for one of several names."""
     if not isinstance(value, str) or value not in choices:
         kind = ValueError if isinstance(value, str) else TypeError
         raise kind(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_flag(name: str, value: Any) -> None:
-    """True or False; the text "no" would count as true."""
+    """Check for True or False; the text "no" would count as true."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_affine(name: str, norm: Any) -> None:
-    """A norm layer with a weight and a bias."""
+    """Check for a norm layer with a weight and a bias."""
     if getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is None:
         raise ValueError(
             f"{name} needs norm layers with a weight and a bias, got {type(norm).__name__} without: leave "

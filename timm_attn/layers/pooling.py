@@ -1,4 +1,4 @@
-"""The mean over the pixels, with a backward pass for maps in channels-last memory."""
+"""The mean over pixels, with a fast backward pass for channels-last memory."""
 
 from typing import Any
 
@@ -9,9 +9,10 @@ from .eager import eager
 
 
 class _ChannelMean(torch.autograd.Function):
-    """PyTorch's own gradient of a mean has another memory format than a channels-last map.
+    """Mean whose gradient has the memory format of a channels-last map; PyTorch's own has not.
 
-    To add the two, which follows since the map is used again, then takes longer than the mean itself.
+    The gradient is added to that of the map, which is used again. Adding two memory formats takes longer than
+    the mean itself.
     """
 
     @staticmethod
@@ -29,7 +30,7 @@ class _ChannelMean(torch.autograd.Function):
 
 
 def channel_mean(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Mean of a map (B × C × H × W) over its pixels: B × C, in the map's dtype or another."""
+    """Mean of a feature map (B × C × H × W) over its pixels: B × C, in ``dtype`` or that of the map."""
     if eager(x):
         if x.requires_grad and not x.is_contiguous():
             return _ChannelMean.apply(x, dtype or x.dtype)  # pyright: ignore[reportReturnType]

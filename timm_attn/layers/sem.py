@@ -1,4 +1,4 @@
-"""SEM: three channel attentions, between which a switch decides.
+"""SEM: three channel attentions, weighted by a learned switch.
 
 Paper: "Switchable Self-attention Module", Zhong, Wen, Qin https://arxiv.org/abs/2209.05680. The formula is
 that of the authors' code (https://github.com/Qrange-group/SEM, MIT).
@@ -17,18 +17,18 @@ from .pooling import channel_mean
 class SEM(nn.Module):
     """x · σ(w₁ a₁) · σ(w₂ a₂) · σ(w₃ a₃), each B × C, with g the channel means of x::
 
-        w  = σ(switch g)                  three numbers for each image
-        a₁ = fc2 relu(fc1 g)              as SE has it
-        a₂ = conv g                       as ECA has it
-        a₃ = weight · g + bias            instance enhancement, from weight 0 and bias −1
+        w  = σ(switch g)                  three numbers per image
+        a₁ = fc2 relu(fc1 g)              as in SE
+        a₂ = conv g                       as in ECA
+        a₃ = weight · g + bias            instance enhancement, initialised to weight 0 and bias −1
 
     Args:
-        channels: Width C of the map.
-        reduction: fc1's width is max(1, C // reduction).
+        channels: Width C of the feature map.
+        reduction: The hidden width (of fc1) is max(1, C // reduction).
 
     Raises:
-        TypeError: ``reduction`` is not a whole number.
-        ValueError: It is below 1.
+        TypeError: ``reduction`` is not an integer.
+        ValueError: ``reduction`` is below 1.
     """
 
     def __init__(self, channels: int, reduction: int = 16, device=None, dtype=None) -> None:
@@ -55,7 +55,7 @@ class SEM(nn.Module):
 
     @torch.no_grad()
     def start_constant(self) -> float:
-        """Set the parameters so that the gate is the same everywhere, and return it."""
+        """Set the parameters so that the gate is constant, and return it."""
         for parameter in (self.fc2.weight, self.fc2.bias, self.conv.weight, self.weight, self.bias):
             parameter.zero_()
         return 0.125

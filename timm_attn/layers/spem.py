@@ -1,4 +1,4 @@
-"""SPEM: channel attention on a learnt mixture of each channel's largest and smallest value.
+"""SPEM: channel attention on a learned mixture of the maximum and the minimum of each channel.
 
 Paper: "SPEM: Self-adaptive Pooling Enhanced Attention Module for Image Recognition", Zhong, Wen, Qin,
 MMM 2023 https://arxiv.org/abs/2208.10322. The formula is that of the authors' code
@@ -18,21 +18,21 @@ torch.fx.wrap("attach_loss")  # by name, in each file that calls it
 
 
 class SPEM(nn.Module):
-    """x · σ(M' + m') · σ(z), with M and m the largest and the smallest value of each channel::
+    """x · σ(M' + m') · σ(z), with M and m the maximum and the minimum of each channel::
 
-        M' = w₂ M + b₂,  m' = w₂ m + b₂           by channel, from w₂ = 0 and b₂ = −1
-        z  = w₁ (q₀ M' + q₁ m') + b₁              from w₁ = 0 and b₁ = −1
-        q  = (p₀², p₁²) / (p₀² + p₁²)             from p = (½, ½)
+        M' = w₂ M + b₂,  m' = w₂ m + b₂           per channel; initially w₂ = 0 and b₂ = −1
+        z  = w₁ (q₀ M' + q₁ m') + b₁              initially w₁ = 0 and b₁ = −1
+        q  = (p₀², p₁²) / (p₀² + p₁²)             initially p = (½, ½)
 
-    In training, ‖p‖² is added to the loss, ``aux_weight`` times, by the gradient of the output.
+    In training, the gradient of ``aux_weight`` · ‖p‖² is added in the backward pass.
 
     Args:
-        channels: Width C of the map.
-        aux_weight: α of the authors' code.
+        channels: Width C of the feature map.
+        aux_weight: Weight of this regularisation loss, α in the authors' code.
 
     Raises:
         TypeError: ``aux_weight`` is not a number.
-        ValueError: It is negative.
+        ValueError: ``aux_weight`` is negative.
     """
 
     aux_scale: Tensor
@@ -48,7 +48,7 @@ class SPEM(nn.Module):
         self.register_buffer("aux_scale", torch.ones((), **dd), persistent=False)
 
     def init_non_persistent_buffers(self) -> None:
-        """Set what a checkpoint does not hold; timm calls it after ``to_empty``."""
+        """Set the buffer that checkpoints do not contain; timm calls it after ``to_empty``."""
         self.aux_scale.fill_(1.0)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""SSIA: a self-supervised loss by which each stage guides the one below it, in training only.
+"""SSIA: a self-supervised auxiliary loss, in training only, by which each stage guides the one before it.
 
 Paper: "Self-Supervised Implicit Attention: Guided Attention by The Model Itself", Wu, Gong, Zhang
 https://arxiv.org/abs/2206.07434. No code is published; this is a re-implementation from the abstract, and
-the loss is this package's reading of it: the channel means of a stage are what an attention module of the
-stage before would have to compute.
+the loss is this package's interpretation of it: the channel means of a stage are what an attention module of
+the stage before would have to compute.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ TARGETS = ("channel", "last", "spatial")
 
 
 class _AttachLoss(torch.autograd.Function):
-    """Passes logits on; in the backward pass the loss gets the gradient ``scale`` beside theirs."""
+    """Returns the logits; in the backward pass, the loss also gets a gradient, ``scale``."""
 
     generate_vmap_rule = True  # and a context of its own: both for torch.func
 
@@ -58,32 +58,32 @@ def _energy(x: Tensor, size: Any) -> Tensor:
 
 @register_notrace_module
 class SSIA(nn.Module):
-    """Attaches λ · mean_s L_s to the logits, so that any loop trains it::
+    """Attaches the auxiliary loss λ · mean_s L_s to the logits, so that any training loop trains it::
 
-        loss = criterion(model(images), labels)    # no other line
+        loss = criterion(model(images), labels)    # nothing else is needed
         loss.backward()
 
     The forward pass returns the logits unchanged; the backward pass adds the gradient of the auxiliary loss.
-    With X_s the output of stage s, GAP the mean over pixels and sg the stop of the gradient::
+    With X_s the output of stage s, GAP the mean over pixels (global average pooling) and sg stop-gradient::
 
         channel   L_s = 1 − cos(n(head_s(GAP X_s)), n(sg GAP X_{s+1}))    n standardises over channels
-        last      the same, with sg GAP X_S of the last stage as everybody's target
+        last      the same, with sg GAP X_S of the last stage as the target of all stages
         spatial   L_s = ‖a(X_s) − sg a(X_{s+1})‖²    a: energy over channels, unit norm over pixels; no heads
 
-    The backward pass cannot see what a loop multiplies its loss by. A loop that does so sets the buffer
-    ``aux_scale`` to the same factor, before the forward pass: 1 / steps under gradient accumulation, the
-    scale of its gradient scaler, or their product::
+    If a loop multiplies its loss by a factor, the backward pass does not know it. Set the buffer
+    ``aux_scale`` to the same factor before the forward pass: 1 / steps for gradient accumulation, the scale
+    of the gradient scaler, or their product::
 
         model.ssia.aux_scale.fill_(scaler.get_scale() / steps)
 
     Changing it between the forward and the backward pass makes autograd raise RuntimeError (in eager mode).
-    After folding or pruning there is no SSIA left, and no ``aux_scale``. The loss is attached by the
+    After folding or pruning, the model has no SSIA and no ``aux_scale``. The loss is attached in the
     network's ``forward``; ``forward_head(forward_features(x))`` gives the plain logits.
 
     Args:
-        channels: Widths of the stages, the lowest first.
+        channels: Widths of the stages, from first to last.
         target: One of ``TARGETS``.
-        aux_weight: λ.
+        aux_weight: Weight λ of the loss.
 
     Raises:
         TypeError: ``target`` is not a name, or λ not a number.
@@ -119,9 +119,9 @@ class SSIA(nn.Module):
         self.register_buffer("aux_scale", torch.ones((), device=device, dtype=dtype), persistent=False)
 
     def init_non_persistent_buffers(self) -> None:
-        """Set what a checkpoint does not hold; timm calls it after ``to_empty``.
+        """Set the buffer that checkpoints do not contain.
 
-        Needed after building on the meta device and ``to_empty``.
+        Needed after building on the meta device and ``to_empty``; timm then calls it.
         """
         self.aux_scale.fill_(1.0)
 
@@ -146,5 +146,5 @@ class SSIA(nn.Module):
         return attach_loss(logits, self.aux_weight * self.loss(features), self.aux_scale)
 
     def fuse(self) -> nn.Module:
-        """What is left at inference: nothing. The hook that timm's ``reparameterize_model`` calls."""
+        """What is left at inference: an identity. timm's ``reparameterize_model`` calls this."""
         return nn.Identity()

@@ -1,4 +1,4 @@
-"""timm entry points: the mechanisms of one table on the backbones of another.
+"""timm entry points for all combinations of mechanisms and backbones.
 
 DIA     https://arxiv.org/abs/1905.10671   ``<backbone>_dia``    ``reduction``, ``dia_light``, ``norm``
 ASR     https://arxiv.org/abs/2304.06345   ``<backbone>_asr``    ``delta``, ``generator``, ``reduction``,
@@ -12,7 +12,7 @@ ConAM   https://arxiv.org/abs/2110.14369   ``<backbone>_conam``  ``grid``, ``pat
 FMMNet  https://arxiv.org/abs/2106.15067   ``fmmnet<depth>``     ``mode``, ``pin_bias``; ResNets only
 SE      https://arxiv.org/abs/1709.01507   ``<backbone>_se``     CIFAR backbones; timm has the others
 
-The layers' classes say what the options mean. timm files a model under the last part of its module's name.
+The classes of the layers document the options. timm lists a model under the last part of its module's name.
 """
 
 import warnings
@@ -43,7 +43,7 @@ from .grafting import (
 )
 from .mechanisms import MECHANISMS, mechanism, options_of
 
-#: Tags of weights that are made from those of a stock network begin with this.
+#: Prefix of the tags of weights that are grafted from a stock network.
 GRAFT = "graft_"
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
@@ -77,17 +77,17 @@ def parse_name(architecture: str) -> tuple[str, str]:
     """Backbone and mechanism ('' for a plain network) of an architecture of this package.
 
     Raises:
-        KeyError: It is not one of ``model_names``.
+        KeyError: The architecture is not one of ``model_names``.
     """
     return _VARIANTS[architecture]
 
 
 def stock_model(model: Any, folded: nn.Module) -> Any:
-    """A folded model built from its name, as anybody would: the stock network where there is one.
+    """A folded model, built by name with ``timm.create_model``: the stock network where there is one.
 
     Args:
         model: The model before folding, made by ``timm.create_model``.
-        folded: What ``timm_attn.fold`` made of it.
+        folded: The result of ``timm_attn.fold``.
     """
     cfg = model.pretrained_cfg
     backbone, key = parse_name(cfg["architecture"])
@@ -359,14 +359,14 @@ for _variant in _VARIANTS:
 
 
 def register(backbone: str, key: str) -> str:
-    """Register a mechanism on any network of timm, as ``<backbone>_<mechanism>``.
+    """Register a network of timm with a mechanism as the model ``<backbone>_<mechanism>``.
 
     Args:
         backbone: Name of an architecture, without tag.
-        key: As for ``timm_attn.attach``.
+        key: Name of the mechanism, as for ``timm_attn.attach``.
 
     Returns:
-        The name; where it is registered already, nothing else happens.
+        The name of the model. A model that is already registered is left as it is.
 
     Raises:
         ValueError: timm has no such network, the mechanism does not exist or is for ResNets only, or another
@@ -388,12 +388,12 @@ def register(backbone: str, key: str) -> str:
 
 
 def register_name(architecture: str) -> bool:
-    """Register ``<backbone>_<mechanism>`` if it is such a name; whether there is a network of this name."""
+    """Register ``<backbone>_<mechanism>`` if the name has this form; returns whether timm knows the name."""
     keys = sorted(filter(None, MECHANISMS), key=len, reverse=True)
     for key in (*keys, architecture.rpartition("_")[2]):
         backbone = architecture.removesuffix(f"_{key}")
         if not timm.is_model(architecture) and backbone != architecture and timm.is_model(backbone):
-            with suppress(ValueError):  # a mechanism that there is not
+            with suppress(ValueError):  # there is no such mechanism
                 register(backbone, key)
     return timm.is_model(architecture)
 
@@ -404,17 +404,17 @@ def known_architecture(architecture: str) -> bool:
 
 
 def register_folder(folder: str | Path) -> list[str]:
-    """Let ``pretrained=True`` find the checkpoints of a hub folder, before all other places.
+    """Make ``pretrained=True`` search the checkpoints of a hub folder first.
 
     Args:
-        folder: With an ``index.json``, as ``timm-attn export`` writes it.
+        folder: A folder with an ``index.json``, as ``timm-attn export`` writes it.
 
     Returns:
-        The names that now stand for its checkpoints. Folded networks of timm's own architectures are not
-        among them: ``timm.create_model("local-dir:FOLDER/NAME", pretrained=True)`` loads them.
+        The names of its checkpoints for ``timm.create_model``. Folded networks of timm's own architectures
+        are not among them: ``timm.create_model("local-dir:FOLDER/NAME", pretrained=True)`` loads them.
 
     Raises:
-        WeightsError: It is no hub folder, or its index says what it must not.
+        WeightsError: The folder is not a hub folder, or its index is invalid.
     """
     found = [c for c in weights.add_folder(folder) if known_architecture(c.architecture)]
     for variant in {c.architecture for c in found}:

@@ -1,4 +1,4 @@
-"""Stock weights made into those of a variant that computes the same.
+"""Turns stock weights into weights of a variant with the same outputs.
 
 The gate of the variant is made constant, and the parameters before or after it are divided by it.
 """
@@ -17,7 +17,7 @@ from ..layers import ConAM
 
 
 class GraftError(ValueError):
-    """A variant cannot be made from these weights."""
+    """A variant cannot be made from these stock weights."""
 
 
 @torch.no_grad()

@@ -1,14 +1,14 @@
-"""How far an architecture can be trusted."""
+"""How well an architecture is tested."""
 
 from .. import weights
 from .attached import model_names, parse_name
 from .backbones import BACKBONES
 
-#: In words, the best first.
+#: Meaning of each status, best first.
 STATUSES = {
-    "measured": "weights of three seeds or more, with their spread",
+    "measured": "there are weights of at least three seeds, with their standard deviation",
     "verified": "agrees with a second implementation in the tests, and folds where it should",
-    "experimental": "a placement of ours, or a paper without code; it trains and exports",
+    "experimental": "the placement is ours, or the paper has no code; trains and exports",
 }
 
 

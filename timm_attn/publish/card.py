@@ -1,4 +1,4 @@
-"""Model cards: what a checkpoint is, how to load it, and what was measured. All of it is in the index."""
+"""Model cards: what a checkpoint is, how to load it, and its results. Everything comes from the index."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,23 +31,24 @@ TEMPLATE = """---
 
 {usage}
 
-## Measured
+## Results
 
 {measured}
 
-Top-1, top-5 and cross-entropy are of the files of this repository, in float32, on all {images:,} images of
-the {split} split of {dataset}, after epoch {epoch}, the last one (seed {seed}).{spread}
+Top-1, top-5 and cross-entropy were measured with the files of this repository, in float32, on all
+{images:,} images of the {split} split of {dataset}. The weights are those of the last epoch, {epoch}
+(seed {seed}).{spread}
 
 {picture}
 
-## The claim, and what we saw
+## Comparison
 
 {claim}
 
 ## Training
 
-{epochs} epochs on {hardware}, precision {precision}, from {start}. All settings are in `recipe.yaml`; with
-timm_attn at commit `{git_commit}`:
+{epochs} epochs on {hardware}, precision {precision}, starting from {start}. All settings are in
+`recipe.yaml`. To repeat the run with timm_attn at commit `{git_commit}`:
 
 ```
 timm-attn train {trained} --recipe recipe.yaml --data DATA --seed {seed}
@@ -57,12 +58,12 @@ timm-attn train {trained} --recipe recipe.yaml --data DATA --seed {seed}
 
 ## Input
 
-RGB, {height}×{width} pixels, scaled to [0, 1], mean {mean}, std {std}, {interpolation} interpolation, crop
-{crop_pct:g}. Classes: {classes}.
+RGB, {height}×{width} pixels, scaled to [0, 1], then normalised with mean {mean} and std {std};
+{interpolation} interpolation, `crop_pct` {crop_pct:g}. Classes: {classes}.
 
 ## Licence
 
-The weights are under Apache-2.0. Images of {dataset}: {dataset_license}.
+Weights: Apache-2.0. Images of {dataset}: {dataset_license}.
 
 ## Citation
 
@@ -71,12 +72,12 @@ The weights are under Apache-2.0. Images of {dataset}: {dataset_license}.
 ```
 """
 _PICTURE = "![loss, accuracy and learning rate by epoch](curves.png)"
-_FROZEN_PICTURE = "![accuracy against time as gates become constants, one by one](freeze.png)"
+_FROZEN_PICTURE = "![accuracy against time as gates are frozen one by one](freeze.png)"
 RUNTIMES = {"model.onnx": "ONNX runtimes", "model.pt2": "`torch.export.load`"}
 SETTINGS = ("opt", "lr", "momentum", "weight_decay", "batch_size", "sched", "warmup_epochs", "smoothing")
 _LICENSES = {
-    "unknown": "no licence is stated for them",
-    "other": "terms of their own, see the data set's page",
+    "unknown": "no stated licence",
+    "other": "the dataset's own terms, see its page",
 }
 
 
@@ -99,7 +100,7 @@ def card(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], owner: str | 
     if checkpoint.folded_from:
         note += f"; the folded form of `{checkpoint.folded_from}`{options}, {_form(checkpoint)}"
     elif checkpoint.frozen_from:
-        note += f"; `{checkpoint.frozen_from}` with channel gates turned into constants"
+        note += f"; `{checkpoint.frozen_from}` with channel gates replaced by constants"
     else:
         note = options + note
     labels = cfg.get("label_names") or []
@@ -141,7 +142,7 @@ def card(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], owner: str | 
 
 
 def eval_results(checkpoint: Checkpoint) -> dict[str, str]:
-    """``.eval_results/*.yaml`` by path, in the Hub's format; none for data that the Hub does not have."""
+    """``.eval_results/*.yaml`` by path, in the Hub's format; none for datasets that are not on the Hub."""
     dataset = checkpoint.dataset["id"]
     if "/" not in dataset:
         return {}
@@ -162,7 +163,7 @@ def read_card(text: str, where: str) -> ModelCardData:
     """The metadata of a card.
 
     Raises:
-        UserError: It has none, or they are not what huggingface_hub reads.
+        UserError: The card has none, or huggingface_hub cannot read them.
     """
     try:
         data: Any = ModelCard(text).data
@@ -180,12 +181,12 @@ def read_card(text: str, where: str) -> ModelCardData:
 def _form(checkpoint: Checkpoint) -> str:
     """What a folded network is."""
     if checkpoint.model_args.get("folded"):
-        return "the same network with batch norms fused into the convolutions, with the same output"
+        return "the same network with batch norms fused into the convolutions and the same output"
     backbone = parse_name(str(checkpoint.folded_from).split(".")[0])[0]
     attention = (checkpoint.model_args.get("block_args") or {}).get("attn_layer")
     if attention is None and checkpoint.architecture == backbone:
         return "a plain network with the same output"
-    return "a network with only the attention that stood on top, with the same output"
+    return "a network that keeps only the attention on top, with the same output"
 
 
 def _metadata(checkpoint: Checkpoint, owner: str | None) -> ModelCardData:
@@ -233,27 +234,28 @@ def _usage(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], owner: str 
     blocks = ["```python\n" + "\n".join(lines) + "\n```"]
     if needs_package and checkpoint.name in others:
         blocks.append(
-            f'By name, compared with the sha256 of the index: `timm.create_model("{checkpoint.name}", '
-            "pretrained=True)`, for weights of the package or of the hub folder in `TIMM_ATTN_HUB`."
+            f'Or by name: `timm.create_model("{checkpoint.name}", pretrained=True)`, if the weights ship '
+            "with the package or are in the hub folder `TIMM_ATTN_HUB`. The file is then checked against the "
+            "sha256 in the index."
         )
     if not needs_package and owner:
         blocks.append(
-            "It needs no plugin, and transformers reads it too:\n\n```python\n"
+            "The model needs no plugin, and loads in transformers, too:\n\n```python\n"
             "from transformers import pipeline\n\n"
             f'classify = pipeline("image-classification", model="{owner}/{checkpoint.name}")\n```'
         )
     if checkpoint.folded:
-        blocks.append(f"For inference there is its folded form, `{checkpoint.folded}`.")
+        blocks.append(f"Folded form, for inference: `{checkpoint.folded}`.")
     blocks += [
-        f"`{name}`, for {RUNTIMES[name]}: images in, logits out, any batch size; max abs logit difference "
-        f"/ max abs logit against PyTorch {difference:.1e}."
+        f"`{name}`, for {RUNTIMES[name]}: images in, logits out, any batch size; max|Δlogit| ÷ max|logit| "
+        f"against PyTorch is {difference:.1e}."
         for name, difference in checkpoint.runtimes.items()
     ]
     return "\n\n".join(blocks)
 
 
 def _measured(checkpoint: Checkpoint, others: Mapping[str, Checkpoint]) -> str:
-    """This checkpoint's figures beside those of its controls and its other form."""
+    """A table of this checkpoint's results, its other form's and its baselines'."""
     names = [checkpoint.derived_from, checkpoint.folded, *checkpoint.controls]
     rows = [checkpoint, *(others[name] for name in names if name in others)]
     lines = [
@@ -262,10 +264,10 @@ def _measured(checkpoint: Checkpoint, others: Mapping[str, Checkpoint]) -> str:
     ]
     for row in rows:
         what = {
-            checkpoint.name: "**this one**",
+            checkpoint.name: "**this model**",
             checkpoint.derived_from: "as trained",
             checkpoint.folded: "folded",
-        }.get(row.name, "control, same recipe")
+        }.get(row.name, "baseline, same recipe")
         metrics = row.metrics
         lines.append(
             f"| {what}, `{row.name}` | {metrics['parameters']:,} | {metrics['top1']:.2f} "
@@ -273,9 +275,7 @@ def _measured(checkpoint: Checkpoint, others: Mapping[str, Checkpoint]) -> str:
         )
     if checkpoint.folded_from:
         difference = checkpoint.metrics["logit_difference"]
-        lines.append(
-            f"\nmax abs logit difference / max abs logit against the trained network: {difference:.1e}."
-        )
+        lines.append(f"\nmax|Δlogit| ÷ max|logit| against the trained network: {difference:.1e}.")
     return "\n".join(lines)
 
 
@@ -292,25 +292,23 @@ def _mean(value: dict[str, Any]) -> str:
 def _spread(checkpoint: Checkpoint) -> str:
     over = checkpoint.over_seeds
     if not over or over["top1"]["n"] == 1:
-        return " One run says nothing about the spread over seeds."
+        return " This is a single run, so the spread over seeds is unknown."
     *most, last = map(str, over["seeds"])
-    which = (
-        "the median" if over["top1"]["n"] % 2 else "the lower one" if len(most) == 1 else "the lower median"
-    )
+    which = "median" if over["top1"]["n"] % 2 else "lower" if len(most) == 1 else "lower median"
     values = [f"{value:.2f}" for value in over["top1"].get("values", ())]
-    each = f", whose top-1 is {', '.join(values[:-1])} and {values[-1]} %" if values else ""
+    each = f" (top-1: {', '.join(values[:-1])} and {values[-1]} %)" if values else ""
     return (
         f"\nMean and sample standard deviation are over seeds {', '.join(most)} and {last}{each}; "
-        f"by its top-1 this is {which}."
+        f"this is the run with the {which} top-1."
     )
 
 
 def _claim(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], paper: Paper) -> str:
     if checkpoint.frozen_from:
         return _frozen(checkpoint)
-    lines = [f"The paper: {paper.claim}"] if paper.claim else []
+    lines = [f"The paper reports: {paper.claim}"] if paper.claim else []
     if checkpoint.is_control:
-        lines = ["This network is a control: it stands for no claim of ours."]
+        lines = ["This network is a baseline; we make no claim about it."]
     measured = checkpoint.over_seeds.get("top1")
     for name in checkpoint.controls:
         control = others[name].over_seeds.get("top1") if name in others else None
@@ -318,54 +316,54 @@ def _claim(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], paper: Pape
             continue
         difference = round(measured["mean"], 2) - round(control["mean"], 2)  # as a reader subtracts them
         lines.append(
-            f"Here, with one recipe: {_mean(measured)} % (n = {measured['n']}) against {_mean(control)} % "
-            f"(n = {control['n']}) of `{name}`, a difference of {difference:+.2f} points; "
-            f"{judge(measured, control)}."
+            f"Here, with the same recipe: {_mean(measured)} % (n = {measured['n']}) against "
+            f"{_mean(control)} % (n = {control['n']}) for `{name}`. "
+            f"The difference of {difference:+.2f} points {judge(measured, control)}."
         )
     if len(lines) < 2 and not checkpoint.controls and not checkpoint.is_control:
-        lines.append("No control was trained with the same recipe: nothing is said about the claim.")
+        lines.append("No baseline was trained with the same recipe, so the claim is not tested here.")
     return "\n\n".join(lines)
 
 
 def _frozen(checkpoint: Checkpoint) -> str:
-    """What became of the gates, and what that changed on images that decided nothing."""
+    """How many gates are frozen, and what that changed on images not used to choose them."""
     frozen = checkpoint.frozen
     before, after = frozen["before"], frozen["after"]
-    recovery = f" and {frozen['steps']} steps of distillation from the original" if frozen["steps"] else ""
+    recovery = f", after {frozen['steps']} steps of distillation from the original" if frozen["steps"] else ""
     rows = [
         ("top-1 (%)", f"{before['top1']:.2f}", f"{after['top1']:.2f}"),
-        ("the original's class (%)", "100", f"{after['agreement']:.2f}"),
-        ("KL from the original (nats)", "0", f"{after['kl']:.4f}"),
+        ("agreement with the original (%)", "100", f"{after['agreement']:.2f}"),
+        ("KL divergence from the original (nats)", "0", f"{after['kl']:.4f}"),
         (
-            f"ms, batch of {frozen['batch_size']}",
+            f"time (ms), batch of {frozen['batch_size']}",
             f"{before['milliseconds']:.1f}",
             f"{after['milliseconds']:.1f}",
         ),
     ]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in [("", "original", "this one"), ("---",) * 3, *rows])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in [("", "original", "frozen"), ("---",) * 3, *rows])
     return (
-        f"{frozen['frozen']} of {frozen['gates']} channel gates are constants, their means over training "
+        f"{frozen['frozen']} of {frozen['gates']} channel gates are frozen to their means over training "
         f"images, within a budget of {frozen['budget']:g} points{recovery}. Measured on {frozen['images']:,} "
-        f"images of the {checkpoint.dataset['split']} split that decided nothing, and timed in turn on "
-        f"{frozen['hardware']}; `freeze.json` has the figures of every gate.\n\n{table}"
+        f"images of the {checkpoint.dataset['split']} split that were not used to choose the gates, and "
+        f"timed in turn on {frozen['hardware']}; `freeze.json` has the figures of every gate.\n\n{table}"
     )
 
 
 def standard_error(a: dict[str, Any], b: dict[str, Any]) -> float:
-    """Standard error of the difference of two means over seeds, in their unit."""
+    """Standard error of the difference of two means over seeds, in the same unit."""
     return (a["std"] ** 2 / a["n"] + b["std"] ** 2 / b["n"]) ** 0.5
 
 
 def judge(a: dict[str, Any], b: dict[str, Any]) -> str:
-    """Whether two means differ by more than twice the standard error of their difference.
+    """Whether two means differ by more than twice the standard error of their difference, as a predicate.
 
-    Of fewer than three runs a standard deviation says too little.
+    With fewer than three runs, the standard deviation is too uncertain to tell.
     """
     if min(a["n"], b["n"]) < 3:
-        return "with so few runs it may be noise"
+        return "may be noise, with so few runs"
     error = standard_error(a, b)
     far = abs(a["mean"] - b["mean"]) > 2 * error
-    return f"that is {'more' if far else 'less'} than twice its standard error ({error:.2f})"
+    return f"is {'more' if far else 'less'} than twice its standard error ({error:.2f})"
 
 
 def _settings(recipe: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Finished runs to folders laid out as Hub repositories, with what was measured of the very files."""
+"""Exports finished runs as folders laid out like Hub repositories, with figures measured on these files."""
 
 import dataclasses
 import itertools
@@ -54,26 +54,26 @@ def export(
     torch_export: bool = False,
     dataset_license: str | None = None,
 ) -> list[Checkpoint]:
-    """Write ``hub/<architecture>.<tag>`` and, where the model folds, its folded form beside it.
+    """Write ``hub/<architecture>.<tag>`` and, if the model folds, its folded form next to it.
 
-    Both are loaded from what was written and measured in float32 on the run's evaluation split; the figures
-    go into ``hub/index.json``, from which cards and results are rendered. The runs of several seeds are all
-    measured so, and the one with the median top-1 is written (of an even number, the lower of the two in the
-    middle).
+    Both are loaded from the written files and evaluated in float32 on the run's evaluation split; the figures
+    go into ``hub/index.json``, from which cards and results are rendered. Of several seeds, all runs are
+    evaluated in this way, and the one with the median top-1 is written (of an even number, the lower of the
+    two in the middle).
 
     Args:
         run: A finished run, or the finished runs of several seeds.
-        tag: Name of recipe and data, e.g. ``sgd_c10``.
+        tag: Tag of the weights, which names recipe and data, e.g. ``sgd_c10``.
         hub: The hub folder.
-        dataset: What cards call the data set; by default its Hub id or the folder's name.
-        data: Where the data lies now, if not where the run had it.
-        onnx: Write ``model.onnx`` too.
-        torch_export: Write ``model.pt2`` too, for ``torch.export.load``.
-        dataset_license: Licence of the images, e.g. ``cc-by-4.0``, where this package does not know it.
+        dataset: Name of the dataset in cards; by default its Hub id or the name of the folder.
+        data: Location of the data, if it has moved since the run.
+        onnx: Also write ``model.onnx``.
+        torch_export: Also write ``model.pt2``, for ``torch.export.load``.
+        dataset_license: Licence of the images, e.g. ``cc-by-4.0``, if this package does not know it.
 
     Raises:
-        UserError: The run is not one or not finished, the tag is not a name, a checkpoint of that name is
-            there, the data cannot be read, or its licence is not known. Nothing is written then.
+        UserError: The run does not exist or is not finished, the tag is invalid, a checkpoint of that name
+            already exists, the data cannot be read, or its licence is unknown. Nothing is written.
         FoldError: The folded model, or a file for another runtime, differs from the trained one.
     """
     runs = _finished(run)

@@ -1,4 +1,4 @@
-"""Folders of ``timm-attn freeze`` to folders laid out as Hub repositories."""
+"""Exports the output of ``timm-attn freeze`` as a folder laid out like a Hub repository."""
 
 import dataclasses
 import json
@@ -28,20 +28,20 @@ def is_frozen_folder(folder: Path) -> bool:
 
 
 def export_frozen(folder: Path, tag: str, hub: Path, data: str | None = None) -> Checkpoint:
-    """Write ``hub/<architecture>.<tag>`` of a network with frozen gates, and name it in the index.
+    """Write ``hub/<architecture>.<tag>`` for a network with frozen gates, and add it to the index.
 
-    What it was trained with is taken from the original, which must be in the same index. It is loaded from
-    what was written and measured in float32 on the original's evaluation split.
+    Its training settings are those of the original, which must be in the same index. It is loaded from the
+    written files and evaluated in float32 on the original's evaluation split.
 
     Args:
-        folder: What ``timm-attn freeze`` has written of a checkpoint of the hub folder.
-        tag: Of the new checkpoint.
+        folder: The output of ``timm-attn freeze`` for a checkpoint of the hub folder.
+        tag: Tag of the new checkpoint.
         hub: The hub folder with the original.
-        data: Where the data lies now, if not where it was.
+        data: Location of the data, if it has moved.
 
     Raises:
-        UserError: The folder is not what it should be, the original is not in the index, or a checkpoint of
-            that name is there. Nothing is written then.
+        UserError: The folder is not such an output, the original is not in the index, or a checkpoint of that
+            name already exists. Nothing is written.
     """
     check_tag(tag)
     report = _report(folder / REPORT)

@@ -72,25 +72,25 @@ def publish(
 ) -> list[Published]:
     """Upload checkpoints of a hub folder as repositories ``<to>/<folder name>``.
 
-    All folders are checked before anything is sent. Each arrives in one commit on top of the revision that
-    was looked at, is tagged with the next version, and is downloaded again and compared; only then does the
-    index name the repository and its revision. What is there already is not sent again, so that an
-    interrupted call can be repeated. The repositories are put into a collection. The token is
-    huggingface_hub's own (``hf auth login`` or HF_TOKEN).
+    All folders are checked before anything is uploaded. Each is uploaded in one commit on top of the revision
+    that was checked, tagged with the next version, then downloaded again and compared; only then are the
+    repository and its revision written into the index. Files that are already there are not uploaded again,
+    so that an interrupted call can be repeated. The repositories are added to a collection. The token is that
+    of huggingface_hub (``hf auth login`` or HF_TOKEN).
 
     Args:
         folders: Checkpoints of hub folders.
         to: User or organisation.
         private: Make new repositories, and the collection, private.
         create_pr: Open a pull request in an existing repository; the index stays as it is.
-        dry_run: Check, and say what would be sent; no request is made, and nothing is signed.
+        dry_run: Check, and return what would be uploaded; no request is made, and nothing is signed.
         sign: Sign each folder first, see ``timm_attn.weights.sign``.
-        track: Goes through the folders, e.g. with a progress bar.
+        track: Iterates over the folders, e.g. with a progress bar.
 
     Raises:
-        UserError: A folder is incomplete, its card or its other form disagree with it, there is no right to
-            write to ``to``, somebody else committed meanwhile, what arrived is not what was sent, or the Hub
-            cannot be reached.
+        UserError: A folder is incomplete, its card or its other form does not match it, there is no write
+            access to ``to``, somebody else committed in the meantime, the download differs from the upload,
+            or the Hub cannot be reached.
         WeightsError: A file differs from the index.
     """
     folders = [folders] if isinstance(folders, Path) else list(folders)

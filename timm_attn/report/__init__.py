@@ -1,4 +1,4 @@
-"""What networks do, measured and drawn."""
+"""Measurements of what networks do, with plots."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from .observation import Observation, Sample
 from .stiffness import stiffness
 from .stripes import stripes
 
-#: By name, what makes the observation.
+#: Functions that make an observation, by its name.
 OBSERVATIONS: dict[str, Callable[..., Observation]] = {
     "stripes": stripes,
     "correlation": correlation,
@@ -19,7 +19,7 @@ OBSERVATIONS: dict[str, Callable[..., Observation]] = {
     "importance": importance,
     "maps": maps,
 }
-#: Those that look at gates, and those that compare several networks.
+#: Observations of gates, and observations that compare several networks.
 OF_GATES = ("stripes", "correlation", "importance")
 COMPARING = ("stripes", "stiffness", "landscape")
 

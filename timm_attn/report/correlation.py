@@ -17,25 +17,25 @@ from .observation import Observation, Sample, recorded, round_to
 def correlation(
     models: dict[str, Any], sample: Sample, gates: Sequence[str] = (), panels: int = 4
 ) -> Observation:
-    """Pearson's r between the gates of neighbouring blocks of one width, such as a stage has.
+    """Pearson's r, over images and channels, between the gates of neighbouring blocks of equal width.
 
-    Over images and channels.
+    A stage is a run of such blocks.
 
     Args:
         models: One network with gates, by its name.
         sample: Images.
-        gates: Shell patterns of the paths of those to look at; all if there are none.
-        panels: Most matrices that are drawn.
+        gates: Shell patterns of paths of gates; by default, all.
+        panels: Largest number of matrices to draw.
 
     Raises:
-        UserError: It has no two neighbouring gates of one width.
+        UserError: No two neighbouring gates have the same width.
     """
     ((name, model),) = models.items()
     recorded_gates = recorded(name, model, sample, gates, correlation=True)
     seen = {gate.path for gate in recorded_gates.gates}
     found = [c for c in recorded_gates.correlations() if seen & set(c.paths)]
     if not found:
-        raise UserError(f"{name} has no two neighbouring gates of one width, which could be correlated")
+        raise UserError(f"{name} has no two neighbouring gates of one width to correlate")
     rows = [
         {
             "model": name,
@@ -58,7 +58,7 @@ def correlation(
         picture = None
         for axis, group in zip(axes[0], shown, strict=True):
             picture = axis.imshow(group.pearson.numpy(), vmin=-1, vmax=1, cmap=DIVERGING)
-            axis.set_facecolor("0.6")  # of a gate that does not vary
+            axis.set_facecolor("0.6")  # for gates that do not vary
             count = len(group.paths)
             head, labels = _labels(group.paths)
             step = -(-count * len(shown) // 16)
@@ -79,12 +79,12 @@ def correlation(
     pairs = [row["pearson_images"] for row in rows if row["pearson_images"] == row["pearson_images"]]
     summary = [
         (
-            f"Pearson's r, mean over pairs, then over {len(means)} runs of blocks of one width",
+            f"Pearson's r, mean over pairs of gates, then over {len(means)} runs of blocks of equal width",
             f"{sum(means) / len(means):.2f} ({', '.join(f'{m:.2f}' for m in means)})",
             "up to 0.85",
         ),
         (
-            "the same without each channel's mean: of what the image changes",
+            "the same after subtracting each channel's mean over images",
             f"{sum(pairs) / len(pairs):.2f}" if pairs else "no gate depends on the image",
             "–",
         ),

@@ -1,4 +1,4 @@
-"""Whether a gate is great where its channel matters.
+"""Whether gates are large where their channels matter for the loss.
 
 Paper: "Towards Understanding the Effectiveness of Attention Mechanism", Ye et al.
 https://arxiv.org/abs/2106.15067
@@ -19,7 +19,7 @@ from .observation import Observation, Sample, recorded, round_to, spaced
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's ρ of each row, N; of a, what is NaN is left out, and a row without variation is NaN."""
+    """Spearman's ρ of each row, N, without the entries where a is NaN; NaN for a row without variation."""
     with extra("train"):
         from scipy.stats import rankdata
     found = []
@@ -33,7 +33,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def importances(model: nn.Module, gate: Gate, channels: list[int], sample: Sample) -> Tensor:
-    """|change of the cross-entropy| of each image when one channel is 0 after the gate, N × channels."""
+    """|Change of the cross-entropy| of each image with one channel set to 0 after the gate, N × channels."""
     off: list[int | None] = [None]
 
     def hook(module: nn.Module, args: Any, y: Tensor) -> Tensor:
@@ -59,17 +59,17 @@ def importances(model: nn.Module, gate: Gate, channels: list[int], sample: Sampl
 def importance(
     models: dict[str, Any], sample: Sample, gates: Sequence[str] = (), images: int = 64, most: int = 32
 ) -> Observation:
-    """Spearman's ρ between the gates of an image and what the loss changes when their channels go.
+    """Spearman's ρ between the gates of an image and the change of its loss when their channels are removed.
 
     Args:
         models: One network with gates, by its name.
-        sample: Images, of which the first are taken.
-        gates: Shell patterns of the paths of those to look at; all if there are none.
-        images: How many.
-        most: Channels of a gate that are tried, evenly spaced.
+        sample: Images, of which the first ``images`` are used.
+        gates: Shell patterns of paths of gates; by default, all.
+        images: Number of images.
+        most: Largest number of channels to remove for each gate, evenly spaced.
 
     Raises:
-        UserError: It has no gates.
+        UserError: The network has no gates.
     """
     ((name, model),) = models.items()
     sample = sample.first(images)
@@ -122,9 +122,9 @@ def importance(
     values = [row["spearman"] for row in known]
     summary = [
         (
-            f"Spearman's ρ, mean of images and {len(values)} gates",
+            f"Spearman's ρ, mean over images and {len(values)} gates",
             f"{sum(values) / len(values):.2f} ({min(values):.2f} to {max(values):.2f})",
-            "weak: no figure readable",
+            "weak (no readable figure)",
         )
     ]
     return Observation("importance", rows, summary, draw, len(sample))

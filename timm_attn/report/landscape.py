@@ -14,13 +14,13 @@ from .observation import Observation, Sample, round_to
 
 #: Standard deviations of the noise, in pixels from 0 to 1.
 NOISE = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2)
-#: Points on the way from one image to another.
+#: Number of points on the line from one image to another.
 STEPS = 11
 
 
 @torch.enable_grad()
 def gradient_norms(model: nn.Module, sample: Sample) -> Tensor:
-    """‖∂p(y) / ∂x‖ of each image, N: of its class's probability by pixels from 0 to 1."""
+    """‖∂p(y) / ∂x‖ of each image, N: gradient of the probability of its class by pixels from 0 to 1."""
     norms = []
     for x, y in sample.batches(model):
         x.requires_grad_()
@@ -33,7 +33,7 @@ def gradient_norms(model: nn.Module, sample: Sample) -> Tensor:
 
 @torch.no_grad()
 def path_variation(model: nn.Module, sample: Sample) -> tuple[Tensor, Tensor]:
-    """On the straight way from each image to the next Σ‖p(k+1) − p(k)‖₁, and changes of class; each N − 1."""
+    """Σ‖p(k+1) − p(k)‖₁ on the line from each image to the next, and number of class changes; each N − 1."""
     other = Sample(sample.images[1:], sample.labels[1:], sample.names, sample.mean, sample.std)
     first = sample.first(len(sample) - 1)
     variation, changes = [], []
@@ -101,15 +101,15 @@ def landscape(models: dict[str, Any], sample: Sample) -> Observation:
         return figure
 
     at = NOISE.index(0.1)
-    claim = "smoother with products than with sums: no figure readable"
+    claim = "smoother with products than with sums (no readable figure)"
     summary = []
     for name in models:
         variation, changes = (t.mean().item() for t in paths[name])
         clean, noise = noisy[name][0], noisy[name][at]
         summary += [
             (f"{name}: mean ‖∂p/∂x‖", f"{norms[name].mean():.2f}", claim),
-            (f"{name}: variation of p between images", f"{variation:.2f}", claim),
-            (f"{name}: changes of class between images", f"{changes:.2f}", "–"),
-            (f"{name}: top-1 without noise and at std 0.1", f"{clean:.1f} %, {noise:.1f} %", "–"),
+            (f"{name}: variation of p between two images", f"{variation:.2f}", claim),
+            (f"{name}: class changes between two images", f"{changes:.2f}", "–"),
+            (f"{name}: top-1 without noise, and with noise of std 0.1", f"{clean:.1f} %, {noise:.1f} %", "–"),
         ]
     return Observation("landscape", rows, summary, draw, len(sample))

@@ -21,9 +21,9 @@ from .observation import Observation, Sample, round_to
 
 @torch.no_grad()
 def activation_maps(model: Any, images: Tensor, classes: Tensor) -> Tensor | None:
-    """Class-activation maps of one class for each image, N × H × W of the last map; None if there are none.
+    """Class activation maps of one class per image, N × H × W, in the resolution of the last feature map.
 
-    They need a last map whose mean goes into one linear layer.
+    None if the mean of the last feature map does not go into one linear layer.
     """
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     if not isinstance(classifier, nn.Linear | nn.Conv2d):
@@ -41,7 +41,7 @@ def activation_maps(model: Any, images: Tensor, classes: Tensor) -> Tensor | Non
 
 @torch.no_grad()
 def confidences(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """η of each ConAM module, N × rows × columns."""
+    """Confidence η of each ConAM module, N × rows × columns."""
     found: dict[str, Tensor] = {}
 
     def watch(path: str) -> Any:
@@ -61,15 +61,15 @@ def confidences(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 def maps(models: dict[str, Any], sample: Sample, images: int = 5) -> Observation:
-    """What can be seen of where a network looks, side by side for a few images.
+    """Maps of what a network weights most, side by side for a few images.
 
     Args:
         models: One network, by its name.
-        sample: Images, of which the first are taken.
-        images: How many.
+        sample: Images, of which the first ``images`` are used.
+        images: Number of images.
 
     Raises:
-        UserError: There is neither a ConAM module nor a last map that goes into one linear layer.
+        UserError: There is neither a ConAM module nor a last feature map that goes into one linear layer.
     """
     ((name, model),) = models.items()
     sample = sample.first(images)
@@ -148,7 +148,7 @@ def maps(models: dict[str, Any], sample: Sample, images: int = 5) -> Observation
             share = (values.flatten(1).amax(1) * patches).mean().item()
             summary.append(
                 (
-                    f"{what.replace(chr(10), ' of ')}: greatest patch over the mean one, of {patches}",
+                    f"{what.replace(chr(10), ' of ')}: largest weight ÷ mean weight, of {patches} patches",
                     f"{share:.2f}",
                     "–",
                 )
@@ -156,9 +156,7 @@ def maps(models: dict[str, Any], sample: Sample, images: int = 5) -> Observation
     if trained is not None and folded is not None:
         greatest = trained.abs().max().clamp_min(torch.finfo(trained.dtype).tiny)
         worst = ((trained - folded).abs().max() / greatest).item()
-        summary.append(
-            ("class activation, greatest difference by folding ÷ greatest value", f"{worst:.1e}", "0")
-        )
+        summary.append(("class activation: largest change by folding ÷ largest value", f"{worst:.1e}", "0"))
     elif trained is not None:
         summary.append(("class activation after folding", "this network does not fold", "–"))
     return Observation("maps", rows, summary, draw, len(sample))

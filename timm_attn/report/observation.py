@@ -1,4 +1,4 @@
-"""What is observed of networks on images, and how it is written down."""
+"""Samples of images, and observations of networks on them as pictures and tables."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ class Sample:
     Attributes:
         images: B × C × H × W, normalised.
         labels: Their classes, B.
-        names: Of the classes.
-        mean, std: What the images were normalised with, by channel.
+        names: Names of the classes.
+        mean, std: Mean and standard deviation of each channel, used to normalise the images.
     """
 
     images: Tensor
@@ -41,27 +41,27 @@ class Sample:
         return Sample(self.images[:n], self.labels[:n], self.names, self.mean, self.std)
 
     def batches(self, model: Any, size: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels on a network's device."""
+        """Images and labels in batches, on a network's device."""
         like = next(model.parameters())
         for i in range(0, len(self), size):
             yield self.images[i : i + size].to(like), self.labels[i : i + size].to(like.device)
 
     def pixels(self) -> Any:
-        """The images as they look, B × H × W × C in [0, 1], on the CPU."""
+        """The images before normalisation, B × H × W × C in [0, 1], on the CPU."""
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return (self.images.cpu().float() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
 @dataclass(frozen=True)
 class Observation:
-    """A picture, the figures in it, and what they come to.
+    """A picture, the figures in it, and their summary.
 
     Attributes:
-        name: Such as "stripes".
-        rows: Of the CSV.
-        summary: (quantity, ours, the paper's), in words.
-        draw: Makes the picture, a figure of matplotlib's.
-        images: Number of images that it was made on.
+        name: Name of the observation, such as "stripes".
+        rows: Rows of the CSV.
+        summary: (quantity, our value, the paper's value), as text.
+        draw: Makes the picture, a matplotlib figure.
+        images: Number of images used.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Observation:
     images: int
 
     def write(self, folder: Path) -> tuple[Path, Path]:
-        """Write ``<name>.png`` and ``<name>.csv`` into a folder, which is made if need be."""
+        """Write ``<name>.png`` and ``<name>.csv`` into a folder, which is created if necessary."""
         folder.mkdir(parents=True, exist_ok=True)
         picture, table = folder / f"{self.name}.png", folder / f"{self.name}.csv"
         with style():
@@ -88,18 +88,19 @@ def recorded(
     keep: int = 0,
     correlation: bool = False,
 ) -> Record:
-    """What the gates of a network do on a sample.
+    """Record the gates of a network on a sample.
 
     Args:
-        name: Of the network.
-        model: In eval mode.
+        name: Name of the network.
+        model: Network in eval mode.
         sample: Images.
-        gates: Shell patterns of their paths; all if there are none.
-        keep: Of how many images they are kept.
-        correlation: Collect what is between them, too.
+        gates: Shell patterns of paths of gates; by default, all.
+        keep: Number of images whose gates are kept.
+        correlation: Also collect correlations between gates.
 
     Raises:
-        UserError: It has none, a pattern names none, they see nothing, or the network is not finite.
+        UserError: The network has no gates, a pattern matches none, their inputs are all zero, or an output
+            is not finite.
     """
     x, _ = next(sample.batches(model, 2))
     with record(model, correlation=False) as found, torch.no_grad():
@@ -135,12 +136,12 @@ def recorded(
 
 
 def spaced(items: list[Any], most: int) -> list[Any]:
-    """At most so many of a list, evenly spaced, with the first and the last."""
+    """At most ``most`` items of a list, evenly spaced, including the first and the last."""
     if len(items) <= most:
         return items
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def round_to(value: float, digits: int = 4) -> float:
-    """For tables: no more digits than mean something."""
+    """Round to significant digits, for tables."""
     return float(f"{value:.{digits}g}")

@@ -1,4 +1,4 @@
-"""One HTML file about a model: what it is, where it errs, what its attention does, how fast it is."""
+"""An HTML report on a model: accuracy, mistakes, calibration, gates, folding and speed."""
 
 import base64
 import contextlib
@@ -33,7 +33,7 @@ from .observation import Sample
 from .stripes import stripes
 
 _PAGE = Path(__file__).with_name("report.html.jinja")
-#: Images for what is observed of gates.
+#: Number of images on which gates are measured.
 _OBSERVED = 512
 _BINS = 15
 
@@ -41,17 +41,17 @@ _BINS = 15
 def calibration(
     probabilities: Tensor, labels: Tensor, bins: int = _BINS
 ) -> tuple[float, list[dict[str, float]]]:
-    """Expected calibration error, and by bin of confidence what it comes from.
+    """Expected calibration error (ECE), and the figures of each bin of confidence.
 
     Source: "On Calibration of Modern Neural Networks", Guo et al., https://arxiv.org/abs/1706.04599
 
     Args:
         probabilities: B × classes.
         labels: B.
-        bins: Of equal width.
+        bins: Number of bins, of equal width.
 
     Returns:
-        ECE between 0 and 1; of each bin that is not empty its edges, share of images, confidence, accuracy.
+        ECE between 0 and 1; and edges, share of images, confidence and accuracy of each non-empty bin.
     """
     confidence, predicted = probabilities.double().max(1)
     right = (predicted == labels).double()
@@ -68,16 +68,16 @@ def calibration(
 
 
 def write_report(source: str, recipe: Recipe, out: Path, show: bool = False) -> Path:
-    """Write a report on a model as one HTML file that needs nothing else.
+    """Write a report on a model as one self-contained HTML file.
 
     Args:
         source: As for ``load_model``.
         recipe: Data, split, columns, batch size.
         out: The file.
-        show: Draw a progress bar.
+        show: Show a progress bar.
 
     Raises:
-        UserError: The model or the data cannot be used. Nothing is written then.
+        UserError: The model or the data cannot be used. Nothing is written.
     """
     model = load_model(source)
     seen = evaluated(model, recipe, show)
@@ -108,7 +108,7 @@ def write_report(source: str, recipe: Recipe, out: Path, show: bool = False) -> 
 def _section(
     title: str, text: str = "", picture: Callable[[], Any] | None = None, **parts: Any
 ) -> dict[str, Any]:
-    """A part of the page: a heading, a sentence, a picture for light and for dark, a table, images."""
+    """A section of the page: heading, text, a picture in a light and a dark version, table, images."""
     pictures = {}
     if picture is not None:
         for dark in (False, True):
@@ -165,13 +165,14 @@ def _accuracy(seen: Evaluated) -> dict[str, Any]:
             axis.grid(False, axis="y")
         else:
             axis.plot(range(1, len(values) + 1), values)
-            axis.set(xlabel="class, the worst first", ylabel="top-1 (%)", ylim=(0, 102))
+            axis.set(xlabel="class, worst first", ylabel="top-1 (%)", ylim=(0, 102))
         return figure
 
     if len(by_class) <= 40:
-        return _section("By class", picture=draw)
+        return _section("Accuracy by class", picture=draw)
     rows = [(n, f"{a:.1f}") for a, n in by_class[:10]]
-    return _section("By class", "The ten worst:", draw, table=[("class", "top-1 (%)"), *rows])
+    text = "The table lists the ten worst classes."
+    return _section("Accuracy by class", text, draw, table=[("class", "top-1 (%)"), *rows])
 
 
 def _confusion(seen: Evaluated) -> dict[str, Any]:
@@ -180,22 +181,22 @@ def _confusion(seen: Evaluated) -> dict[str, Any]:
     counts = counts.view(classes, classes)
     wrong = counts - counts.diag().diag()
     pairs = wrong.flatten().topk(min(10, wrong.numel()))
-    table = [("class", "taken for", "images")]
+    table = [("true class", "predicted class", "images")]
     for count, index in zip(pairs.values.tolist(), pairs.indices.tolist(), strict=True):
         if count:
             table.append((seen.names[index // classes], seen.names[index % classes], f"{count:,}"))
     if classes > 30:
-        return _section("Confusion", "The classes that are taken for one another most often:", table=table)
+        return _section("Confusion", "The most frequent confusions:", table=table)
 
     def draw() -> Any:
-        figure, axes = new_figure("Confusion", 2 + 0.27 * classes)
+        figure, axes = new_figure("Confusion matrix", 2 + 0.27 * classes)
         axis = axes[0, 0]
         share = 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
         picture = axis.imshow(share.numpy(), vmin=0, vmax=100, cmap=SEQUENTIAL, aspect="auto")
         names = [short(n) for n in seen.names]
         axis.set_xticks(range(classes), names, rotation=45, ha="right")
         axis.set_yticks(range(classes), names)
-        axis.set(xlabel="taken for", ylabel="class")
+        axis.set(xlabel="predicted class", ylabel="true class")
         axis.grid(False)
         for i in range(classes):
             for j in range(classes):
@@ -203,10 +204,10 @@ def _confusion(seen: Evaluated) -> dict[str, Any]:
                     ink = "black" if share[i, j] > 55 else "white"
                     text = f"{share[i, j]:.0f}" if share[i, j] >= 0.95 else "<1"
                     axis.text(j, i, text, ha="center", va="center", color=ink, fontsize=7)
-        figure.colorbar(picture, label="% of the class")
+        figure.colorbar(picture, label="% of the true class")
         return figure
 
-    return _section("Confusion", "The most frequent mistakes are below the picture.", draw, table=table)
+    return _section("Confusion matrix", "The table lists the most frequent confusions.", draw, table=table)
 
 
 def _calibration(seen: Evaluated) -> dict[str, Any]:
@@ -217,7 +218,7 @@ def _calibration(seen: Evaluated) -> dict[str, Any]:
         centres = [(b["low"] + b["high"]) / 2 for b in bins]
         width = 0.9 / _BINS
         axes[0, 0].bar(centres, [b["accuracy"] for b in bins], width, label="accuracy")
-        axes[0, 0].plot([0, 1], [0, 1], color="0.5", linestyle="--", label="perfect")
+        axes[0, 0].plot([0, 1], [0, 1], color="0.5", linestyle="--", label="perfect calibration")
         axes[0, 0].set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
         axes[0, 0].legend(loc="upper left")
         axes[0, 1].bar(centres, [100 * b["share"] for b in bins], width, color="C1")
@@ -226,7 +227,8 @@ def _calibration(seen: Evaluated) -> dict[str, Any]:
 
     return _section(
         "Calibration",
-        f"Confidence is the greatest probability; {_BINS} bins. Bars below the line: too sure of itself.",
+        f"Confidence is the probability of the predicted class, in {_BINS} bins. Bars below the line mean "
+        "overconfidence.",
         draw,
     )
 
@@ -253,7 +255,7 @@ def _mistakes(seen: Evaluated, model: Any, most: int = 24) -> dict[str, Any] | N
                 "rest": f"{100 * p[row, label]:.1f}\u00a0%",
             }
         )
-    text = f"The {len(rows)} of {len(wrong):,} mistakes of which it was most sure."
+    text = f"The {len(rows)} most confident of {len(wrong):,} wrong predictions."
     return _section("Worst mistakes", text, mistakes=figures)
 
 
@@ -270,13 +272,14 @@ def _gates(model: Any, name: str, seen: Evaluated) -> list[dict[str, Any] | None
     x, y = seen.images(rows.sort().values)
     sample = Sample(x, y, seen.names, seen.config["mean"], seen.config["std"])
     sections = []
-    for title, observe in (("Stripes", stripes), ("Correlation", correlation)):
+    titles = "Dependence of gates on the image", "Correlation between gates"
+    for title, observe in zip(titles, (stripes, correlation), strict=True):
         try:
             found = observe({name: model}, sample)
         except UserError:  # no gates, or no two that could be compared
             continue
         table = [("", "here", "paper"), *found.summary]
-        sections.append(_section(title, f"On {len(sample):,} images.", found.draw, table=table))
+        sections.append(_section(title, f"Measured on {len(sample):,} images.", found.draw, table=table))
     return sections
 
 
@@ -297,10 +300,10 @@ def _folded(model: Any, folded: Any) -> dict[str, Any] | None:
         ("multiply-adds", report.multiply_adds),
         ("bytes", report.bytes),
     )
-    table = [("", "as it is", f"folded: {folded.pretrained_cfg['architecture']}")]
+    table = [("", "original", f"folded: {folded.pretrained_cfg['architecture']}")]
     table += [(what, *(f"{cost:,}" for cost in pair)) for what, pair in costs]
-    text = f"Folding changes no logit by more than {report.max_relative:.0e} of the greatest."
-    return _section("Folded", text, table=table)
+    text = f"Folding changes the logits by at most {report.max_relative:.0e} of the largest logit."
+    return _section("Folding", text, table=table)
 
 
 def _frozen(folder: Path) -> dict[str, Any] | None:
@@ -308,23 +311,24 @@ def _frozen(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     report = json.loads(path.read_text(encoding="utf-8"))
-    table = [("gate", "kind", "due to the image", "KL alone (nats)", "")]
+    table = [("gate", "kind", "variance due to the image", "KL if frozen alone (nats)", "")]
     for gate in report["gates"]:
-        what = f"constant, {gate['where']}" if gate["frozen"] else f"stays: {gate['where']}"
+        what = f"frozen, {gate['where']}" if gate["frozen"] else f"stays: {gate['where']}"
         share = f"{100 * gate['image_share']:.0f} %"
         table.append((gate["path"], gate["kind"], share, f"{gate['kl']:.4f}", what))
     before, after = report["before"], report["after"]
-    text = f"Made from {report['source']}. "
+    text = f"Frozen from {report['source']}. "
     if before["top1"] is not None:
         n = report["images"][-1]
-        text += f"Top-1 {before['top1']:.2f} % before, {after['top1']:.2f} % after, on {n:,} other images."
-    return _section("Gates into constants", text, table=table)
+        text += f"Top-1 went from {before['top1']:.2f} to {after['top1']:.2f} % on {n:,} images not used to "
+        text += "choose the gates."
+    return _section("Frozen gates", text, table=table)
 
 
 @torch.no_grad()
 def _speed(model: Any, folded: Any, rounds: int = 7) -> dict[str, Any]:
-    """Median milliseconds, the network as it is and folded in turn."""
-    networks = {"as it is": model} if folded is None else {"as it is": model, "folded": folded}
+    """Median milliseconds of the original and the folded network, timed in turn."""
+    networks = {"original": model} if folded is None else {"original": model, "folded": folded}
     table = [("batch", *(f"{name}, ms" for name in networks), *(["ratio"] if len(networks) > 1 else []))]
     for batch in (1, 32):
         x = example_input(model, batch)
@@ -340,5 +344,5 @@ def _speed(model: Any, folded: Any, rounds: int = 7) -> dict[str, Any]:
         medians = [statistics.median(times) for times in taken.values()]
         ratio = [f"{medians[1] / medians[0]:.2f}"] if len(medians) > 1 else []
         table.append((str(batch), *(f"{m:.1f}" for m in medians), *ratio))
-    text = f"Medians of {rounds} in turn, float32, eager, on {hardware()}."
+    text = f"Time per batch: median of {rounds} runs, in float32 and eager mode, on {hardware()}."
     return _section("Speed", text, table=table)

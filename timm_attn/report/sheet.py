@@ -1,4 +1,4 @@
-"""Predictions as pictures."""
+"""A contact sheet of images with their predicted classes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import ImageOps
 from ..predict import Prediction, read_image
 from ..style import new_figure, short
 
-#: Images on a sheet.
+#: Largest number of images on a sheet.
 MOST = 48
 
 
@@ -17,8 +17,8 @@ def contact_sheet(predictions: Sequence[Prediction], title: str) -> Any:
     """A figure of images with their most probable class, at most ``MOST`` of them.
 
     Args:
-        predictions: Whose sources are files.
-        title: Of the sheet.
+        predictions: Predictions for image files.
+        title: Title of the sheet.
     """
     shown = predictions[:MOST]
     columns = min(6, len(shown))

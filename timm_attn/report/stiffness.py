@@ -1,4 +1,4 @@
-"""Stiffness along depth, with a residual network read as the steps of a differential equation.
+"""Stiffness along depth: the blocks of a residual network as steps that solve a differential equation.
 
 Paper: "Understanding Self-attention Mechanism via Dynamical System Perspective", Huang et al., ICCV 2023
 https://arxiv.org/abs/2308.09939
@@ -18,10 +18,10 @@ from .observation import Observation, Sample, round_to
 
 @torch.no_grad()
 def stiffness_of(model: nn.Module, sample: Sample) -> dict[str, Tensor]:
-    """By block, ‖f(t+1) − f(t)‖ ÷ ‖x(t+1) − x(t)‖ of each image, N.
+    """‖f(t+1) − f(t)‖ ÷ ‖x(t+1) − x(t)‖ of each image, N, by block.
 
-    x(t) is what block t is given, f(t) what its residual branch adds; of a block with several branches, all
-    that it adds. A block is left out where its shapes and those of the next differ.
+    x(t) is the input of block t, and f(t) the output of its residual branch, or the sum of those of several
+    branches. A block is left out if its shapes differ from those of the next.
     """
     x, _ = next(sample.batches(model, 2))
     ends = branches(model, x, repeated=True)
@@ -71,19 +71,19 @@ def stiffness_of(model: nn.Module, sample: Sample) -> dict[str, Tensor]:
             last.clear()
             model(x)
     indices = {path: torch.cat(values) for path, values in found.items()}
-    # Where x does not change at all, as behind branches that are zero, there is none.
+    # Where x does not change at all, as behind branches that are zero, the index is not finite.
     return {path: values[values.isfinite()] for path, values in indices.items() if values.isfinite().any()}
 
 
 def stiffness(models: dict[str, Any], sample: Sample) -> Observation:
-    """The index along depth.
+    """The stiffness index along depth.
 
     Args:
         models: Networks with residual branches, by name.
         sample: Images.
 
     Raises:
-        UserError: A network has no two neighbouring residual blocks of one shape.
+        UserError: A network has no two neighbouring residual blocks of the same shape.
     """
     found = {name: stiffness_of(model, sample) for name, model in models.items()}
     for name, blocks in found.items():
@@ -130,9 +130,9 @@ def stiffness(models: dict[str, Any], sample: Sample) -> Observation:
         highest = list(blocks)[int(means.argmax())]
         summary.append(
             (
-                f"stiffness of {name}, mean of {len(blocks)} pairs of blocks; greatest",
+                f"stiffness of {name}, mean over {len(blocks)} pairs of blocks; largest",
                 f"{means.mean():.2f}; {means.max():.2f} at {highest}",
-                "varies along depth: no figure",
+                "varies along depth (no figure)",
             )
         )
     return Observation("stiffness", rows, summary, draw, len(sample))

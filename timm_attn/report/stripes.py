@@ -19,11 +19,11 @@ def stripes(
     """Gates as maps of image × channel, and the stripe index: 1 − share of the variance due to the image.
 
     Args:
-        models: Networks with gates by name, such as the checkpoints of a run, the oldest first. Maps are of
+        models: Networks with gates, by name, such as the checkpoints of a run, oldest first. The maps show
             the last one.
-        sample: Images for all figures.
-        gates: Shell patterns of the paths of those to look at; all if there are none.
-        images: Of which maps show the gates.
+        sample: Images.
+        gates: Shell patterns of paths of gates; by default, all.
+        images: Number of images in the maps.
         panels: Number of maps.
 
     Raises:
@@ -78,14 +78,14 @@ def stripes(
         mappable = None
         for axis, gate, value in zip(pictures, shown, values, strict=False):
             mappable = axis.imshow(value.numpy(), aspect="auto", vmin=low, vmax=high, interpolation="nearest")
-            axis.set_facecolor("0.6")  # where nothing is known, as the map is 0
+            axis.set_facecolor("0.6")  # where the gate is unknown, as the feature map is 0
             index = 1 - newest[gate.path].image_share
             axis.set(title=f"{gate.path}: {index:.2f}", xlabel="channel", ylabel="image")
             axis.grid(False)
         for axis in pictures[len(shown) :]:
             axis.remove()
         dead = bool(torch.cat([v.isnan().flatten() for v in values]).any())
-        label = "gate (grey: its map is 0)" if dead else "gate"
+        label = "gate (grey: the feature map is 0)" if dead else "gate"
         figure.colorbar(mappable, ax=list(pictures[: len(shown)]), label=label)
         grid = axes[-1, 0].get_gridspec()
         for axis in axes[-1]:
@@ -105,14 +105,14 @@ def stripes(
     stds = [row["std_over_images"] for row in of_last]
     summary = [
         (
-            f"stripe index, mean of {len(indices)} gates (1: no gate depends on the image)",
+            f"stripe index, mean over {len(indices)} gates (1: no gate depends on the image)",
             f"{sum(indices) / len(indices):.2f} ({min(indices):.2f} to {max(indices):.2f})",
-            "near 1: shown as pictures, no figure",
+            "near 1 (pictures, no figure)",
         ),
         (
-            "standard deviation over images, mean of channels and gates",
+            "standard deviation over images, mean over channels and gates",
             f"{sum(stds) / len(stds):.3f} ({min(stds):.3f} to {max(stds):.3f})",
-            "small: shown as histograms",
+            "small (histograms)",
         ),
     ]
     if len(records) > 1:
@@ -122,9 +122,9 @@ def stripes(
                 continue
             summary.append(
                 (
-                    f"mean move of the gates' means up to {name}",
+                    f"mean change of the gates' means, from the previous model to {name}",
                     f"{sum(moved) / len(moved):.4f}",
-                    "soon near constants",
+                    "soon nearly constant",
                 )
             )
     return Observation("stripes", rows, summary, draw, len(sample))

@@ -21,9 +21,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy (%), cross-entropy (nats) and images per second over a whole split.
 
-    Every image counts once, however many processes share the work; corrupt ones that are skipped do not, and
-    their number is given. With fewer than five classes top-5 is
-    top-k for all of them. ``show`` draws a progress bar.
+    Every image counts once, however many processes there are. Corrupt images that are skipped do not count;
+    their number is returned. With fewer than five classes, top-5 is top-k for all of them. ``show`` shows a
+    progress bar.
     """
     model.eval()
     sums = torch.zeros(5, dtype=sum_dtype(accelerator.device), device=accelerator.device)

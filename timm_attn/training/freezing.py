@@ -46,20 +46,20 @@ def freeze_trained(
 ) -> FreezeReport:
     """Freeze gates of a model with weights, and write a folder that timm loads.
 
-    The means are taken from the training split, where there is one; the evaluation split is halved, for the
-    choice and for the final figures.
+    The means are taken from the training split, if there is one. One half of the evaluation split is used for
+    choosing, the other for the final figures.
 
     Args:
         source: As for ``load_model``.
-        recipe: Data, columns, batch size, workers; and of recovery, the optimiser and what goes with it.
+        recipe: Data, columns, batch size, workers; for recovery also the optimiser and its settings.
         out: Folder to write, with config.json, model.safetensors, freeze.json and freeze.png.
-        budget: Points of top-1.
+        budget: Points of top-1 that may be lost.
         every: Freeze all gates.
-        keep: Patterns of paths of gates that stay.
-        steps: Of distillation from the original, 0 for none. Its runs lie in ``out`` and are resumed.
-        most: Number of images that are taken of the evaluation split.
-        say: Called with a line on what is done.
-        show: Draw progress bars.
+        keep: Shell patterns of paths of gates that are not frozen.
+        steps: Steps of distillation from the original; 0 for none. Their runs are in ``out`` and are resumed.
+        most: Maximum number of images used from the evaluation split.
+        say: Called with a line of text on each step.
+        show: Show progress bars.
 
     Raises:
         UserError: The model, the data or the folder cannot be used; nothing is written.

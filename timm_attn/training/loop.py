@@ -1,4 +1,4 @@
-"""Start a run, or go on with one: one process, many GPUs or many nodes run the same lines."""
+"""Start or resume a run, with the same code for one process, many GPUs or many nodes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,11 +38,11 @@ def train(
     """Train a model.
 
     Args:
-        model: A timm model name, this package's or timm's own.
-        recipe: How.
-        out: The run folder to make.
-        on_step: Called with the number of steps done, after each.
-        on_start: Called by the main process when the run folder is made.
+        model: Name of a model of this package or timm.
+        recipe: The settings of the run.
+        out: The run folder to create.
+        on_step: Called after each step, with the number of steps done.
+        on_start: Called by the main process once the run folder is created.
 
     Returns:
         The run's results: split, top-1 and top-5 accuracy (%), loss (nats) and number of images of the last
@@ -81,18 +81,18 @@ def train(
 
 @own_accelerate_state()
 def resume(run: str | Path, on_step: OnStep | None = None, data: str | None = None) -> dict[str, Any]:
-    """Go on with a run that was stopped, from its newest intact checkpoint.
+    """Resume a run from its newest intact checkpoint.
 
     Args:
         run: The run folder.
-        on_step: Called with the number of steps done, after each.
-        data: Where the data lies now, if it has moved.
+        on_step: Called after each step, with the number of steps done.
+        data: New location of the data, if it has moved.
 
     Returns:
-        The run's results, as ``train``; those of a finished run without further work.
+        The run's results, as for ``train``. A finished run returns its results without further training.
 
     Raises:
-        UserError: The folder is not a run, or the data is not that which it was started with.
+        UserError: The folder is not a run, or the data differs from that of the start of the run.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
     """
     run = Path(run)
@@ -113,8 +113,8 @@ def resume(run: str | Path, on_step: OnStep | None = None, data: str | None = No
         write_json(run / ENVIRONMENT, environment | {"moved_to": recipe.data})
     if accelerator.num_processes != environment["processes"]:
         accelerator.print(
-            f"warning: {run} was started with {environment['processes']} processes and goes on with "
-            f"{accelerator.num_processes}: not in the same bits"
+            f"warning: {run} was started with {environment['processes']} processes and is resumed with "
+            f"{accelerator.num_processes}: it will not be bit-identical"
         )
     state = take_up(run, accelerator)
     if state is None:

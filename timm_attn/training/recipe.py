@@ -13,48 +13,49 @@ from .augment import AutoAugment
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained."""
+    """The settings of a training run."""
 
-    #: In files, where a split may be called 2024.
+    #: For recipe files, where a split may be called 2024.
     __pydantic_config__: ClassVar = {"coerce_numbers_to_str": True}
 
     data: str = ""
-    """A folder of parquet files or images, a Hugging Face dataset id, or `digits` (in scikit-learn)."""
+    """A folder of parquet files or images, a dataset id on the Hugging Face Hub, or `digits` (from
+    scikit-learn)."""
 
     data_config: str | None = None
-    """Configuration of a data set that has several, as `datasets` calls it."""
+    """Configuration of the dataset, in the sense of `datasets`, if it has several."""
 
     data_revision: str | None = None
-    """Branch, tag or commit of a data set on the Hub."""
+    """Branch, tag or commit of a dataset on the Hub."""
 
     epochs: int = 30
-    """Passes over the training split."""
+    """Number of epochs, by default passes over the training split."""
 
     epoch_steps: int | None = None
-    """Optimiser steps that count as an epoch. By default a pass over the training split."""
+    """Optimiser steps per epoch; by default, as many as one pass over the training split takes."""
 
     batch_size: int = 128
-    """Images per optimiser step, over all processes. An incomplete last batch is dropped."""
+    """Images per optimiser step, summed over all processes. An incomplete last batch is dropped."""
 
     seed: int = 0
-    """Seed of initialisation, order and augmentation."""
+    """Seed of the initialisation, the order of the images and their augmentation."""
 
     model_kwargs: tuple[str, ...] = ()
     """Arguments of timm.create_model as key=value, e.g. `channels=[16,32,64,128] delta=2`."""
 
     init: str | None = None
-    """Start from these weights: a name with a tag, a run or hub folder, `hf-hub:ORG/NAME`, or `graft:` and
-    the stock network to graft from (`graft:resnet50.a1_in1k`). The classifier may have other classes."""
+    """Initial weights: a model name with a tag, a run or hub folder, `hf-hub:ORG/NAME`, or `graft:` and the
+    stock network to graft from (`graft:resnet50.a1_in1k`). Their classes may differ from the data's."""
 
     teacher: str | None = None
-    """Train towards what this network says of the images, and not towards their labels: named like `init`,
-    of the same classes."""
+    """Distillation: train on the predictions of this network instead of the labels. Named like `init`; it
+    must have the same classes."""
 
     freeze: Literal["nothing", "backbone"] = "nothing"
-    """`backbone` trains the classifier and the attention only."""
+    """What to freeze; with `backbone`, only the classifier and the attention are trained."""
 
     opt: str = "sgd"
-    """Optimiser, by timm's name (`sgd` has Nesterov momentum, `momentum` has not)."""
+    """Optimiser, by timm's name (`sgd` uses Nesterov momentum, `momentum` does not)."""
 
     opt_args: tuple[str, ...] = ()
     """Further arguments of the optimiser as key=value, e.g. `betas=[0.9,0.95] eps=1e-6`."""
@@ -63,137 +64,139 @@ class Recipe:
     """Peak learning rate."""
 
     momentum: float = 0.9
-    """Momentum, for optimisers that have one."""
+    """Momentum, for optimisers that use it."""
 
     weight_decay: float = 5e-4
-    """Weight decay; as in timm, not on biases and norm layers."""
+    """Weight decay; as in timm, not applied to biases and norm layers."""
 
     decay_norms: bool = False
-    """Weight decay on biases and norm layers, too, as in most papers."""
+    """Apply weight decay to biases and norm layers, too, as in most papers."""
 
     layer_decay: float | None = None
-    """Learning rate of each layer as a factor of the next one's; the last has `lr`."""
+    """Layer-wise decay: learning rate of each layer divided by that of the next. The last layer has `lr`."""
 
     sched: Literal["cosine", "tanh", "poly", "step", "multistep", "onecycle"] = "cosine"
-    """Course of the learning rate by the step. timm's, and PyTorch's OneCycleLR (momentum stays)."""
+    """Learning rate schedule, updated at every step: timm's, or PyTorch's OneCycleLR (constant momentum)."""
 
     decay_epochs: tuple[int, ...] = ()
-    """Epochs at which `multistep` lowers the learning rate; for `step`, the interval."""
+    """Epochs at which `multistep` lowers the learning rate; for `step`, the interval in epochs."""
 
     decay_rate: float = 0.1
-    """Factor of `multistep` and `step`; the power of `poly`."""
+    """Factor by which `multistep` and `step` multiply the learning rate; for `poly`, the exponent."""
 
     warmup_epochs: float = 1.0
-    """Epochs over which the learning rate rises: linearly from `warmup_lr`, with `onecycle` by a cosine from
-    lr / 25. Never more than half of the run."""
+    """Epochs of warm-up: linear from `warmup_lr`, or with `onecycle` a cosine from lr / 25. At most half of
+    the run."""
 
     warmup_lr: float = 0.0
     """Learning rate at the start of the warm-up."""
 
     min_lr: float = 0.0
-    """Learning rate at the end."""
+    """Learning rate at the end of the schedule."""
 
     loss: Literal["ce", "bce"] = "ce"
-    """Cross-entropy, or timm's binary cross-entropy over the classes."""
+    """Loss: `ce` is cross-entropy, `bce` is timm's binary cross-entropy over the classes."""
 
     smoothing: float = 0.0
     """Label smoothing."""
 
     mixup: float = 0.0
-    """Mixup's α; 0 is off. timm's mixup and cutmix mix images of one process's batch."""
+    """Mixup α; 0 turns it off. Mixup and CutMix are timm's, and mix images within the batch of a process."""
 
     cutmix: float = 0.0
-    """CutMix's α; 0 is off."""
+    """CutMix α; 0 turns it off."""
 
     mixup_prob: float = 1.0
-    """Share of the batches that are mixed."""
+    """Probability that a batch is mixed."""
 
     mixup_off_epoch: int = 0
-    """Epoch from which nothing is mixed; 0 is never."""
+    """Epoch from which mixup and CutMix are off; 0 means never."""
 
     drop_path: float = 0.0
-    """Greatest rate of stochastic depth."""
+    """Largest drop rate of stochastic depth."""
 
     clip_grad: float | None = None
-    """Greatest norm of the gradient; longer ones are scaled down to it."""
+    """Gradient clipping: largest norm of the gradient; a larger gradient is scaled down to it."""
 
     clip_mode: Literal["norm", "value", "agc"] = "norm"
-    """What `clip_grad` bounds: the norm, each value, or the norm relative to the weights' (AGC)."""
+    """What `clip_grad` limits: the norm, each value, or the norm relative to that of the weights (AGC)."""
 
     accumulation: int = 1
-    """Parts in which a batch goes through the network, one after the other, to need less memory."""
+    """Gradient accumulation: number of parts in which a batch is processed, to save memory."""
 
     ema_decay: float | None = None
-    """Average the weights with this decay; the average is what is evaluated and saved."""
+    """Decay of the exponential moving average (EMA) of the weights; the average is evaluated and saved."""
 
     ema_warmup: bool = False
-    """Let the decay rise with the steps, as timm's ModelEmaV3 does."""
+    """Increase the EMA decay with the steps, as timm's ModelEmaV3 does."""
 
     sync_bn: bool = False
-    """Batch norm over the batches of all processes (GPUs only)."""
+    """Synchronised batch norm: statistics over the batches of all processes (GPUs only)."""
 
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision: `no` is fp32, fp16 needs a GPU."""
 
     compile: bool = False
-    """torch.compile the network; the first step then takes a minute or so."""
+    """Compile the network with torch.compile; the first step then takes about a minute."""
 
     channels_last: bool = True
     """Keep the model and the images in channels-last memory format, which is faster."""
 
     img_size: int | None = None
-    """Side of the images in pixels. By default small images stay as they are, others get the model's."""
+    """Height and width of the images in pixels. By default, small images (at most 64 pixels) keep their size,
+    and larger ones get the input size of the model."""
 
     crop_padding: int = 4
-    """Small images: zeros around the image before a random crop of its own size."""
+    """Small images: pixels of zero padding around the image, before a random crop of the original size."""
 
     hflip: bool | None = None
-    """Mirror half of the training images. By default yes, but not on digits."""
+    """Flip half of the training images horizontally. On by default, except for digits."""
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Larger images: area of the random crop, as a share of the image's."""
+    """Larger images: smallest and largest area of the random crop, as fractions of the image area."""
 
     aa: str | None = None
-    """AutoAugment or RandAugment, as timm writes it (`rand-m9-mstd0.5-inc1`); in worker processes."""
+    """AutoAugment or RandAugment policy, in timm's notation (`rand-m9-mstd0.5-inc1`); applied in the worker
+    processes."""
 
     color_jitter: float | None = None
-    """Larger images: strength of the jitter of brightness, contrast and saturation (not with `aa`)."""
+    """Larger images: strength of brightness, contrast and saturation jitter (not with `aa`)."""
 
     reprob: float = 0.0
-    """Share of the training images of which a rectangle is erased (timm's random erasing)."""
+    """Random erasing (timm's): probability that a rectangle of a training image is erased."""
 
     remode: Literal["pixel", "rand", "const"] = "pixel"
-    """What is put there: noise, one random colour, or the mean."""
+    """Random erasing: fill with noise, one random colour, or the mean."""
 
     mean: tuple[float, float, float] | None = None
-    """Channel means in [0, 1]. By default those of the weights that `init` names; without, the training
-    split's for small images, ImageNet's for others."""
+    """Channel means in [0, 1]. By default those of the weights in `init`; without `init`, those of the
+    training split for small images and of ImageNet for larger ones."""
 
     std: tuple[float, float, float] | None = None
-    """Channel standard deviations in [0, 1], with the same default."""
+    """Channel standard deviations, for images in [0, 1]; same default as `mean`."""
 
     train_split: str | None = None
     """Name of the training split; `train` by default."""
 
     eval_split: str | None = None
-    """Name of the split evaluated after each epoch; by default `test`, or `validation` without one."""
+    """Name of the split to evaluate after each epoch; by default `test`, or `validation` if there is none."""
 
     val_fraction: float = 0.0
-    """Share of the training split that is held out and evaluated after each epoch. The split of
-    `eval_split` is then evaluated once, after the last epoch. The same images for every seed."""
+    """Fraction of the training split to hold out and evaluate on after each epoch. `eval_split` is then
+    evaluated only once, after the last epoch. The held-out images are the same for every seed."""
 
     image_column: str | None = None
-    """Image column; found by its type by default."""
+    """Image column; by default found by its type."""
 
     label_column: str | None = None
-    """Label column; found by its type by default."""
+    """Label column; by default found by its type."""
 
     on_corrupt: Literal["stop", "skip"] = "stop"
-    """What to do about a corrupt image: stop and name its row, or skip and count it (where larger images are
-    trained on, another one takes its place)."""
+    """What to do about a corrupt image: stop and name its row, or skip and count it (in training on larger
+    images, another image takes its place)."""
 
     workers: int = 2
-    """Processes that decode and augment larger images. Small images need them for `aa` only."""
+    """Worker processes that decode and augment larger images. Small images need them only for `aa`."""
 
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 means one at the end of each epoch."""
@@ -202,10 +205,10 @@ class Recipe:
     """Number of checkpoints kept for resuming."""
 
     log_every: int = 50
-    """Steps between lines of steps.jsonl."""
+    """Steps between the lines written to steps.jsonl."""
 
     track: tuple[str, ...] = ()
-    """Trackers that Accelerate knows, e.g. `tensorboard`, besides the files of the run folder."""
+    """Accelerate's experiment trackers to log to, e.g. `tensorboard`, besides the files of the run folder."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "keep_checkpoints", "accumulation", "log_every"):

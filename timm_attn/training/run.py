@@ -46,7 +46,9 @@ def refuse_full_folder(path: Path) -> None:
     """Raise a UserError if a new run cannot be made here, since there is something already."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         hint = (
-            f"go on with --resume {path}, or choose another --out" if is_run(path) else "choose another --out"
+            f"resume with --resume {path}, or choose another --out"
+            if is_run(path)
+            else "choose another --out"
         )
         raise UserError(f"{path} is not empty: {hint}")
 
@@ -62,7 +64,7 @@ def open_run(path: Path, finished: bool = False) -> dict[str, Any]:
             f"{path} is not a run folder: it has no {RECIPE} and {ENVIRONMENT}. Name the --out of a run"
         )
     if finished and not (path / WEIGHTS).is_file():
-        raise UserError(f"run {path} is not finished: `timm-attn train --resume {path}` goes on with it")
+        raise UserError(f"run {path} is not finished: `timm-attn train --resume {path}` resumes it")
     try:
         return json.loads((path / ENVIRONMENT).read_text(encoding="utf-8"))
     except ValueError as error:

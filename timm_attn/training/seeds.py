@@ -1,4 +1,4 @@
-"""One recipe with several seeds: a run folder each, resumable as a whole, and their mean and deviation."""
+"""Runs of one recipe with several seeds: a run folder each, resumed together, with mean and deviation."""
 
 import dataclasses
 import json
@@ -50,11 +50,11 @@ def train_seeds(model: str, recipe: Recipe, out: str | Path, seeds: Sequence[int
 
 
 def resume_seeds(out: str | Path, data: str | None = None) -> dict[str, Any]:
-    """Go on with the runs of ``train_seeds``; finished ones are left as they are.
+    """Resume the runs of ``train_seeds``; finished runs are left as they are.
 
     Args:
-        out: Their folder.
-        data: Where the data lies now, if it has moved.
+        out: The folder of the runs.
+        data: New location of the data, if it has moved.
     """
     out = Path(out)
     asked = json.loads((out / SEEDS).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A model measured on a data set."""
+"""Evaluates a model on a dataset."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -149,12 +149,12 @@ def evaluated(model: Any, recipe: Recipe, show: bool = False) -> Evaluated:
 
 @own_accelerate_state()
 def validate(model: Any, recipe: Recipe, show: bool = False) -> dict[str, float]:
-    """Measure a model on the evaluation split of a recipe's data; see ``evaluate`` for the figures.
+    """Evaluate a model on the evaluation split of a recipe's data; see ``evaluate`` for the figures.
 
     Args:
-        model: From ``load_model``.
+        model: A model from ``load_model``.
         recipe: Data, split, columns, batch size, precision, workers.
-        show: Draw a progress bar.
+        show: Show a progress bar.
 
     Raises:
         UserError: The data cannot be used, or its classes are not the model's.
