@@ -103,6 +103,10 @@ def test_bad_input_is_one_message(tmp_path, capsys, monkeypatch):
     assert "is not a run folder" in fails(capsys, "export", "nowhere", "--tag", "x")
     assert "unknown model 'resnet20_dai'" in fails(capsys, "validate", "resnet20_dai", "--data", "digits")
     assert "unknown model 'resnet20_dai.x'" in fails(capsys, "validate", "resnet20_dai.x", "--data", "digits")
+    message = fails(capsys, "report", "nowhere", "--data", "digits")
+    assert message == "error: unknown model 'nowhere': there is no folder of that name here, either\n"
+    message = fails(capsys, *train, "digits", "--init", "graft:resnet50.a1_in1kk")
+    assert "resnet50 has no weights 'a1_in1kk': choose from a1_in1k, a1h_in1k, " in message
     assert "no pretrained weights for fmmnet152" in fails(capsys, "validate", "fmmnet152", "--data", "digits")
     assert "is no hub folder" in fails(capsys, "publish", str(tmp_path), "--to", "me")
     message = fails(capsys, *train, "digits", "--epochs", "0")

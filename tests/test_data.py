@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from timm_attn.images import DataError
@@ -15,6 +16,7 @@ from timm_attn.training.augment import crop_and_flip
 from timm_attn.training.batches import Batch, Batches, Shard
 from timm_attn.training.data import load_split
 from timm_attn.training.recipe import Recipe
+from timm_attn.training.splits import load_splits
 
 CPU = torch.device("cpu")
 CONFIG = {
@@ -47,6 +49,26 @@ def write(
     table = datasets.Dataset.from_dict(columns, features=features)
     table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
     return str(folder)
+
+
+def test_a_held_out_part_stands_for_a_test_split(tmp_path):
+    data = write(tmp_path / "d", images=[picture(i) for i in range(10)])
+    with pytest.raises(DataError, match="no split test or validation, only train: .* --val-fraction 0.2$"):
+        load_splits(Recipe(data=data), Accelerator())
+    with pytest.raises(DataError, match="no split dev, only train: choose with --eval-split$"):
+        load_splits(Recipe(data=data, eval_split="dev", val_fraction=0.2), Accelerator())
+    splits = load_splits(Recipe(data=data, val_fraction=0.2), Accelerator())
+    assert splits.counts == {"train": 8, "train, held out": 2} and splits.test is None
+    write(tmp_path / "d", split="test")
+    assert load_splits(Recipe(data=data, val_fraction=0.2), Accelerator()).counts["test"] == 6
+
+
+def test_a_folder_too_deep_is_told(tmp_path):
+    for split, label in (("train", "a"), ("train", "b"), ("test", "a")):
+        (tmp_path / "photos" / split / label).mkdir(parents=True)
+        picture(0).save(tmp_path / "photos" / split / label / "0.png")
+    with pytest.raises(DataError, match=f"or give the folder above, {tmp_path / 'photos'}$"):
+        load_splits(Recipe(data=str(tmp_path / "photos" / "train")), Accelerator())
 
 
 def epoch(batches: Batches, number: int, first: int = 0) -> list[Batch]:

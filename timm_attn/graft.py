@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .branches import example_input
 from .compare import FoldError, above_bound, relative_difference
+from .load import create_pretrained
 from .models import mechanism as row_of
 from .models import model_names, parse_name
 from .models.attached import check_graft
@@ -100,7 +101,9 @@ def graft(
         start_constant(variant, plain.state_dict())
         error = relative_difference(deepcopy(stock).cpu(), deepcopy(variant), example_input(variant))
     except GraftError as problem:
-        raise GraftError(f"{architecture} cannot take these weights: {problem}") from None
+        given = (getattr(stock, "pretrained_cfg", None) or {}).get("architecture", name)
+        reason = problem if given == name else f"they are those of a {given}, and it is made from a {name}"
+        raise GraftError(f"{architecture} cannot take these weights: {reason}") from None
     except FoldError as problem:
         raise GraftError(f"{architecture} cannot be grafted: {problem}") from None
     excess = above_bound(error, stem.dtype)
@@ -149,7 +152,7 @@ def _stock(
 ) -> Any:
     """The source as a network."""
     if isinstance(source, str):
-        return timm.create_model(source, pretrained=True)
+        return create_pretrained(source)
     if isinstance(source, nn.Module):
         return getattr(source, "_orig_mod", source)  # of a compiled network
     if not isinstance(source, Mapping):

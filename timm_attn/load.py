@@ -1,18 +1,21 @@
 """Loads a network by model name, run folder, hub folder or repository on the Hub."""
 
 import difflib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import timm
 
 from .errors import UserError
-from .models import register_name
+from .models import model_names, register_name
 from .weights import (
     CONFIG,
     WEIGHTS,
+    NoSuchFile,
     WeightsError,
     fetch_folder,
+    fetch_timm,
     read_config,
     read_folder,
     without_tokens,
@@ -35,12 +38,29 @@ def load_model(name: str) -> Any:
     """
     name = source_name(name)
     try:
-        return timm.create_model(name, pretrained=True).eval()
+        return create_pretrained(name).eval()
     except WeightsError:
         raise
     except Exception as error:  # timm, safetensors and the Hub client raise many types
         reason = " ".join(without_tokens(error).split())  # the Hub client's messages have empty lines
         raise UserError(f"cannot load {name}: {type(error).__name__}: {reason}") from None
+
+
+def create_pretrained(name: str, **kwargs: Any) -> Any:
+    """``timm.create_model(name, pretrained=True, **kwargs)``.
+
+    A file of timm's own weights is compared with the sha256 of the Hub, which is asked once and given five
+    seconds to answer.
+
+    Raises:
+        WeightsError: The file cannot be had, or is damaged.
+    """
+    if ":" not in name and name.partition(".")[0] not in model_names():
+        with suppress(NoSuchFile):  # timm reads other files, too
+            file = fetch_timm(name)
+            if file is not None:
+                kwargs["pretrained_cfg_overlay"] = {"file": str(file), "custom_load": False}
+    return timm.create_model(name, pretrained=True, **kwargs)
 
 
 def is_run(path: Path) -> bool:
@@ -70,7 +90,7 @@ def source_name(source: str) -> str:
     else:
         if "/" in source or Path(source).exists():
             raise UserError(f"{source} is not a folder: name a model, a run folder or a hub folder")
-        check_model(source)
+        check_model(source, "there is no folder of that name here, either")
         return source
     if not register_name(config["architecture"]):
         raise WeightsError(
@@ -79,11 +99,18 @@ def source_name(source: str) -> str:
     return f"local-dir:{folder}"
 
 
-def check_model(name: str) -> None:
-    """Raise a UserError with the nearest names if timm has no model of this name."""
-    if not register_name(name.partition(".")[0]):
+def check_model(name: str, unknown: str = "") -> None:
+    """Raise a UserError with the nearest names if timm has no model, or no weights, of this name.
+
+    Args:
+        name: With or without a tag.
+        unknown: What else to say of a name that nothing is like.
+    """
+    architecture, _, tag = name.partition(".")
+    if not register_name(architecture):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = (
-            f"did you mean {' or '.join(near)}?" if near else "`timm-attn list` shows this package's models"
-        )
-        raise UserError(f"unknown model {name!r}: {hint}")
+        hint = f"did you mean {' or '.join(near)}?" if near else unknown
+        raise UserError(f"unknown model {name!r}: {hint or '`timm-attn list` shows the models'}")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if tag and architecture not in model_names() and tag not in tags:
+        raise UserError(f"{architecture} has no weights {tag!r}: choose from {', '.join(tags) or 'none'}")

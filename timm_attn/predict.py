@@ -79,6 +79,10 @@ def predict(
         images = list(images)
     if not len(images):
         raise ValueError("there are no images to predict")
+    if isinstance(images, Tensor) and images.dim() != 4:
+        raise ValueError(
+            f"a tensor of images is B × C × H × W, got shape {tuple(images.shape)}: one has B = 1"
+        )
     like = next(model.parameters())
     training = model.training
     predictions: list[Prediction] = []

@@ -211,12 +211,9 @@ def _stock_file(variant: str, tag: str) -> str | None:
         WeightsError: They cannot be had, or are damaged.
     """
     backbone = _VARIANTS[variant][0]
-    cfg: Any = timm.models.get_pretrained_cfg(f"{backbone}.{tag}")
-    if not cfg.hf_hub_id or cfg.custom_load == "hf":
-        return None
-    repo_id, _, revision = cfg.hf_hub_id.partition("@")
     try:
-        return str(weights.fetch(repo_id, cfg.hf_hub_filename or weights.WEIGHTS, revision or None))
+        file = weights.fetch_timm(f"{backbone}.{tag}")
+        return None if file is None else str(file)
     except weights.WeightsError as error:
         raise type(error)(
             f"{variant}.{GRAFT}{tag} is made from timm's weights of {backbone}: {error}. With their file at "

@@ -5,6 +5,7 @@ exactly and depends neither on the number of processes nor on accumulation.
 """
 
 import itertools
+import os
 import signal
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -155,7 +156,9 @@ class Batches:
         return images.contiguous(memory_format=self.format)
 
     def _loader(self, dataset: "_Rows | _Pixels", keys: Iterable[Key]) -> Iterator[Batch]:
-        device, workers = self.shard.device, self.recipe.workers
+        device = self.shard.device
+        # More only wait for each other, and PyTorch warns of them.
+        workers = min(self.recipe.workers, _cpus())
         loader = torch.utils.data.DataLoader(
             dataset,
             # Lists: each tensor on its way to a worker would take a file descriptor.
@@ -174,6 +177,11 @@ class Batches:
             if images.dtype != torch.uint8:
                 images = images.contiguous(memory_format=self.format)
             yield Batch(images, labels, int(skipped))
+
+
+def _cpus() -> int:
+    """Number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _init_worker(worker: int) -> None:

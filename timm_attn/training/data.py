@@ -211,13 +211,20 @@ def _rows(
     return rows, name
 
 
+class NoSplit(DataError):
+    """A data set has not the split that is asked for."""
+
+
 def _chosen_split(data: str, role: str, name: str | None, splits: Iterable[str]) -> str:
     wanted = [name] if name else ["train"] if role == "train" else ["test", "validation"]
     found = [n for n in wanted if n in splits]
     if not found:
-        raise DataError(
-            f"{data} has no split {' or '.join(wanted)}, only {', '.join(splits)}: choose with --{role}-split"
-        )
+        hint = f"choose with --{role}-split"
+        if role == "eval" and not name:
+            hint += ", or hold out a part of the training split with --val-fraction 0.2"
+        if Path(data).name in ("train", *wanted):
+            hint += f", or give the folder above, {Path(data).resolve().parent}"
+        raise NoSplit(f"{data} has no split {' or '.join(wanted)}, only {', '.join(splits)}: {hint}")
     return found[0]
 
 
@@ -252,7 +259,8 @@ def _read(
     except Exception as error:  # the library raises a dozen types, OSError to ValueError
         if "corresponds to no data" in str(error):
             raise DataError(f"a split of {data} is empty ({error}): fill or remove it") from error
-        raise DataError(f"cannot read {data!r} as a data set: {_why(error)}") from error
+        nowhere = "" if "/" in data else "there is no folder of that name here, and on the Hub: "
+        raise DataError(f"cannot read {data!r} as a data set: {nowhere}{_why(error)}") from error
     name = _chosen_split(data, role, name, splits)
     return splits[name], name
 
@@ -300,8 +308,8 @@ def _why(error: BaseException) -> str:
     if "Config name is missing" in causes:
         return f"{causes}. Choose with --data-config"
     return (
-        f"{causes}. Give a folder of parquet files or of unpacked images, train/CLASS/… and test/CLASS/…, a "
-        "Hugging Face dataset id, or digits"
+        f"{causes.rstrip('.')}. Give a folder of parquet files or of unpacked images, train/CLASS/… and "
+        "test/CLASS/…, a Hugging Face dataset id, or digits"
     )
 
 

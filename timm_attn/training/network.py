@@ -11,9 +11,10 @@ from torch import nn
 
 from ..errors import UserError
 from ..graft import graft
-from ..load import source_name
+from ..load import create_pretrained, source_name
 from ..models import graft_obstacle, model_names, parse_name
 from ..models import mechanism as row_of
+from ..weights import WeightsError
 from .augment import derive_seed
 from .data import Split
 from .kernels import check_kernels
@@ -51,7 +52,7 @@ def build(
             shape = tuple(network.eval()(torch.zeros(2, 3, *size)).shape)
         if shape != (2, classes):
             raise ValueError(f"its output has shape {shape} for 2 images, not (2, {classes})")
-    except UserError:
+    except (UserError, WeightsError):
         raise
     except Exception as error:  # whatever a constructor of timm raises on odd arguments
         given = f" with {arguments}" if arguments else ""
@@ -118,7 +119,7 @@ def _initial(
         if source.startswith("graft:"):
             return graft(model, source_name(source.removeprefix("graft:")), num_classes=classes, **arguments)
         head = {} if classes is None else {"num_classes": classes}
-        return timm.create_model(source_name(source), pretrained=True, **head, **arguments)
+        return create_pretrained(source_name(source), **head, **arguments)
 
     network = load(len(names))
     _take_classes(network, names, lambda: load(None), source, say)
@@ -170,7 +171,7 @@ def load_teacher(source: str, names: list[str], student: Any, recipe: Recipe) ->
     Raises:
         UserError: It has other classes, or reads images another way.
     """
-    teacher: Any = timm.create_model(source_name(source), pretrained=True).eval().requires_grad_(False)
+    teacher: Any = create_pretrained(source_name(source)).eval().requires_grad_(False)
     known = list(map(composed, teacher.pretrained_cfg.get("label_names") or []))
     if teacher.num_classes != len(names) or (known and known != names):
         raise UserError(

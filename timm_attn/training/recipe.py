@@ -183,7 +183,8 @@ class Recipe:
 
     val_fraction: float = 0.0
     """Fraction of the training split to hold out and evaluate on after each epoch. `eval_split` is then
-    evaluated only once, after the last epoch. The held-out images are the same for every seed."""
+    evaluated only once, after the last epoch, if the data has it. The held-out images are the same for every
+    seed."""
 
     image_column: str | None = None
     """Image column; by default found by its type."""

@@ -11,7 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..errors import UserError
 from .augment import generator
-from .data import Split, load_split
+from .data import NoSplit, Split, load_split
 from .labels import match_classes
 from .recipe import Recipe
 
@@ -65,13 +65,19 @@ def load_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
         else:
             height, width = train_split.pixels.shape[1:3]
             options["size"] = (width, height)
-        eval_split = load_split(recipe.data, "eval", recipe.eval_split, **options)
-    for split in (train_split, eval_split):
+        try:
+            eval_split = load_split(recipe.data, "eval", recipe.eval_split, **options)
+        except NoSplit:
+            if recipe.eval_split or not recipe.val_fraction:
+                raise
+            eval_split = None  # the part that is held out is all there is
+    for split in filter(None, (train_split, eval_split)):
         if split.skipped:
             accelerator.print(f"warning: {split.skipped} corrupt images of {split.name} are left out")
-    match_classes(eval_split, train_split.label_names)
-    if not recipe.val_fraction:
-        return Splits(train_split, eval_split)
+    if eval_split is not None:
+        match_classes(eval_split, train_split.label_names)
+        if not recipe.val_fraction:
+            return Splits(train_split, eval_split)
     held_out = round(len(train_split) * recipe.val_fraction)
     if not 0 < held_out < len(train_split):
         raise UserError(

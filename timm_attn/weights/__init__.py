@@ -2,8 +2,8 @@
 
 from ..files import sha256
 from .checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint
-from .config import fetch_folder, read_config, read_folder
-from .fetch import fetch, without_tokens
+from .config import fetch_folder, fetch_timm, read_config, read_folder
+from .fetch import NoSuchFile, fetch, without_tokens
 from .index import read_index, write_index
 from .schema import WeightsError
 from .signature import SIGNATURE, SIGNER, check_signature, sign
@@ -17,6 +17,7 @@ __all__ = [
     "SOURCES",
     "WEIGHTS",
     "Checkpoint",
+    "NoSuchFile",
     "WeightsError",
     "add_folder",
     "check_chosen",
@@ -24,6 +25,7 @@ __all__ = [
     "checkpoints",
     "fetch",
     "fetch_folder",
+    "fetch_timm",
     "pretrained_cfgs",
     "read_config",
     "read_folder",

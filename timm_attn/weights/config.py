@@ -154,6 +154,22 @@ def read_folder(folder: Path) -> dict[str, Any]:
     return config
 
 
+def fetch_timm(name: str) -> Path | None:
+    """The file of timm's own weights, by the name of the model with or without a tag.
+
+    Returns:
+        Its path in the cache; None if timm does not have them on the Hub, or reads them in a way of its own.
+
+    Raises:
+        WeightsError: As ``fetch``.
+    """
+    cfg: Any = timm.models.get_pretrained_cfg(name)
+    if not cfg or not cfg.hf_hub_id or cfg.custom_load == "hf":
+        return None
+    repo_id, _, revision = cfg.hf_hub_id.partition("@")
+    return fetch(repo_id, cfg.hf_hub_filename or WEIGHTS, revision or None)
+
+
 def fetch_folder(name: str) -> Path:
     """The files of ``ORG/NAME`` or ``ORG/NAME@REVISION`` on the Hub, as a folder in its cache.
 

@@ -31,6 +31,10 @@ class NotOnHub(WeightsError):
     """The Hub answers, and shows no such repository."""
 
 
+class NoSuchFile(WeightsError):
+    """The Hub answers, and the repository has no such file."""
+
+
 def without_tokens(message: object) -> str:
     """A message in which no Hub token and no password of an address is left."""
     return _SECRET.sub("…", str(message))
@@ -51,6 +55,7 @@ def fetch(repo_id: str, filename: str, revision: str | None = None, sha256: str 
 
     Raises:
         NotOnHub: There is no such repository, or it is private.
+        NoSuchFile: The repository has no such file.
         WeightsError: The file cannot be had, or is damaged.
     """
     cached = try_to_load_from_cache(repo_id, filename, revision=revision)
@@ -71,6 +76,8 @@ def fetch(repo_id: str, filename: str, revision: str | None = None, sha256: str 
         if _says_no(error):
             absent = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
             kind = NotOnHub if absent else WeightsError
+            if isinstance(error, EntryNotFoundError):
+                kind = NoSuchFile
             raise kind(_missing(repo_id, filename, revision, error)) from None
         if cached and not damaged:
             return cached
