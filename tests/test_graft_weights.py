@@ -141,18 +141,26 @@ def test_mechanisms_that_cannot_be_grafted_have_no_tag():
     assert not any(name.startswith("fmmnet") for name in grafted)
 
 
-def test_a_grafted_name_without_its_weights_ends_in_one_error(server, tmp_path):
+def test_weights_of_timm_that_cannot_be_had_end_in_one_error(server, tmp_path):
     code = """
-import timm, timm_attn, warnings
-try:
-    timm.create_model("resnet50_dia", pretrained=True)
-except timm_attn.WeightsError as error:
-    print(error)
+import timm, timm_attn
+from timm_attn.load import load_model
+for make in (
+    lambda: timm.create_model("resnet50_dia", pretrained=True),
+    lambda: timm_attn.graft("resnet50_asr", "resnet50.a1_in1k"),
+    lambda: load_model("resnet50.a1_in1k"),
+):
+    try:
+        make()
+    except timm_attn.WeightsError as error:
+        print(error)
 """
     home = {"HF_HOME": str(tmp_path / "home")}
     gone = run_code(code, cwd=tmp_path, env={"HF_ENDPOINT": "http://127.0.0.1:9", **home})
     assert gone.returncode == 0, gone.stderr[-2000:]
-    (message,) = gone.stdout.splitlines()
+    message, *others = gone.stdout.splitlines()
+    assert len(others) == 2 and "Retrying" not in gone.stderr
+    assert all("run `hf download timm/resnet50.a1_in1k model.safetensors`" in other for other in others)
     for part in (
         "resnet50_dia.graft_a1_in1k is made from timm's weights of resnet50",
         "hf download timm/resnet50.a1_in1k model.safetensors",
@@ -165,4 +173,4 @@ except timm_attn.WeightsError as error:
         other.put_files("timm/resnet50.a1_in1k", {"model.safetensors": save({"a": torch.zeros(9)})})
         other.corrupt("timm/resnet50.a1_in1k", "model.safetensors")
         damaged = run_code(code, cwd=tmp_path, env={"HF_ENDPOINT": other.endpoint, **home})
-    assert "model.safetensors is damaged" in damaged.stdout, damaged.stderr[-2000:]
+    assert damaged.stdout.count("model.safetensors is damaged") == 3, damaged.stderr[-2000:]
