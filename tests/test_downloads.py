@@ -14,7 +14,7 @@ from safetensors.torch import save
 from test_pretrained import write_hub
 
 from timm_attn.load import load_model
-from timm_attn.weights import CONFIG, WeightsError, fetch_folder, sha256, shipped_folder
+from timm_attn.weights import CONFIG, NoSuchFile, WeightsError, fetch_folder, sha256, shipped_folder
 from timm_attn.weights.fetch import NotOnHub, fetch
 
 REPO = "some-org/resnet20_dia.x"
@@ -167,9 +167,9 @@ def test_a_connection_that_breaks_in_the_middle_of_a_download(client):
             "other.safetensors",
             None,
             f"{REPO} has no other.safetensors. Pickled weights are not read",
-            WeightsError,
+            NoSuchFile,
         ),
-        (REPO, "config.json", None, f"{REPO} has no config.json: ask", WeightsError),
+        (REPO, "config.json", None, f"{REPO} has no config.json: ask", NoSuchFile),
     ],
 )
 def test_what_is_not_there(repo, filename, revision, message, kind, client):

@@ -29,6 +29,7 @@ from timm_attn.training.optim import make_optimizer, make_scheduler
 from timm_attn.training.recipe_file import load_recipe, recipe_names
 from timm_attn.training.run import read_lines, read_metrics, read_results
 from timm_attn.training.seeds import gather_seeds, seed_runs
+from timm_attn.weights import WeightsError
 
 TINY = ("channels=[8,8,8]", "layers=[1,1,1]")
 FAST = {
@@ -192,7 +193,7 @@ def test_training_starts_from_a_folder_with_other_classes(stock, tmp_path):
         train("resnet32", recipe, tmp_path / "b")
     with pytest.raises(UserError, match="is not a folder"):
         train("resnet20", dataclasses.replace(recipe, init="./nowhere"), tmp_path / "b")
-    with pytest.raises(UserError, match="no pretrained weights for fmmnet32"):
+    with pytest.raises(WeightsError, match="no pretrained weights for fmmnet32"):
         train("fmmnet32", dataclasses.replace(recipe, init="fmmnet32"), tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
@@ -519,7 +520,7 @@ def test_the_rate_rises_and_falls(sched):
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_of_the_package_takes_a_step(name, tmp_path):
     recipe = load_recipe(name)
-    assert recipe.data or name == "imagenette"
+    assert recipe.data or name in ("imagenette", "photos")
     size = 8 if "cifar" in name else 72  # the way of small images, and that of larger ones
     data = write(tmp_path / "d", images=[picture(i, (size, size)) for i in range(8)])
     write(tmp_path / "d", split="test", images=[picture(i, (size, size)) for i in range(2)])

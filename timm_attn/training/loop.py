@@ -76,18 +76,18 @@ def train(
         if on_start is not None:
             on_start()
         start_run(run, model, arguments, recipe, splits, accelerator.num_processes)
-        _warn_of_few_steps(trainer)
+        _note_few_steps(trainer)
     accelerator.wait_for_everyone()
     if not is_run(run):
         raise UserError(f"{run} cannot be seen by all machines: put --out where all of them can read it")
     return trainer.run_to_end()
 
 
-def _warn_of_few_steps(trainer: Trainer) -> None:
+def _note_few_steps(trainer: Trainer) -> None:
     steps, images = trainer.steps * trainer.recipe.epochs, len(trainer.splits.train)
     if steps < FEW_STEPS:
         trainer.console.print(
-            f"warning: only {steps} steps in all, {trainer.steps} per epoch with {trainer.recipe.batch_size} "
+            f"note: only {steps} steps in all, {trainer.steps} per epoch with {trainer.recipe.batch_size} "
             f"of the {images:,} images each: lower --batch-size, or raise --epochs",
             soft_wrap=True,
         )
