@@ -85,10 +85,12 @@ def trios(arguments: argparse.Namespace) -> Iterator[tuple[str, Trio]]:
 
 @torch.no_grad()
 def medians(networks: list[Any], x: torch.Tensor, bf16: bool, rounds: int) -> list[float]:
-    """Milliseconds of each, in turn."""
+    """Milliseconds of each, in turn, from another one on each time: what ran before leaves its trace."""
     taken: list[list[float]] = [[] for _ in networks]
+    turns = list(zip(networks, taken, strict=True))
     for i in range(rounds + 2):
-        for network, times in zip(networks, taken, strict=True):
+        turns.append(turns.pop(0))
+        for network, times in turns:
             start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 network(x)
