@@ -148,7 +148,7 @@ timm.create_model("resnet20_dia", pretrained=True) gives {model.pretrained_cfg["
 What next:
   open {DEMO}/report.html in a browser; {DEMO}/frozen/freeze.png shows accuracy against time
   timm-attn look stripes resnet20_se --data CIFAR10_FOLDER      see what gates do
-  timm-attn train resnet50_asr --data YOUR_PHOTOS --init graft:resnet50.a1_in1k --recipe imagenette
+  timm-attn train resnet50_asr --data YOUR_PHOTOS --init graft:resnet50.a1_in1k --recipe photos
   README.md and docs/ say the rest""")
 
 
