@@ -8,7 +8,6 @@ is the share of the gates' cost that freezing saves. What the file has is not me
 """
 
 import argparse
-import csv
 import itertools
 import statistics
 import time
@@ -22,7 +21,7 @@ import timm
 import torch
 
 import timm_attn
-from timm_attn.files import write_csv
+from timm_attn.files import read_csv, write_csv
 from timm_attn.training.run import hardware
 
 NETWORKS = (
@@ -77,10 +76,9 @@ def trios(arguments: argparse.Namespace) -> Iterator[tuple[str, Trio]]:
     for name in arguments.networks:
         yield name, all_frozen(name)
     if arguments.budgets:
-        with arguments.budgets.open(newline="") as stream:
-            for row in csv.DictReader(stream):
-                if (row["network"], row["budget"]) == ("resnet20_se", "0.25") and row["recover"] != "0":
-                    yield f"resnet20_se, {row['run']}, budget 0.25", within_budget(row)
+        for row in read_csv(arguments.budgets):
+            if (row["network"], row["budget"]) == ("resnet20_se", "0.25") and row["recover"] != "0":
+                yield f"resnet20_se, {row['run']}, budget 0.25", within_budget(row)
 
 
 @torch.no_grad()
@@ -114,8 +112,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     rows = []
     if arguments.out.exists():
-        with arguments.out.open(newline="") as stream:
-            rows = list(csv.DictReader(stream))
+        rows = read_csv(arguments.out)
     known = {tuple(str(row[k]) for k in ("network", "precision", "batch", "compiled")) for row in rows}
     for name, trio in trios(arguments):
         networks = [n.to(memory_format=torch.channels_last) for n in trio.networks]

@@ -8,7 +8,6 @@ the other gives the figures. What is in the table is not measured again, and rec
 """
 
 import argparse
-import csv
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from timm_attn.files import write_csv
+from timm_attn.files import read_csv, write_csv
 from timm_attn.gates import find_gates, gate_modules
 from timm_attn.load import load_model
 from timm_attn.passes import Figures
@@ -85,8 +84,7 @@ def main() -> None:
     recipe = Recipe(data=arguments.data, batch_size=128, lr=0.01, weight_decay=0.0, warmup_epochs=0.0)
     rows = []
     if arguments.table.exists():
-        with arguments.table.open(newline="") as stream:
-            rows = list(csv.DictReader(stream))
+        rows = read_csv(arguments.table)
     for run in arguments.runs:
         network = load_model(str(run)).pretrained_cfg["architecture"]
         if any((row["network"], row["run"]) == (network, run.name) for row in rows):

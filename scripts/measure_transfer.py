@@ -11,14 +11,13 @@ run that was stopped is resumed.
 """
 
 import argparse
-import csv
 import shlex
 from pathlib import Path
 from typing import Any
 
 import timm_attn
 from timm_attn.errors import UserError
-from timm_attn.files import write_csv
+from timm_attn.files import read_csv, write_csv
 from timm_attn.load import load_model
 from timm_attn.training import Recipe, resume, train
 from timm_attn.training.recipe_file import load_recipe
@@ -83,8 +82,7 @@ def main() -> None:
     plain = load_model(arguments.source).pretrained_cfg["architecture"]
     rows: list[dict[str, Any]] = []
     if arguments.table.exists():
-        with arguments.table.open(newline="") as stream:
-            rows = list(csv.DictReader(stream))
+        rows = read_csv(arguments.table)
     plan = [
         (share, seed, lr, network)  # a seed of every network says more than all seeds of one
         for share in arguments.shares

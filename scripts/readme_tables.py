@@ -1,11 +1,11 @@
 """The tables of measurements in README and docs, from the committed files of results."""
 
-import csv
 import json
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+from timm_attn.files import read_csv
 from timm_attn.publish.card import figure, standard_error
 from timm_attn.training.run import read_metrics
 from timm_attn.weights import read_index
@@ -65,8 +65,7 @@ def short_results() -> str:
 
 def freeze_accuracy() -> str:
     """Top-1 lost by freezing within budgets, over seeds."""
-    with (RESULTS / "freeze_accuracy.csv").open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = read_csv(RESULTS / "freeze_accuracy.csv")
     steps = next(row["recover"] for row in rows if row["recover"] != "0")
     table = []
     for network, budget in dict.fromkeys((row["network"], row["budget"]) for row in rows):
@@ -90,8 +89,7 @@ def freeze_accuracy() -> str:
 
 def freeze_speed() -> str:
     """Time of networks with frozen gates over the original's, and over that of the same without gates."""
-    with (RESULTS / "freeze_speed.csv").open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = read_csv(RESULTS / "freeze_speed.csv")
     cases = sorted({(row["compiled"], row["precision"], row["batch"]) for row in rows}, key=_by_batch)
     found = {(r["network"], r["compiled"], r["precision"], r["batch"]): r for r in rows}
     names = [f"{'compiled' if c == '1' else 'eager'}, {p}, batch {b}" for c, p, b in cases]
@@ -150,8 +148,8 @@ def comparison() -> str:
 
 def parameters() -> str:
     """Parameters of the registered models with 1000 (CIFAR: 10) classes."""
-    with (ROOT / "tests" / "parameter_counts.csv").open(newline="") as stream:
-        counts = {row["model"]: f"{int(row['parameters']):,}" for row in csv.DictReader(stream)}
+    known = read_csv(ROOT / "tests" / "parameter_counts.csv")
+    counts = {row["model"]: f"{int(row['parameters']):,}" for row in known}
     names = ["", "_se", "_dia", "_asr", "_asr_se", "_conam", "fmm", "_ssia", "_sem", "_spem"]
     rows = []
     for name in names:
@@ -163,8 +161,7 @@ def parameters() -> str:
 
 def sweep() -> str:
     """What works on timm's architectures."""
-    with (RESULTS / "timm_sweep.csv").open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = read_csv(RESULTS / "timm_sweep.csv")
     tried = [row for row in rows if row["seconds"]]
 
     def share(rows: list[dict], good: list[dict]) -> str:
@@ -203,8 +200,7 @@ def sweep() -> str:
 
 def cost_of_attach() -> str:
     """Time of networks with attached mechanisms over that of block classes made for them."""
-    with (RESULTS / "cost_of_attach.csv").open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = read_csv(RESULTS / "cost_of_attach.csv")
     cases = sorted({(row["pass"], row["precision"]) for row in rows})
     ratios = {(row["network"], row["pass"], row["precision"]): row["ratio"] for row in rows}
     return _table(
@@ -218,8 +214,7 @@ def cost_of_attach() -> str:
 
 def inference(compiled: str) -> str:
     """Time at inference over that of resnet50 under the same conditions."""
-    with (RESULTS / "bench_infer.csv").open(newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["compiled"] == compiled]
+    rows = [row for row in read_csv(RESULTS / "bench_infer.csv") if row["compiled"] == compiled]
     keys = ("infer_batch_size", "precision", "memory_format")
     settings = (("fp32", "contiguous"), ("fp32", "channels_last"), ("bf16", "channels_last"))
     conditions = [(size, *setting) for size in ("1", "32") for setting in settings]

@@ -26,6 +26,7 @@ from torch import nn
 import timm_attn
 from timm_attn.branches import branches, example_input
 from timm_attn.compare import relative_difference
+from timm_attn.files import read_csv
 from timm_attn.models.mechanisms import norm_layers
 
 FIELDS = (
@@ -178,8 +179,7 @@ def main() -> None:
     names = [n for n in timm.list_models(arguments.only or "") if n not in ours]
     rows: list[dict[str, Any]] = []
     if arguments.out.is_file():
-        with arguments.out.open(newline="") as stream:
-            rows = list(csv.DictReader(stream))
+        rows = read_csv(arguments.out)
     known = {row["architecture"] for row in rows}
     for number, name in enumerate(names):
         if name not in known:

@@ -48,6 +48,12 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     replace_file(path, stream.getvalue().encode())
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, by the names of their columns."""
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
 def sha256(path: str | Path) -> str:
     """Hex sha256 digest of a file."""
     with open(path, "rb") as stream:
