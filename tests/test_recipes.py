@@ -520,8 +520,9 @@ def test_the_rate_rises_and_falls(sched):
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_of_the_package_takes_a_step(name, tmp_path):
     recipe = load_recipe(name)
-    assert recipe.data or name in ("imagenette", "photos")
-    size = 8 if "cifar" in name else 72  # the way of small images, and that of larger ones
+    assert recipe.data or name in ("imagenette", "photos", "tinyimagenet_cpu")
+    small = "cifar" in name or "tiny" in name
+    size = 8 if small else 72  # the way of small images, and that of larger ones
     data = write(tmp_path / "d", images=[picture(i, (size, size)) for i in range(8)])
     write(tmp_path / "d", split="test", images=[picture(i, (size, size)) for i in range(2)])
     write(tmp_path / "d", split="validation", images=[picture(i, (size, size)) for i in range(2)])
@@ -530,7 +531,7 @@ def test_every_recipe_of_the_package_takes_a_step(name, tmp_path):
     fields = {
         "data": data,
         "batch_size": 4,
-        "img_size": None if "cifar" in name else 64 + 8,
+        "img_size": None if small else 64 + 8,
         "workers": 0,
         "model_kwargs": (*recipe.model_kwargs, *WIDER),
         "compile": False,
