@@ -1,12 +1,14 @@
 """Networks against a plain one by paired seeds: differences of top-1 with intervals, drawn too.
 
-    python scripts/compare_seeds.py hub/results/zoo --baseline resnet20 \\
-        --out hub/results/zoo_differences.csv --picture hub/results/zoo_differences.png
+    python scripts/compare_seeds.py hub/results/tiny --baseline resnet20 --cost hub/results/tiny_cost.csv \\
+        --out hub/results/tiny_differences.csv --picture hub/results/tiny_differences.png
 
-Reads ``<folder>/<network>/seed-<seed>``, as scripts/train_zoo.py writes them. A difference is taken between
-runs of the same seed, which saw the same images in the same order; intervals are Student's t, 95 %, and
-cover what another seed would change, not what another recipe or data set would. ``needed`` is the number of
-seeds at which half a point would stand outside the interval, at the deviation found here.
+Reads ``<folder>/<network>/seed-<seed>``, as scripts/train_zoo.py writes them. Accuracy is that of the last
+epoch, on the test split and on images held out of the training split, where the recipe held some out. A
+difference is taken between runs of the same seed, which saw the same images in the same order; intervals are
+Student's t, 95 %, and cover what another seed would change, not what another recipe or data set would.
+``needed`` is the number of seeds at which half a point would stand outside the interval, at the deviation
+found here. --cost is a table of scripts/bench_deployed.py, drawn beside the differences.
 """
 
 import argparse
@@ -20,24 +22,31 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student
 
-from timm_attn.files import write_csv
+from timm_attn.files import read_csv, write_csv
 from timm_attn.style import new_figure, style, write_png
-from timm_attn.weights import WEIGHTS
+from timm_attn.training.run import ENVIRONMENT, RESULTS, read_metrics, read_results
 
 #: Points of top-1 that a reader would care about.
 WORTH = 0.5
+TEST, HELD_OUT = "test", "held out"
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
     console.width = 140
 
 
-def top1_by_seed(network: Path) -> dict[int, float]:
-    """Top-1 of the last epoch of a network's finished runs, by seed."""
-    runs = [run for run in network.glob("seed-*") if (run / WEIGHTS).is_file()]
-    return {
-        int(run.name.removeprefix("seed-")): json.loads((run / "results.json").read_text())["top1"]
-        for run in runs
-    }
+def top1_by_seed(network: Path) -> dict[str, dict[int, float]]:
+    """Top-1 of the last epoch of a network's finished runs, by split and seed."""
+    found: dict[str, dict[int, float]] = {}
+    for run in network.glob("seed-*"):
+        if not (run / RESULTS).is_file():
+            continue
+        seed = int(run.name.removeprefix("seed-"))
+        results = read_results(run)
+        found.setdefault(TEST, {})[seed] = results["top1"]
+        evaluated = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))["images"]
+        if any(name.endswith(HELD_OUT) for name in evaluated):
+            found.setdefault(HELD_OUT, {})[seed] = read_metrics(run)[-1]["top1"]
+    return found
 
 
 def interval(values: list[float]) -> float:
@@ -64,7 +73,7 @@ def verdict(mean: float, half: float) -> str:
 
 
 def compare(folder: Path, baseline: str) -> list[dict[str, Any]]:
-    """A row for each network, the best difference first.
+    """A row for each split and network, by split, the best difference first.
 
     Raises:
         ValueError: The baseline has no finished run.
@@ -74,51 +83,64 @@ def compare(folder: Path, baseline: str) -> list[dict[str, Any]]:
         raise ValueError(f"{folder / baseline} has no finished run")
     rows = []
     for network in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != baseline):
-        found = top1_by_seed(network)
-        seeds = sorted(found.keys() & plain.keys())
-        if not seeds:
-            continue
-        differences = [found[seed] - plain[seed] for seed in seeds]
-        mean, half = statistics.mean(differences), interval(differences)
-        std = statistics.stdev(differences) if len(seeds) > 1 else math.nan
-        rows.append(
-            {
-                "network": network.name,
-                "baseline": baseline,
-                "n": len(seeds),
-                "top1": round(statistics.mean(found[seed] for seed in seeds), 3),
-                "baseline_top1": round(statistics.mean(plain[seed] for seed in seeds), 3),
-                "difference": round(mean, 3),
-                "low": round(mean - half, 3),
-                "high": round(mean + half, 3),
-                "std": round(std, 3),
-                "verdict": verdict(mean, half),
-                "needed": seeds_needed(std) if len(seeds) > 1 else "",
-                "seeds": " ".join(map(str, seeds)),
-            }
-        )
-    return sorted(rows, key=lambda row: -row["difference"])
-
-
-def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Differences with their intervals, a line a network."""
-    with style():
-        figure, axes = new_figure(title, 1.2 + 0.32 * len(rows))
-        axis = axes[0, 0]
-        for y, row in enumerate(reversed(rows)):
-            half = row["high"] - row["difference"]
-            axis.errorbar(
-                row["difference"],
-                y,
-                xerr=half if math.isfinite(half) else None,
-                fmt="o",
-                color="C0" if row["verdict"] == "not told apart" else "C3",
-                capsize=3,
+        for split, found in top1_by_seed(network).items():
+            seeds = sorted(found.keys() & plain.get(split, {}).keys())
+            if not seeds:
+                continue
+            differences = [found[seed] - plain[split][seed] for seed in seeds]
+            mean, half = statistics.mean(differences), interval(differences)
+            std = statistics.stdev(differences) if len(seeds) > 1 else math.nan
+            rows.append(
+                {
+                    "split": split,
+                    "network": network.name,
+                    "baseline": baseline,
+                    "n": len(seeds),
+                    "top1": round(statistics.mean(found[seed] for seed in seeds), 3),
+                    "baseline_top1": round(statistics.mean(plain[split][seed] for seed in seeds), 3),
+                    "difference": round(mean, 3),
+                    "low": round(mean - half, 3),
+                    "high": round(mean + half, 3),
+                    "std": round(std, 3),
+                    "verdict": verdict(mean, half),
+                    "needed": seeds_needed(std) if len(seeds) > 1 else "",
+                    "seeds": " ".join(map(str, seeds)),
+                }
             )
-        axis.axvline(0, color="0.5", linewidth=1)
-        names = [f"{row['network']} (n = {row['n']})" for row in reversed(rows)]
-        axis.set_yticks(range(len(rows)), names)
-        axis.set_xlabel(f"points of top-1 over {rows[0]['baseline']}, paired by seed, 95 % interval")
+    return sorted(rows, key=lambda row: (row["split"], -row["difference"]))
+
+
+def draw(rows: list[dict[str, Any]], costs: dict[str, dict[str, str]], title: str, path: Path) -> None:
+    """Differences with their intervals, a panel a split and a line a network; then the networks' costs."""
+    splits = list(dict.fromkeys(row["split"] for row in rows))
+    names = list(dict.fromkeys(row["network"] for row in reversed(rows)))
+    counts = {row["network"]: row["n"] for row in rows}
+    columns = len(splits) + bool(costs)
+    with style():
+        figure, grid = new_figure(title, 1.3 + 0.32 * len(names), columns=columns, sharey=True)
+        axes = grid[0]
+        for axis, split in zip(axes, splits, strict=False):
+            for row in (row for row in rows if row["split"] == split):
+                half = row["high"] - row["difference"]
+                axis.errorbar(
+                    row["difference"],
+                    names.index(row["network"]),
+                    xerr=half if math.isfinite(half) else None,
+                    fmt="o",
+                    color="C0" if row["verdict"] == "not told apart" else "C3",
+                    capsize=3,
+                )
+            axis.axvline(0, color="0.5", linewidth=1)
+            axis.set(title=f"{split} images", xlabel=f"points of top-1 over {rows[0]['baseline']}")
+        for name, cost in costs.items():
+            if name in names:
+                low, middle, high = (float(cost[f"ratio_{key}"]) for key in ("min", "median", "max"))
+                axes[-1].plot([low, high], [names.index(name)] * 2, color="C2", alpha=0.5)
+                axes[-1].plot(middle, names.index(name), "s", color="C2")
+        if costs:
+            axes[-1].axvline(1, color="0.5", linewidth=1)
+            axes[-1].set(title="cost at inference", xlabel=f"time, folded, over {rows[0]['baseline']}'s")
+        axes[0].set_yticks(range(len(names)), [f"{name} (n = {counts[name]})" for name in names])
         write_png(figure, path)
 
 
@@ -128,14 +150,18 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--baseline", default="resnet20")
+    parser.add_argument("--cost", type=Path, help="CSV file of scripts/bench_deployed.py")
     parser.add_argument("--out", type=Path, help="CSV file")
     parser.add_argument("--picture", type=Path, help="PNG file")
     parser.add_argument("--title", default="")
     arguments = parser.parse_args()
     rows = compare(arguments.folder, arguments.baseline)
-    table = Table("network", "n", "top-1", "difference", "95 % interval", "", "seeds for half a point")
+    table = Table(
+        "images", "network", "n", "top-1", "difference", "95 % interval", "", "seeds for half a point"
+    )
     for row in rows:
         table.add_row(
+            row["split"],
             row["network"],
             str(row["n"]),
             f"{row['top1']:.2f}",
@@ -148,8 +174,11 @@ def main() -> None:
     if arguments.out:
         write_csv(arguments.out, rows)
     if arguments.picture:
-        title = arguments.title or f"{arguments.folder.name}: difference from {arguments.baseline}"
-        draw(rows, title, arguments.picture)
+        costs = {row["network"]: row for row in read_csv(arguments.cost)} if arguments.cost else {}
+        title = (
+            arguments.title or f"{arguments.folder.name}: difference from {arguments.baseline}, 95 % interval"
+        )
+        draw(rows, costs, title, arguments.picture)
 
 
 if __name__ == "__main__":

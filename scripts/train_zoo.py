@@ -6,9 +6,10 @@
 
 A network may have arguments, after colons; they are a part of its name here. Runs lie in
 ``<runs>/<model>/seed-<seed>``; a finished one is copied to the same place under the results, less its
-checkpoints. A run that was stopped goes on where it was, so the script can be run again until nothing is
-left; `scripts/export_zoo.py` exports what is finished at any time. A run that breaks off (it diverges, say)
-does not keep the others from being made; the script then ends with status 1.
+checkpoints, and with --records-only less its weights and curves. A run that was stopped goes on where it was,
+so the script can be run again until nothing is left; `scripts/export_zoo.py` exports what is finished at any
+time. A run that breaks off (it diverges, say) does not keep the others from being made; the script then ends
+with status 1.
 
     python scripts/train_zoo.py --device cuda --recipe cifar_gpu --seconds 540 --data uoft-cs/cifar10
 
@@ -109,10 +110,15 @@ def _within(command: list[str], seconds: float) -> int:
     sys.exit(0)
 
 
-def keep(run: Path, data: str, folder: Path) -> None:
+def is_kept(folder: Path) -> bool:
+    """Whether a finished run has been copied here."""
+    return (folder / RESULTS).is_file()
+
+
+def keep(run: Path, data: str, folder: Path, records_only: bool) -> None:
     """Copy a finished run, but for its checkpoints and where the data lay.
 
-    The weights come last: a kept run that has them is whole.
+    The results come last: a kept run that has them is whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
     recipe, environment = load_recipe(run / RECIPE), open_run(run)
@@ -121,9 +127,9 @@ def keep(run: Path, data: str, folder: Path) -> None:
     words = [name if word in (data, recipe.data) else word for word in shlex.split(environment["command"])]
     environment["command"] = shlex.join(word.removeprefix(f"{ROOT}/") for word in words)
     write_json(folder / ENVIRONMENT, {**environment, "recipe_sha256": sha256(folder / RECIPE)})
-    for file in (METRICS, RESULTS, CURVES, CONFIG):
+    for file in (METRICS,) if records_only else (METRICS, CURVES, CONFIG, WEIGHTS):
         shutil.copy(run / file, folder / file)
-    replace_file(folder / WEIGHTS, (run / WEIGHTS).read_bytes())
+    replace_file(folder / RESULTS, (run / RESULTS).read_bytes())
 
 
 def folder_name(arm: str) -> str:
@@ -138,7 +144,7 @@ def show(runs: Path, results: Path, models: list[str], seeds: list[int]) -> None
         cells = []
         for seed in seeds:
             kept, run = (folder / folder_name(model) / f"seed-{seed}" for folder in (results, runs))
-            done = (kept / WEIGHTS).is_file()
+            done = is_kept(kept)
             epochs = read_metrics(kept if done else run)
             cells.append(f"{epochs[-1]['top1']:.2f}" if done else f"epoch {len(epochs)}" if epochs else "")
         table.add_row(model, *cells)
@@ -155,6 +161,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="cifar_cpu")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "zoo")
     parser.add_argument("--results", type=Path, default=ROOT / "hub" / "results" / "zoo")
+    parser.add_argument("--records-only", action="store_true", help="keep no weights and no curves")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="refuse to train on anything else")
     parser.add_argument("--seconds", type=float, help="stop after these, with a checkpoint")
     arguments = parser.parse_args()
@@ -180,14 +187,14 @@ def main() -> None:
             model_kwargs = tuple(model.split(":")[1:]) or asked.model_kwargs
             for folder in filter(is_run, (kept, run)):
                 refuse_another_recipe(folder, dataclasses.replace(asked, model_kwargs=model_kwargs))
-            if not (kept / WEIGHTS).is_file():
+            if not is_kept(kept):
                 if (run / WEIGHTS).is_file() or train(
                     model,
                     run,
                     [*options, "--seed", str(seed)],
                     arguments.seconds and max(1.0, arguments.seconds - (time.monotonic() - started)),
                 ):
-                    keep(run, arguments.data, kept)
+                    keep(run, arguments.data, kept, arguments.records_only)
                 else:
                     broken.append(str(run))
             show(arguments.runs, arguments.results, arguments.models, arguments.seeds)

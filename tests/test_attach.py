@@ -474,6 +474,23 @@ def test_what_cannot_be_says_why_in_one_line_and_changes_nothing(make, mechanism
     assert {path: (type(m), list(vars(m))) for path, m in after.items()} == before
 
 
+@pytest.mark.parametrize("mechanism", ["asr", "dia", "ssia", "se"])
+@pytest.mark.parametrize("name", ["test_convnext", "test_vit", "seresnet18", "mobilenetv3_small_050"])
+def test_in_inference_mode_the_same_places_are_found(name, mechanism):
+    def make():
+        return timm_attn.attach(timm.create_model(name, **FAMILIES[name]).eval(), mechanism)
+
+    wanted = make()
+    with torch.inference_mode():
+        made = make()
+        assert made.state_dict().keys() == wanted.state_dict().keys()
+        made.load_state_dict(wanted.state_dict())
+        images = example_input(wanted)
+        assert torch.equal(made(images), wanted(images))
+        if mechanism == "asr":
+            assert relative_difference(timm_attn.fold(made), wanted, images) <= BOUNDS[images.dtype]
+
+
 def test_it_attaches_on_the_meta_device():
     model = timm_attn.attach(timm.create_model("test_vit", device="meta"), "asr")
     assert all(p.is_meta for p in model.parameters())

@@ -36,9 +36,9 @@ def sizes(name: str) -> dict:
 def stock_of(name: str, seed: int = 0, dtype=torch.float32, **kwargs):
     """The stock network of an architecture, small, with random statistics, affines and classifier."""
     backbone, mechanism = parse_name(name)
-    stock, extra = MECHANISMS[mechanism].stock_network(backbone, {})
+    stock, extra = MECHANISMS[mechanism].graft_source(backbone, {})
     torch.manual_seed(seed)
-    model = timm.create_model(stock, **sizes(name), **extra, **{"num_classes": 10, **kwargs})
+    model = timm.create_model(stock, **{**sizes(name), **extra, "num_classes": 10, **kwargs})
     return randomise(model, seed).to(dtype).eval()
 
 
@@ -93,7 +93,9 @@ def test_what_is_new_learns_within_three_steps(name):
     torch.manual_seed(0)
     # Of one or two hidden units all may be dead.
     options = {"reduction": 1} if "reduction" in MECHANISMS[parse_name(name)[1]].options else {}
-    variant = timm_attn.graft(name, stock_of(name), **sizes(name), **options).train()
+    wide = {"channels": [128] * 3} if name.endswith("_se") else {}  # SE has a sixteenth of them
+    stock = stock_of(name, **wide)
+    variant = timm_attn.graft(name, stock, **{**sizes(name), **wide, **options}).train()
     optimizer = torch.optim.SGD(variant.parameters(), lr=0.05)
     learnt = set()
     x, y = images(), torch.tensor([0, 1, 2, 3])

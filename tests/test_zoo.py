@@ -169,6 +169,27 @@ def test_what_is_finished_is_skipped_and_another_recipe_is_refused(zoo, tmp_path
     assert contents(folder) == before
 
 
+def test_records_are_kept_without_weights(zoo, tmp_path):
+    folder = shutil.copytree(zoo, tmp_path / "zoo")
+    shutil.rmtree(folder / "hub")
+    assert train_zoo(folder, "--seeds", "0", "--records-only").returncode == 0
+    kept = folder / "hub" / "results" / "zoo" / "resnet20" / "seed-0"
+    assert {p.name for p in kept.iterdir()} == KEPT - {"curves.png", "config.json", "model.safetensors"}
+    before = contents(folder)
+    assert train_zoo(folder, "--seeds", "0", "--records-only").returncode == 0
+    assert contents(folder) == before
+
+
+def test_deployed_networks_are_timed_against_the_plain_one(tmp_path):
+    arms = ["resnet20_asr:generator=scale", "resnet20_eca"]
+    options = ["--rounds", "2", "--batch-size", "2", "--img-size", "16", "--out", str(tmp_path / "c.csv")]
+    result = script("bench_deployed.py", *arms, *options)
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader((tmp_path / "c.csv").read_text().splitlines()))
+    assert [row["network"] for row in rows] == [arm.replace(":", "-") for arm in arms]
+    assert all(float(row["ratio_median"]) > 0 and row["baseline"] == "resnet20" for row in rows)
+
+
 def test_a_run_that_diverges_does_not_stop_the_others(tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("0.1", "1.0e+30"))
     result = train_zoo(tmp_path, "--seeds", "0")
@@ -187,16 +208,23 @@ def test_every_run_is_a_process_of_its_own(tmp_path):
 def test_differences_are_scipys_paired_intervals(tmp_path):
     stats = pytest.importorskip("scipy.stats")
     values = {"resnet20": [50.0, 51.0, 50.4], "better": [51.1, 52.0, 51.6], "alone": [49.0], "none": []}
+    runs = tmp_path / "runs"
     for network, found_top1 in values.items():
         for seed, top1 in enumerate(found_top1):
-            run = tmp_path / network / f"seed-{seed}"
+            run = runs / network / f"seed-{seed}"
             run.mkdir(parents=True)
             (run / "results.json").write_text(json.dumps({"top1": top1}))
-            (run / "model.safetensors").touch()
-    (tmp_path / "better" / "seed-7").mkdir()  # not finished
-    result = script("compare_seeds.py", str(tmp_path), "--out", str(tmp_path / "d.csv"))
+            (run / "environment.json").write_text('{"images": {"train": 9, "train, held out": 1, "test": 1}}')
+            (run / "metrics.jsonl").write_text(f'{{"top1": 1}}\n{{"top1": {2 * top1}}}\n')
+    (runs / "better" / "seed-7").mkdir()  # not finished
+    (tmp_path / "cost.csv").write_text("network,ratio_min,ratio_median,ratio_max\nbetter,1,1.1,1.2\n")
+    options = ("--out", tmp_path / "d.csv", "--picture", tmp_path / "d.png", "--cost", tmp_path / "cost.csv")
+    result = script("compare_seeds.py", str(runs), *map(str, options))
     assert result.returncode == 0, result.stderr
-    better, alone = csv.DictReader((tmp_path / "d.csv").read_text().splitlines())
+    rows = list(csv.DictReader((tmp_path / "d.csv").read_text().splitlines()))
+    twice, _, better, alone = rows
+    assert [row["split"] for row in rows] == ["held out", "held out", "test", "test"]
+    assert float(twice["difference"]) == pytest.approx(2 * float(better["difference"]), abs=1e-3)
     wanted = stats.ttest_rel(values["better"], values["resnet20"]).confidence_interval(0.95)
     assert float(better["low"]) == pytest.approx(wanted.low, abs=1e-3)
     assert float(better["high"]) == pytest.approx(wanted.high, abs=1e-3)

@@ -123,6 +123,7 @@ def standing(model: nn.Module) -> Iterator[list[tuple[str, str, nn.Module]]]:
 def leaves_of(model: nn.Module, device: torch.device | None) -> Iterator[dict[int, str]]:
     """Stand-ins for all parameters and buffers, which autograd follows, and their names by ``id``.
 
+    Autograd is on meanwhile, also in ``torch.inference_mode``, in which a network may have been made.
     A module or a parameter may be in several places, with which ``torch.func.functional_call`` does not cope.
     """
     # Statistics of a norm layer have no gradient; frozen norms hold their affine in buffers, too.
@@ -136,16 +137,22 @@ def leaves_of(model: nn.Module, device: torch.device | None) -> Iterator[dict[in
         if tensor is not None
     ]
     leaves: dict[int, Any] = {}
-    for _, name, tensor in places:
-        leaf = tensor.detach() if device is None else torch.empty_like(tensor, device=device)
-        leaves.setdefault(id(tensor), leaf.requires_grad_(leaf.is_floating_point() and name not in fixed))
-    try:
-        for store, name, tensor in places:
-            store[name] = leaves[id(tensor)]
-        yield {id(leaves[key]): name for key, name in names.items()}
-    finally:
-        for store, name, tensor in places:
-            store[name] = tensor
+    with torch.inference_mode(False), torch.enable_grad():
+        for _, name, tensor in places:
+            leaf = followed(tensor).detach() if device is None else torch.empty_like(tensor, device=device)
+            leaves.setdefault(id(tensor), leaf.requires_grad_(leaf.is_floating_point() and name not in fixed))
+        try:
+            for store, name, tensor in places:
+                store[name] = leaves[id(tensor)]
+            yield {id(leaves[key]): name for key, name in names.items()}
+        finally:
+            for store, name, tensor in places:
+                store[name] = tensor
+
+
+def followed(tensor: Tensor) -> Tensor:
+    """The tensor, or where it was made in inference mode a copy that autograd can follow."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _probe(model: nn.Module, images: Any) -> dict[Any, tuple[Branch | None, int]]:
@@ -155,7 +162,6 @@ def _probe(model: nn.Module, images: Any) -> dict[Any, tuple[Branch | None, int]
             standing(model) as places,
             evaluating(model),
             leaves_of(model, device) as names,
-            torch.enable_grad(),
         ):
             holders = _holders(model)
             readers: Readers = {}
@@ -164,7 +170,8 @@ def _probe(model: nn.Module, images: Any) -> dict[Any, tuple[Branch | None, int]
                 for path, name, slot in places
             ]
             try:
-                model(images if device is None else images.to(device))
+                given = followed(images)
+                model(given if device is None else given.to(device))
             finally:
                 for hook in hooks:
                     hook.remove()

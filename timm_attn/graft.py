@@ -94,7 +94,7 @@ def graft(
     variant: Any = timm.create_model(architecture, num_classes=classes, in_chans=stem.shape[1], **kwargs)
     # On the CPU: Apple's GPUs have no float64, and others round fp32 convolutions to TF32.
     variant.to(stem.dtype)
-    name, arguments = mechanism.stock_network(backbone, kwargs)
+    name, arguments = mechanism.graft_source(backbone, kwargs)
     plain = stock_network(name, num_classes=classes, in_chans=stem.shape[1], device="meta", **arguments)
     try:
         load_stock(variant, {key: tensor.cpu() for key, tensor in state.items()}, plain.state_dict())
@@ -158,7 +158,7 @@ def _stock(
     if not isinstance(source, Mapping):
         raise TypeError(f"source must be a name, a network or a state dict, got {source!r}")
     classes, stem = _ends(source, architecture, backbone)
-    name, arguments = mechanism.stock_network(backbone, kwargs)
+    name, arguments = mechanism.graft_source(backbone, kwargs)
     stock = stock_network(name, num_classes=classes, in_chans=stem.shape[1], **arguments).to(stem)
     try:
         stock.load_state_dict(source)

@@ -151,10 +151,7 @@ def checkpoint_filter(state_dict: dict[str, Tensor], model: Any) -> dict[str, Te
 
 def graft_obstacle(architecture: str) -> str:
     """Why stock weights cannot become those of a variant, or ''."""
-    backbone, key = parse_name(architecture)
-    if key == "se" and spec_of(backbone).cifar:
-        return "it is a control, trained from the start"
-    return mechanism(key).graft
+    return mechanism(parse_name(architecture)[1]).graft
 
 
 def check_graft(architecture: str) -> None:

@@ -81,6 +81,11 @@ class Mechanism:
             extra = {"block_args": (arguments.get("block_args") or {}) | extra["block_args"]}
         return name, arguments | extra
 
+    def graft_source(self, backbone: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The same of the network whose weights can be grafted: SE in the blocks is new to those, too."""
+        name, arguments = self.stock_network(backbone, kwargs)
+        return backbone if self.put is _se else name, arguments
+
 
 def options_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Its keyword-only parameters, with their defaults."""

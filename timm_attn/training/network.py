@@ -130,7 +130,7 @@ def _initial(
         fix = f"train {architecture}"
         if model in model_names():
             backbone, key = parse_name(model)
-            stock, _ = row_of(key).stock_network(backbone, arguments)
+            stock, _ = row_of(key).graft_source(backbone, arguments)
             if not graft_obstacle(model):
                 fix += f", or graft from a {stock} with --init graft:"
                 fix += source if architecture == stock else "SOURCE (of ASR and SSIA, the folded form is one)"
