@@ -5,9 +5,9 @@
 
 The source is a trained plain network. Each network starts from it, by `graft:` if it has attention, with
 a new classifier where the classes are others. A share is of the training images of every class, the same for
-all networks and seeds. With --held-out a part of the training split is evaluated in place of the test split:
-learning rates are chosen with that. Each row is one run; rows that the table has are not made again, and a
-run that was stopped is resumed.
+all networks and seeds. With --held-out a part of the training split that is not in the share is evaluated in
+place of the test split: learning rates are chosen with that. Each row is one run; rows that the table has are
+not made again, and a run that was stopped is resumed.
 """
 
 import argparse
@@ -39,26 +39,37 @@ FIELDS = (
 assert timm_attn.__version__  # the models are registered
 
 
-def part_of(data: str, share: float, folder: Path) -> str:
-    """A data set with a share of the training images of every class, and the whole test split, as parquet.
+def part_of(data: str, share: float, held_out: float, folder: Path) -> str:
+    """A data set with a share of the training images of every class, as parquet.
+
+    Its test split is that of the data, or a part of the rest of the training split, and of the share itself
+    where there is no rest.
 
     Raises:
         UserError: The share leaves some class without an image.
     """
     import datasets
 
-    if share == 1:
+    if share == 1 and not held_out:
         return data
     if (folder / "test.parquet").is_file():  # written last
         return str(folder)
     splits = datasets.load_dataset(data)
-    label = next(n for n, f in splits["train"].features.items() if isinstance(f, datasets.ClassLabel))
-    if share * min(map(splits["train"][label].count, set(splits["train"][label]))) < 1:
+    train, test = splits["train"], splits["test"]
+    label = next(n for n, f in train.features.items() if isinstance(f, datasets.ClassLabel))
+    if share * min(map(train[label].count, set(train[label]))) < 1:
         raise UserError(f"a share of {share} leaves classes of {data} without images: take a larger one")
-    part = splits["train"].train_test_split(train_size=share, stratify_by_column=label, seed=0)["train"]
+    options = {"stratify_by_column": label, "seed": 0}
+    most = len(train)
+    rest = train
+    if share < 1:
+        train, rest = train.train_test_split(train_size=share, **options).values()
+    if held_out:
+        left, test = rest.train_test_split(test_size=round(held_out * most), **options).values()
+        train = left if share == 1 else train
     folder.mkdir(parents=True, exist_ok=True)
-    part.to_parquet(str(folder / "train.parquet"))
-    splits["test"].to_parquet(str(folder / "test.parquet"))
+    train.to_parquet(str(folder / "train.parquet"))
+    test.to_parquet(str(folder / "test.parquet"))
     return str(folder)
 
 
@@ -91,12 +102,14 @@ def main() -> None:
         for network in arguments.networks
     ]
     for share, seed, lr, network in plan:
-        key = {"network": network, "source": Path(arguments.source).name, "data": Path(arguments.data).name}
+        source = "/".join(Path(arguments.source).parts[-2:])
+        key = {"network": network, "source": source, "data": Path(arguments.data).name}
         key |= {"share": share, "lr": lr, "seed": seed, "epochs": arguments.epochs}
         key |= {"held_out": arguments.held_out}
         if any(all(str(row[name]) == str(value) for name, value in key.items()) for row in rows):
             continue
-        data = part_of(arguments.data, share, arguments.runs / f"{key['data']}-{share}")
+        folder = arguments.runs / f"{key['data']}-{share}-{arguments.held_out}"
+        data = part_of(arguments.data, share, arguments.held_out, folder)
         recipe = load_recipe(arguments.recipe)
         fields = vars(recipe) | {
             "data": data,
@@ -105,17 +118,14 @@ def main() -> None:
             "lr": lr,
             "seed": seed,
             "precision": arguments.precision,
-            "val_fraction": arguments.held_out,
         }
-        run = arguments.runs / "-".join(map(str, key.values()))
+        run = arguments.runs / "-".join(map(str, key.values())).replace("/", "-")
         print(f"$ {shlex.join(map(str, key.values()))}", flush=True)
         if is_run(run):
             resume(run)
         else:
             train(network, Recipe(**fields), run)
-        last = read_metrics(run)[
-            -1
-        ]  # of the held-out part, where there is one: the test split chooses nothing
+        last = read_metrics(run)[-1]
         rows.append(key | {"images": last["images"], "top1": round(last["top1"], 3), "hardware": hardware()})
         write_csv(arguments.table, [{name: row[name] for name in FIELDS} for row in rows])
 

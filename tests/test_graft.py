@@ -93,7 +93,7 @@ def test_what_is_new_learns_within_three_steps(name):
     torch.manual_seed(0)
     # Of one or two hidden units all may be dead.
     options = {"reduction": 1} if "reduction" in MECHANISMS[parse_name(name)[1]].options else {}
-    wide = {"channels": [128] * 3} if name.endswith("_se") else {}  # SE has a sixteenth of them
+    wide = {"channels": [128] * 3} if parse_name(name)[1] == "se" else {}  # SE has a sixteenth of them
     stock = stock_of(name, **wide)
     variant = timm_attn.graft(name, stock, **{**sizes(name), **wide, **options}).train()
     optimizer = torch.optim.SGD(variant.parameters(), lr=0.05)
