@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from helpers import found, script
+from helpers import ROOT, found, script
 
 from timm_attn import cli
 from timm_attn.training.recipe_file import load_recipe
@@ -230,3 +230,25 @@ def test_differences_are_scipys_paired_intervals(tmp_path):
     assert float(better["high"]) == pytest.approx(wanted.high, abs=1e-3)
     assert (better["network"], better["verdict"], better["n"]) == ("better", "above", "3")
     assert (alone["network"], alone["verdict"], alone["low"]) == ("alone", "not told apart", "-inf")
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_held_out_images_are_none_of_those_trained_on(share, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from measure_transfer import part_of
+
+    features = datasets.Features(x=datasets.Value("int64"), label=datasets.ClassLabel(names=["a", "b"]))
+    for split, first, n in (("train", 0, 80), ("test", 1000, 10)):
+        table = {"x": [*range(first, first + n)], "label": [i % 2 for i in range(n)]}
+        datasets.Dataset.from_dict(table, features).to_parquet(str(tmp_path / "d" / f"{split}.parquet"))
+    parts = {}
+    for held_out in (0.0, 0.1):
+        folder = part_of(str(tmp_path / "d"), share, held_out, tmp_path / f"part-{held_out}")
+        parts[held_out] = {name: split["x"] for name, split in datasets.load_dataset(folder).items()}
+    assert parts[0.0]["test"] == [*range(1000, 1010)]
+    assert len(parts[0.0]["train"]) == share * 80
+    assert len(parts[0.1]["test"]) == 8 and max(parts[0.1]["test"]) < 80
+    assert not {*parts[0.1]["test"]} & {*parts[0.1]["train"]}
+    if share < 1:  # the rate is chosen with the very images that it is used for
+        assert parts[0.1]["train"] == parts[0.0]["train"]
