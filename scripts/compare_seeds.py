@@ -14,20 +14,17 @@ found here. --cost is a table of scripts/bench_deployed.py, drawn beside the dif
 import argparse
 import json
 import math
-import statistics
 from pathlib import Path
 from typing import Any
 
+from paired import difference
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import t as student
 
 from timm_attn.files import read_csv, write_csv
 from timm_attn.style import new_figure, style, write_png
 from timm_attn.training.run import ENVIRONMENT, RESULTS, read_metrics, read_results
 
-#: Points of top-1 that a reader would care about.
-WORTH = 0.5
 TEST, HELD_OUT = "test", "held out"
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
@@ -49,29 +46,6 @@ def top1_by_seed(network: Path) -> dict[str, dict[int, float]]:
     return found
 
 
-def interval(values: list[float]) -> float:
-    """Half the width of the 95 % interval of a mean; infinite for one value."""
-    n = len(values)
-    if n < 2:
-        return math.inf
-    return float(student.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
-
-
-def seeds_needed(std: float) -> int:
-    """Number of pairs at which a difference of ``WORTH`` is as wide as its interval's half."""
-    n = 2
-    while student.ppf(0.975, n - 1) * std / math.sqrt(n) > WORTH:
-        n += 1
-    return n
-
-
-def verdict(mean: float, half: float) -> str:
-    """What the interval says, in words."""
-    if mean - half > 0:
-        return "above"
-    return "below" if mean + half < 0 else "not told apart"
-
-
 def compare(folder: Path, baseline: str) -> list[dict[str, Any]]:
     """A row for each split and network, by split, the best difference first.
 
@@ -84,29 +58,9 @@ def compare(folder: Path, baseline: str) -> list[dict[str, Any]]:
     rows = []
     for network in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != baseline):
         for split, found in top1_by_seed(network).items():
-            seeds = sorted(found.keys() & plain.get(split, {}).keys())
-            if not seeds:
-                continue
-            differences = [found[seed] - plain[split][seed] for seed in seeds]
-            mean, half = statistics.mean(differences), interval(differences)
-            std = statistics.stdev(differences) if len(seeds) > 1 else math.nan
-            rows.append(
-                {
-                    "split": split,
-                    "network": network.name,
-                    "baseline": baseline,
-                    "n": len(seeds),
-                    "top1": round(statistics.mean(found[seed] for seed in seeds), 3),
-                    "baseline_top1": round(statistics.mean(plain[split][seed] for seed in seeds), 3),
-                    "difference": round(mean, 3),
-                    "low": round(mean - half, 3),
-                    "high": round(mean + half, 3),
-                    "std": round(std, 3),
-                    "verdict": verdict(mean, half),
-                    "needed": seeds_needed(std) if len(seeds) > 1 else "",
-                    "seeds": " ".join(map(str, seeds)),
-                }
-            )
+            told = difference(found, plain.get(split, {}))
+            if told:
+                rows.append({"split": split, "network": network.name, "baseline": baseline, **told})
     return sorted(rows, key=lambda row: (row["split"], -row["difference"]))
 
 
