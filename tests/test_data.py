@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import use_hub
+from hub_server import HubServer
 from PIL import Image
 
 from timm_attn.images import DataError
@@ -436,3 +438,22 @@ def test_missing_labels_are_named(tmp_path):
     parquet.write_table(table, tmp_path / "d" / "train-0.parquet")
     with pytest.raises(DataError, match="1 rows of .* have no label"):
         load_split(str(tmp_path / "d"), "train")
+
+
+def test_a_silent_hub_is_asked_once_unless_the_cache_has_the_data(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args, **kwargs: asked.append(args) or 1 / 0)
+    use_hub(monkeypatch, "http://127.0.0.1:9")
+    for name in ("cifar11", "me/MyData"):
+        with pytest.raises(DataError, match=f"'{name}'.* no folder .* http://127.0.0.1:9 does not answer"):
+            load_split(name, "train")
+    assert not asked
+    (tmp_path / "me___my_data").mkdir()
+    with pytest.raises(DataError, match="ZeroDivisionError"):
+        load_split("me/MyData", "train")
+    with HubServer() as server:  # what answers is asked further, whatever it says
+        use_hub(monkeypatch, server.endpoint)
+        with pytest.raises(DataError, match="ZeroDivisionError"):
+            load_split("cifar11", "train")
+    assert len(asked) == 2

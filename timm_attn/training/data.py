@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..images import DataError, decode
+from ..weights import silence
 from .folders import image_splits, image_table, readable_folder, split_folders
 from .labels import read_labels
 from .pixels import cache_folder, contents, decoded
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 SMALL = 64  # pixels
 MEMORY = 4 * 2**30  # bytes that one decoded split may take
 DIGITS_TRAIN = 1437
+_GIVE = (
+    "Give a folder of parquet files or of unpacked images, train/CLASS/… and test/CLASS/…, a Hugging Face "
+    "dataset id, or digits"
+)
 LABEL_NAMES = ("label", "labels", "fine_label", "target", "class")
 
 
@@ -235,6 +240,8 @@ def _read(
     import datasets
 
     folder, source, patterns = Path(data), data, None
+    if not folder.is_dir():
+        _refuse_silence(data)
     try:
         if folder.is_dir():
             folder = readable_folder(folder.resolve(), cache_folder() / "links")
@@ -263,6 +270,22 @@ def _read(
         raise DataError(f"cannot read {data!r} as a data set: {nowhere}{_why(error)}") from error
     name = _chosen_split(data, role, name, splits)
     return splits[name], name
+
+
+def _refuse_silence(data: str) -> None:
+    """Raise a DataError at once if the Hub does not answer: `datasets` goes on asking for half a minute."""
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    *owner, name = data.split("/")
+    cached = datasets.config.HF_DATASETS_CACHE / "___".join((*owner, camelcase_to_snakecase(name)))
+    if cached.is_dir():
+        return
+    reason = silence()
+    if reason:
+        raise DataError(
+            f"cannot read {data!r} as a data set: there is no folder of that name here, and {reason}. {_GIVE}"
+        )
 
 
 def _check_files(data: str, files: Mapping[str, Sequence[str]]) -> None:
@@ -307,10 +330,7 @@ def _why(error: BaseException) -> str:
             return f"{causes}. Give yourself access to {where}, or name a cache with room by HF_HOME"
     if "Config name is missing" in causes:
         return f"{causes}. Choose with --data-config"
-    return (
-        f"{causes.rstrip('.')}. Give a folder of parquet files or of unpacked images, train/CLASS/… and "
-        "test/CLASS/…, a Hugging Face dataset id, or digits"
-    )
+    return f"{causes.rstrip('.')}. {_GIVE}"
 
 
 def _columns(data: str, features: Any, image: str | None, label: str | None) -> tuple[str, str]:

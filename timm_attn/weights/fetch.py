@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import (
     constants,
     get_hf_file_metadata,
+    get_session,
     hf_hub_download,
     hf_hub_url,
     try_to_load_from_cache,
@@ -110,6 +111,17 @@ def fetch(repo_id: str, filename: str, revision: str | None = None, sha256: str 
             "kept; run the command again, and if that does not help report it"
         )
     return path
+
+
+def silence() -> str:
+    """Why nothing can be had from the Hub at present, or '' if it answers, whatever it says."""
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception as error:  # the HTTP library's errors are no public types
+        return f"{without_tokens(constants.ENDPOINT)} does not answer ({_reason(error)})"
+    return ""
 
 
 def _forget(path: Path) -> None:
