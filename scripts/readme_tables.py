@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+from paired import difference
+
 from timm_attn.files import read_csv
 from timm_attn.publish.card import figure, standard_error
 from timm_attn.training.run import read_metrics
@@ -12,6 +14,8 @@ from timm_attn.weights import read_index
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "hub" / "results"
+PLAIN = "resnet20"
+FROM_PLAIN = "difference from plain, paired by seed (95 % interval)"
 #: Where the tables stand.
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -23,6 +27,7 @@ def tables() -> dict[str, str]:
         "freeze accuracy": freeze_accuracy(),
         "freeze speed": freeze_speed(),
         "comparison": comparison(),
+        "transfer": transfer(),
         "parameters": parameters(),
         "sweep": sweep(),
         "cost of attach": cost_of_attach(),
@@ -144,6 +149,33 @@ def comparison() -> str:
         "time, folded",
     ]
     return _table([*header, "max\\|Δlogit\\| ÷ max\\|logit\\|"], rows)
+
+
+def transfer() -> str:
+    """Fine-tuned grafts against the fine-tuned plain network, paired by seed."""
+    rows = read_csv(RESULTS / "transfer.csv")
+    found: dict[tuple[str, str, str], dict[int, float]] = {}
+    for row in rows:
+        found.setdefault((row["share"], row["lr"], row["network"]), {})[int(row["seed"])] = float(row["top1"])
+    plain_rate = {share: lr for share, lr, network in reversed(found) if network == PLAIN}
+    table = []
+    for (share, lr, network), top1 in found.items():
+        told = difference(top1, found[share, plain_rate[share], PLAIN])
+        std = statistics.stdev(top1.values())
+        cells = [
+            f"`{network}`",
+            f"{100 * float(share):.0f} %",
+            lr,
+            f"{told['top1']:.2f} ± {std:.2f} ({told['n']})",
+        ]
+        cells.append("" if network == PLAIN else in_words(told))
+        table.append(cells)
+    return _table(["network", "images", "learning rate", "top-1 (%), mean ± std (n)", FROM_PLAIN], table)
+
+
+def in_words(told: dict) -> str:
+    """A paired difference and its interval."""
+    return f"{told['difference']:+.2f} ({told['low']:+.2f} to {told['high']:+.2f})"
 
 
 def parameters() -> str:

@@ -202,6 +202,16 @@ def test_what_the_source_decides_is_refused(options):
         timm_attn.graft("resnet20_dia", stock_of("resnet20_dia"), **sizes("resnet20_dia"), **options)
 
 
+def test_timms_own_attention_is_grafted_where_its_start_is_known():
+    for backbone, mechanism in (("resnet20", "eca"), ("resnet18", "se")):
+        stock = stock_of(f"{backbone}_dia")
+        name = timm_attn.register(backbone, mechanism)
+        variant = timm_attn.graft(name, stock, **sizes(f"{backbone}_dia"))
+        assert relative_difference(stock, variant, images()) <= BOUNDS[torch.float32]
+    with pytest.raises(timm_attn.GraftError, match="how timm's cbam starts as a constant gate"):
+        timm_attn.graft(timm_attn.register("resnet20", "cbam"), stock_of("resnet20_dia"))
+
+
 def test_a_plain_network_is_no_variant():
     with pytest.raises(timm_attn.GraftError, match="resnet18 is no model of this package"):
         timm_attn.graft("resnet18", stock_of("resnet18_dia"))

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import timm
-from timm.layers import RmsNorm, RmsNorm2d, SEModule, SimpleNorm, SimpleNorm2d, get_attn
+from timm.layers import EcaModule, RmsNorm, RmsNorm2d, SEModule, SimpleNorm, SimpleNorm2d, get_attn
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
@@ -369,6 +369,6 @@ def mechanism(name: str) -> Mechanism:
         raise ValueError(
             f"no mechanism {name!r}: name one of {known}, or of timm's create_attn (eca, cbam …)"
         )
-    return Mechanism(
-        on_branches(name, layer), TIMM, graft="timm's own attention is a control, trained from the start"
-    )
+    constant = layer in (SEModule, EcaModule)
+    reason = "" if constant else f"nobody has said how timm's {name} starts as a constant gate"
+    return Mechanism(on_branches(name, layer), TIMM, graft=reason)
