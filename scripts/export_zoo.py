@@ -3,9 +3,9 @@
     python scripts/export_zoo.py --data uoft-cs/cifar10 --dataset uoft-cs/cifar10 --tag cpu_c10
 
 Of every network the run with the median top-1 goes into the hub folder, in the place of older weights of
-that name, when all could be exported; accuracies are over all of its seeds. `zoo.json` gets what only this
-script measures, the time per image of every form over that of the plain network, in turn in one process;
-`zoo.png` shows accuracy against it and against the number of parameters.
+that name, when all could be exported; accuracies are over all of its seeds. `zoo.json` (see --name) gets what
+only this script measures, the time per image of every form over that of the plain network, in turn in one
+process; `zoo.png` shows accuracy against it and against the number of parameters.
 """
 
 import argparse
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--tag", required=True)
     parser.add_argument("--runs", type=Path, default=ROOT / "hub" / "results" / "zoo")
     parser.add_argument("--hub", type=Path, default=ROOT / "hub")
+    parser.add_argument("--name", default="zoo", help="of the files in the hub folder's results")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--dataset-license", help="licence of the images, where it is not known here")
@@ -210,8 +211,8 @@ def main() -> None:
         **surroundings(torch.device("cpu")),
     }
     measured = {**about, "checkpoints": relative_time, FUSED: fused}
-    (results / "zoo.json").write_text(json.dumps(measured, indent=1) + "\n")
-    draw(checkpoints, relative_time, fused["ratio_median"], results / "zoo.png")
+    (results / f"{arguments.name}.json").write_text(json.dumps(measured, indent=1) + "\n")
+    draw(checkpoints, relative_time, fused["ratio_median"], results / f"{arguments.name}.png")
     table = Table("weights", "parameters", "top-1 (%)", "mean", "std", "n", "time over plain")
     for c in checkpoints:
         top1 = c.over_seeds["top1"]

@@ -54,10 +54,10 @@ def _ratio(measured: dict, low: str = "ratio_min", middle: str = "ratio_median",
 
 
 def short_results() -> str:
-    """Accuracy, parameters and time of each shipped network."""
+    """Accuracy, parameters and time of each shipped network of the zoo."""
     zoo = _read("zoo.json")
     shipped = {c.name: c for c in read_index(ROOT / "hub")}
-    trained = [c for c in shipped.values() if not c.derived_from]
+    trained = [c for c in shipped.values() if not c.derived_from and c.name in zoo["checkpoints"]]
     rows = []
     for c in sorted(trained, key=lambda c: -c.over_seeds["top1"]["mean"]):
         times = zoo["checkpoints"]
@@ -116,10 +116,10 @@ def _by_batch(case: tuple[str, str, str]) -> tuple[str, str, int]:
 
 
 def comparison() -> str:
-    """Each shipped network against the plain one: accuracy, and time trained and folded."""
+    """Each shipped network of the zoo against the plain one: accuracy, and time trained and folded."""
     zoo = _read("zoo.json")
     shipped = {c.name: c for c in read_index(ROOT / "hub")}
-    trained = [c for c in shipped.values() if not c.derived_from]
+    trained = [c for c in shipped.values() if not c.derived_from and c.name in zoo["checkpoints"]]
     plain = next(c for c in trained if c.mechanism == "resnet").over_seeds["top1"]
     rows = []
     for c in sorted(trained, key=lambda c: -c.over_seeds["top1"]["mean"]):
