@@ -6,12 +6,14 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from test_data import picture, write
 from test_labels import INT, STRING, parquet
 
 from timm_attn.cli import main
 from timm_attn.errors import UserError
 from timm_attn.training import Recipe, train
-from timm_attn.weights import WeightsError, read_config, read_folder
+from timm_attn.training.run import read_results
+from timm_attn.weights import WeightsError, read_config, read_folder, read_index
 
 #: Architectures, arguments that make them tiny, and the one whose name no list of ours has.
 NETWORKS = {
@@ -122,3 +124,32 @@ def test_a_network_that_was_counted_is_compared_with_each_file(tmp_path, monkeyp
     save_file({"fc.bias": torch.zeros(10)}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match="holds 10 values, .* these are not its weights"):
         read_folder(tmp_path)
+
+
+def test_a_run_without_a_test_split_is_evaluated_on_what_it_held_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "d", images=[picture(i) for i in range(440)])
+    given, tiny = ["--data", "d"], ["layers=[1,1,1]", "channels=[16,16,16]"]
+    held_out = ["--val-fraction", "0.5"]
+    main(["train", "resnet20_se", *given, *held_out, "--out", "run", *recipe(*tiny), "--batch-size", "64"])
+    expected = read_results(tmp_path / "run")
+    main(["export", "run", "--tag", "t", "--hub", "hub", "--dataset", "a/b", "--dataset-license", "mit"])
+    main(["freeze", "hub/resnet20_se.t", *given, "--out", "frozen", "--all", "--recover", "2"])
+    main(["export", "frozen", "--tag", "f", "--hub", "hub"])
+    main(["report", "run", *given])
+    main(["look", "stripes", "run", *given, "--out", "look"])
+    (exported,) = (c for c in read_index(tmp_path / "hub") if c.name == "resnet20_se.t")
+    assert exported.metrics["top1"] == pytest.approx(expected["top1"])
+    assert exported.metrics["images"] == expected["images"] == 220
+    capsys.readouterr()
+    for source, options in (("run", []), ("hub/resnet20_se.t", []), ("frozen", held_out)):
+        main(["validate", source, *given, *options])
+        output = capsys.readouterr().out
+        assert "d has no test split: 220 images of train, held out" in output, source
+        assert f"{expected['top1']:.2f}" in output or source == "frozen"
+    with pytest.raises(SystemExit):
+        main(["validate", "frozen", *given])
+    assert "hold out a part of the training split with --val-fraction 0.2" in capsys.readouterr().err
+    write(tmp_path / "d", split="test", images=[picture(i) for i in range(3)])
+    main(["validate", "run", *given])
+    assert "held out" not in capsys.readouterr().out

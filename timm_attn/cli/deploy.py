@@ -98,7 +98,7 @@ def freeze_command(
     """
     from ..training.freezing import freeze_trained
 
-    recipe = images.recipe(lr=lr, weight_decay=0.0, warmup_epochs=0.0, precision=precision)
+    recipe = images.recipe(source, lr=lr, weight_decay=0.0, warmup_epochs=0.0, precision=precision)
     try:
         report = freeze_trained(
             source, recipe, out, budget, all, keep, recover, max_images, console.print, console.is_terminal

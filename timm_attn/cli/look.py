@@ -63,7 +63,7 @@ def look_command(
     loaded = {name: load_model(source) for name, source in zip(short_names(models), models, strict=True)}
     if what == "stripes" and len(models) == 1:
         loaded = {**_checkpoints(Path(models[0]), loaded), **loaded}
-    sample = read_sample(next(iter(loaded.values())), images, max_images)
+    sample = read_sample(models[0], next(iter(loaded.values())), images, max_images)
     for name, model in loaded.items():
         check_same_input(name, model, sample)
     observation = OBSERVATIONS[what](loaded, sample, **({"gates": gates} if gates else {}))
@@ -95,12 +95,12 @@ def short_names(sources: tuple[str, ...]) -> list[str]:
     return names if len(set(names)) == len(names) else list(sources)
 
 
-def read_sample(model: Any, images: Images, most: int) -> Any:
+def read_sample(source: str, model: Any, images: Images, most: int) -> Any:
     """Images of the evaluation split for a model."""
     from ..report import Sample
 
     config: dict[str, Any] = resolve_model_data_config(model)
-    x, y, names = evaluation_images(model, images.recipe(), most, console.is_terminal)
+    x, y, names = evaluation_images(model, images.recipe(source), most, console.is_terminal)
     return Sample(x, y, names, config["mean"], config["std"])
 
 
@@ -145,7 +145,7 @@ def report_command(
     if images.on_corrupt == "skip":
         raise UserError("report needs every image that it counts: leave --on-corrupt skip out")
     check_file(out, "--out")
-    write_report(model, images.recipe(), out, console.is_terminal)
+    write_report(model, images.recipe(model), out, console.is_terminal)
     console.print(f"{out} ({out.stat().st_size / 1e6:.1f} MB): open it in a browser")
 
 

@@ -106,7 +106,7 @@ def validate_command(
         model: A model name with pretrained weights, a run folder, a hub folder, or hf-hub:ORG/NAME.
         precision: Precision: no (fp32), bf16 or fp16.
     """
-    recipe = images.recipe(precision=precision)
+    recipe = images.recipe(model, precision=precision)
     figures = validate(load_model(model), recipe, show=console.is_terminal)
     table = Table("model", "data", "images", "top-1", "top-5", "loss", "images/s")
     table.add_row(

@@ -15,6 +15,7 @@ from ..training.freezing import PICTURE, REPORT
 from ..training.recipe_file import load_recipe
 from ..training.run import save_model
 from ..training.seeds import spread
+from ..training.splits import HELD_OUT
 from ..weights import CONFIG, INDEX, Checkpoint, WeightsError, read_config, read_index, sha256, write_index
 from .export import check_tag
 from .render import render, rendered
@@ -51,10 +52,11 @@ def export_frozen(folder: Path, tag: str, hub: Path, data: str | None = None) ->
     name = f"{architecture}.{tag}"
     if (hub / name).exists():
         raise UserError(f"{hub / name} is there already: choose another --tag or --hub, or remove it")
+    split = str(original.dataset["split"])
     recipe = dataclasses.replace(
         load_recipe(original.folder / RECIPE),
         data=data or report["data"],
-        eval_split=original.dataset["split"],
+        eval_split=None if split.endswith(HELD_OUT) else split,
         precision="no",
     )
     partial = hub / f".{name}.partial"

@@ -24,7 +24,7 @@ from .loop import resume, train
 from .processes import own_accelerate_state
 from .recipe import Recipe
 from .run import hardware, save_model
-from .splits import split_options
+from .splits import hold_out, split_options
 from .validation import prepared, split_tensors
 
 REPORT, PICTURE = "freeze.json", "freeze.png"
@@ -159,6 +159,8 @@ def read_images(
             options = split_options(recipe, (width, height))
             means = load_split(recipe.data, "train", recipe.train_split, **options)
             match_classes(means, split.label_names)
+            if recipe.val_fraction:
+                means, _ = hold_out(means, recipe.val_fraction)
         except DataError:
             means = None
 

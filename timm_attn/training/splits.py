@@ -15,6 +15,9 @@ from .data import NoSplit, Split, load_split
 from .labels import match_classes
 from .recipe import Recipe
 
+#: The name of images that are held out of a training split ends in this.
+HELD_OUT = "held out"
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -78,17 +81,22 @@ def load_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
         match_classes(eval_split, train_split.label_names)
         if not recipe.val_fraction:
             return Splits(train_split, eval_split)
-    held_out = round(len(train_split) * recipe.val_fraction)
-    if not 0 < held_out < len(train_split):
-        raise UserError(
-            f"val_fraction {recipe.val_fraction} holds out {held_out} of {len(train_split)} images"
-        )
-    order = torch.randperm(len(train_split), generator=generator("held out"))
-    name = train_split.name
-    return Splits(
-        train_split.select(order[held_out:].sort().values, name),
-        train_split.select(order[:held_out].sort().values, f"{name}, held out"),
-        eval_split,
+    return Splits(*hold_out(train_split, recipe.val_fraction), eval_split)
+
+
+def hold_out(split: Split, fraction: float) -> tuple[Split, Split]:
+    """A training split without a fraction of its images, always the same, and these.
+
+    Raises:
+        UserError: One of the two would be empty.
+    """
+    held_out = round(len(split) * fraction)
+    if not 0 < held_out < len(split):
+        raise UserError(f"val_fraction {fraction} holds out {held_out} of {len(split)} images")
+    order = torch.randperm(len(split), generator=generator("held out"))
+    return (
+        split.select(order[held_out:].sort().values, split.name),
+        split.select(order[:held_out].sort().values, f"{split.name}, {HELD_OUT}"),
     )
 
 

@@ -10,28 +10,37 @@ from torch import Tensor
 
 from ..errors import UserError
 from .batches import Batches, Shard
-from .data import Split, load_split
+from .data import NoSplit, Split, load_split
 from .evaluation import evaluate
 from .labels import match_classes
 from .processes import make_accelerator, own_accelerate_state
 from .progress import track
 from .recipe import Recipe
-from .splits import split_options
+from .splits import HELD_OUT, hold_out, split_options
 
 
 def evaluation_split(model: Any, recipe: Recipe, config: dict[str, Any]) -> Split:
     """The split that a recipe's data is evaluated on, with a model's classes.
 
+    Without such a split it is what ``val_fraction`` holds out of the training split, as in a run.
+
     Args:
         model: With a configuration.
-        recipe: Data, split, columns.
+        recipe: Data, split or ``val_fraction``, columns.
         config: timm's data configuration of the model.
 
     Raises:
         UserError: The data cannot be used, or its classes are not the model's.
     """
     height, width = config["input_size"][1:]
-    split = load_split(recipe.data, "eval", recipe.eval_split, **split_options(recipe, (width, height)))
+    options = split_options(recipe, (width, height))
+    try:
+        split = load_split(recipe.data, "eval", recipe.eval_split, **options)
+    except NoSplit:
+        if recipe.eval_split or not recipe.val_fraction:
+            raise
+        train = load_split(recipe.data, "train", recipe.train_split, **options)
+        split = hold_out(train, recipe.val_fraction)[1]
     names = model.pretrained_cfg.get("label_names")
     if not names and not split.named:
         names = [str(i) for i in range(model.num_classes)]
@@ -54,7 +63,10 @@ def prepared(model: Any, recipe: Recipe, precision: str) -> tuple[Accelerator, d
     accelerator = make_accelerator(precision)
     config: dict[str, Any] = resolve_model_data_config(model)
     with accelerator.local_main_process_first():
-        return accelerator, config, evaluation_split(model, recipe, config)
+        split = evaluation_split(model, recipe, config)
+    if split.name.endswith(HELD_OUT):
+        accelerator.print(f"{recipe.data} has no test split: {len(split):,} images of {split.name}")
+    return accelerator, config, split
 
 
 def split_tensors(
