@@ -63,7 +63,7 @@ def look_command(
     loaded = {name: load_model(source) for name, source in zip(short_names(models), models, strict=True)}
     if what == "stripes" and len(models) == 1:
         loaded = {**_checkpoints(Path(models[0]), loaded), **loaded}
-    sample = read_sample(models[0], next(iter(loaded.values())), images, max_images)
+    sample = read_sample(next(iter(models)), next(iter(loaded.values())), images, max_images)
     for name, model in loaded.items():
         check_same_input(name, model, sample)
     observation = OBSERVATIONS[what](loaded, sample, **({"gates": gates} if gates else {}))

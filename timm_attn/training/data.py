@@ -274,11 +274,11 @@ def _read(
 
 def _refuse_silence(data: str) -> None:
     """Raise a DataError at once if the Hub does not answer: `datasets` goes on asking for half a minute."""
-    import datasets
+    from datasets import config
     from datasets.naming import camelcase_to_snakecase
 
     *owner, name = data.split("/")
-    cached = datasets.config.HF_DATASETS_CACHE / "___".join((*owner, camelcase_to_snakecase(name)))
+    cached = config.HF_DATASETS_CACHE / "___".join((*owner, camelcase_to_snakecase(name)))
     if cached.is_dir():
         return
     reason = silence()
