@@ -17,6 +17,7 @@ import torch
 from bench_timing import console, ratios, rounds, surroundings
 from rich.table import Table
 from torch import nn
+from train_zoo import folder_name
 
 import timm_attn
 from timm_attn.files import write_csv
@@ -60,7 +61,7 @@ def main() -> None:
     about = {"batch": arguments.batch_size, "img_size": arguments.img_size, "precision": "fp32"}
     about |= surroundings(torch.device("cpu"))
     rows = [
-        {"network": name.replace(":", "-"), **ratios(times, name, arguments.baseline), **about}
+        {"network": folder_name(name), **ratios(times, name, arguments.baseline), **about}
         for name in arguments.networks
     ]
     table = Table("network", "min", "median", "max", title=f"time over {arguments.baseline}'s, folded")

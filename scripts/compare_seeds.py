@@ -24,8 +24,9 @@ from rich.table import Table
 from timm_attn.files import read_csv, write_csv
 from timm_attn.style import new_figure, style, write_png
 from timm_attn.training.run import ENVIRONMENT, RESULTS, read_metrics, read_results
+from timm_attn.training.splits import HELD_OUT
 
-TEST, HELD_OUT = "test", "held out"
+TEST = "test"
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
     console.width = 140

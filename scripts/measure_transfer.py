@@ -60,13 +60,13 @@ def part_of(data: str, share: float, held_out: float, folder: Path) -> str:
     if share * min(map(train[label].count, set(train[label]))) < 1:
         raise UserError(f"a share of {share} leaves classes of {data} without images: take a larger one")
     options = {"stratify_by_column": label, "seed": 0}
-    most = len(train)
-    rest = train
-    if share < 1:
+    count = round(held_out * len(train))
+    if share == 1:
+        train, test = train.train_test_split(test_size=count, **options).values()
+    else:
         train, rest = train.train_test_split(train_size=share, **options).values()
-    if held_out:
-        left, test = rest.train_test_split(test_size=round(held_out * most), **options).values()
-        train = left if share == 1 else train
+        if held_out:
+            test = rest.train_test_split(test_size=count, **options)["test"]
     folder.mkdir(parents=True, exist_ok=True)
     train.to_parquet(str(folder / "train.parquet"))
     test.to_parquet(str(folder / "test.parquet"))
