@@ -99,16 +99,17 @@ class ScaleGenerator(nn.Module):
     """v = ψ, a learned scale per channel, initialised to 1: what the other generators fold to.
 
     A baseline of this package, in no paper. It can learn the same functions as the folded network, so that a
-    difference from it shows the effect of a generator on training. Unbounded, without a sigmoid.
+    difference from it shows the effect of a generator on training. Unbounded, without a sigmoid. ψ has one axis,
+    as the scales of norms have: optimisers treat it as one of those.
     """
 
     def __init__(self, channels: int, device=None, dtype=None) -> None:
         super().__init__()
-        self.psi = nn.Parameter(torch.ones(1, channels, device=device, dtype=dtype))
+        self.psi = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
 
     def forward(self) -> Tensor:
         """The gate v, 1 × C."""
-        return self.psi
+        return self.psi[None]
 
 
 GENERATORS = {
