@@ -12,7 +12,6 @@ found here. --cost is a table of scripts/bench_deployed.py, drawn beside the dif
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -23,27 +22,28 @@ from rich.table import Table
 
 from timm_attn.files import read_csv, write_csv
 from timm_attn.style import new_figure, style, write_png
-from timm_attn.training.run import ENVIRONMENT, RESULTS, read_metrics, read_results
+from timm_attn.training.run import RESULTS, read_metrics, read_results
 from timm_attn.training.splits import HELD_OUT
 
-TEST = "test"
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
     console.width = 140
 
 
 def top1_by_seed(network: Path) -> dict[str, dict[int, float]]:
-    """Top-1 of the last epoch of a network's finished runs, by split and seed."""
+    """Top-1 of the last epoch of a network's finished runs, by split (the reported one first) and seed."""
     found: dict[str, dict[int, float]] = {}
     for run in network.glob("seed-*"):
         if not (run / RESULTS).is_file():
             continue
         seed = int(run.name.removeprefix("seed-"))
         results = read_results(run)
-        found.setdefault(TEST, {})[seed] = results["top1"]
-        evaluated = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))["images"]
-        if any(name.endswith(HELD_OUT) for name in evaluated):
-            found.setdefault(HELD_OUT, {})[seed] = read_metrics(run)[-1]["top1"]
+        top1 = {
+            results["split"]: results["top1"],  # reported
+            results["best_epoch"]["split"]: read_metrics(run)[-1]["top1"],  # evaluated after each epoch
+        }
+        for split, value in top1.items():
+            found.setdefault(HELD_OUT if split.endswith(HELD_OUT) else split, {})[seed] = value
     return found
 
 
@@ -51,7 +51,7 @@ def compare(folder: Path, baseline: str) -> list[dict[str, Any]]:
     """A row for each split and network, by split, the best difference first.
 
     Raises:
-        ValueError: The baseline has no finished run.
+        ValueError: The baseline, or every other network, has no finished run.
     """
     plain = top1_by_seed(folder / baseline)
     if not plain:
@@ -62,6 +62,8 @@ def compare(folder: Path, baseline: str) -> list[dict[str, Any]]:
             told = difference(found, plain.get(split, {}))
             if told:
                 rows.append({"split": split, "network": network.name, "baseline": baseline, **told})
+    if not rows:
+        raise ValueError(f"{folder} has no finished run beside those of {baseline}")
     return sorted(rows, key=lambda row: (row["split"], -row["difference"]))
 
 

@@ -206,7 +206,10 @@ def main() -> None:
     results = hub / "results"
     results.mkdir(exist_ok=True)
     about = {
-        "command": f"export_zoo.py --data DATA --dataset {arguments.dataset} --tag {arguments.tag}",
+        "command": (
+            f"export_zoo.py --data DATA --dataset {arguments.dataset} --tag {arguments.tag} "
+            f"--runs {arguments.runs.name} --name {arguments.name}"
+        ),
         "relative_time": f"fp32, batch {arguments.batch_size}, {PLAIN} as trained = 1",
         **surroundings(torch.device("cpu")),
     }

@@ -29,6 +29,7 @@ from gpu_check_networks import (
     NETWORKS,
     Setting,
     channels_last,
+    checkpointing,
     compiled,
     folding,
     freezing,
@@ -70,6 +71,9 @@ def checks(setting: Setting) -> dict[str, Check]:
         "sync bn conversion": lambda: sync_bn_conversion(setting, "dia"),
         "sync bn, two processes": lambda: sync_bn_two(setting, "dia"),
     }
+    for network in ("resnet50", "vit_small_patch16_224"):
+        key = f"checkpointing {network} dia"
+        found[key] = lambda n=network: checkpointing(setting, n, "dia")
     for network in ("resnet50", "convnext_tiny", "vit_small_patch16_224"):
         for mechanism in ("asr", "dia"):
             found[f"graft {network} {mechanism}"] = lambda n=network, m=mechanism: grafting(setting, n, m)

@@ -233,6 +233,17 @@ def channels_last(setting: Setting, network: str, mechanism: str) -> dict[str, A
     return {"passed": error <= 1e-4, "error": error, "bound": 1e-4}
 
 
+def checkpointing(setting: Setting, network: str, mechanism: str) -> dict[str, Any]:
+    """Gradients with checkpointing against those without: on GPUs, another thread runs blocks again."""
+    model: Any = setting.network(network, mechanism).to(setting.device)
+    x = setting.images(model).to(setting.device)
+    _, wanted = run(model, x, "fp32", training=False)
+    model.set_grad_checkpointing()
+    _, found = run(model, x, "fp32", training=False)
+    error = gradient_difference(found, wanted)
+    return {"passed": error <= 1e-3, "error": error, "bound": 1e-3}
+
+
 def compiled(setting: Setting, network: str, mechanism: str, mode: str) -> dict[str, Any]:
     """torch.compile, with CUDA graphs where the mode says so, called more than once."""
     graphs = mode == "reduce-overhead"

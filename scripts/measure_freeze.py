@@ -3,11 +3,13 @@
     python scripts/measure_freeze.py hub/results/freeze_accuracy.csv --data cifar10 \\
         hub/results/zoo/resnet20_se/seed-0 hub/results/zoo/resnet20_se/seed-1 ...
 
-Each argument is a trained network. Means come from the training split; one half of the test split decides,
-the other gives the figures. What is in the table is not measured again, and recoveries are resumed.
+Each argument is a run, or what scripts/train_zoo.py kept of one. Means come from the training split. One half
+of the test split, or of what the run held out of the training split, decides, the other gives the figures.
+What is in the table is not measured again, and recoveries are resumed.
 """
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,16 +19,18 @@ import torch
 
 from timm_attn.files import read_csv, write_csv
 from timm_attn.gates import find_gates, gate_modules
-from timm_attn.load import load_model
+from timm_attn.load import RECIPE, load_model
 from timm_attn.passes import Figures
 from timm_attn.search import GateSearch
 from timm_attn.training import Recipe
 from timm_attn.training.freezing import read_images, recovery
+from timm_attn.training.recipe_file import load_recipe
 from timm_attn.training.run import hardware
+from timm_attn.training.splits import HELD_OUT
 
 BUDGETS = (0.0, 0.1, 0.25, 0.5, math.inf)
 FIELDS = (
-    *("network", "run", "budget", "recover", "recovered", "gates", "frozen", "kept"),
+    *("network", "data", "run", "budget", "recover", "recovered", "gates", "frozen", "kept"),
     *("top1_before", "top1", "agreement", "kl", "images", "machine"),
 )
 
@@ -36,14 +40,17 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """A row for every budget, and one with recovery for some."""
     model = load_model(str(source))
-    images, labels, means, classes, names = read_images(model, recipe, 10_000, show=False)
+    val_fraction = load_recipe(source / RECIPE).val_fraction
+    if val_fraction:
+        recipe = dataclasses.replace(recipe, val_fraction=val_fraction, eval_split=HELD_OUT)
+    images, labels, means, classes, names = read_images(model, recipe, 10_000, False, source)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     halves = [(images[rows], labels[rows]) for rows in order.chunk(2)]
     gates, _ = find_gates(model, images[:8])
     search = GateSearch(model, gates, [(means, classes), *halves], recipe.batch_size, note=print)
     train = recovery(str(source), recipe, steps, out, names)
-    about = {"network": model.pretrained_cfg["architecture"], "run": source.name, "gates": len(gates)}
-    about |= {"images": len(halves[1][0]), "machine": hardware()}
+    about = {"network": model.pretrained_cfg["architecture"], "data": Path(recipe.data).name}
+    about |= {"run": source.name, "gates": len(gates), "images": len(halves[1][0]), "machine": hardware()}
     known: dict[tuple[frozenset, bool], Figures] = {}
     before = search.work.figures(search.original, math.nan)
     for budget in budgets:
@@ -87,7 +94,8 @@ def main() -> None:
         rows = read_csv(arguments.table)
     for run in arguments.runs:
         network = load_model(str(run)).pretrained_cfg["architecture"]
-        if any((row["network"], row["run"]) == (network, run.name) for row in rows):
+        key = (network, Path(arguments.data).name, run.name)
+        if any((row["network"], row["data"], row["run"]) == key for row in rows):
             continue
         new = []
         out = arguments.out / network / run.name

@@ -21,7 +21,7 @@ from timm_attn.files import read_csv, write_csv
 from timm_attn.load import load_model
 from timm_attn.training import Recipe, resume, train
 from timm_attn.training.recipe_file import load_recipe
-from timm_attn.training.run import hardware, is_run, read_metrics
+from timm_attn.training.run import hardware, is_run, read_results
 
 FIELDS = (
     "network",
@@ -32,6 +32,8 @@ FIELDS = (
     "seed",
     "epochs",
     "held_out",
+    "recipe",
+    "precision",
     "images",
     "top1",
     "hardware",
@@ -55,7 +57,7 @@ def part_of(data: str, share: float, held_out: float, folder: Path) -> str:
     if (folder / "test.parquet").is_file():  # written last
         return str(folder)
     splits = datasets.load_dataset(data)
-    train, test = splits["train"], splits["test"]
+    train, test = splits["train"], splits.get("test")
     label = next(n for n, f in train.features.items() if isinstance(f, datasets.ClassLabel))
     if share * min(map(train[label].count, set(train[label]))) < 1:
         raise UserError(f"a share of {share} leaves classes of {data} without images: take a larger one")
@@ -67,6 +69,8 @@ def part_of(data: str, share: float, held_out: float, folder: Path) -> str:
         train, rest = train.train_test_split(train_size=share, **options).values()
         if held_out:
             test = rest.train_test_split(test_size=count, **options)["test"]
+    if test is None:
+        raise UserError(f"{data} has no test split: hold some training images out with --held-out")
     folder.mkdir(parents=True, exist_ok=True)
     train.to_parquet(str(folder / "train.parquet"))
     test.to_parquet(str(folder / "test.parquet"))
@@ -102,10 +106,10 @@ def main() -> None:
         for network in arguments.networks
     ]
     for share, seed, lr, network in plan:
-        source = "/".join(Path(arguments.source).parts[-2:])
+        source = "/".join(Path(arguments.source).parts[-3:])
         key = {"network": network, "source": source, "data": Path(arguments.data).name}
         key |= {"share": share, "lr": lr, "seed": seed, "epochs": arguments.epochs}
-        key |= {"held_out": arguments.held_out}
+        key |= {"held_out": arguments.held_out, "recipe": arguments.recipe, "precision": arguments.precision}
         if any(all(str(row[name]) == str(value) for name, value in key.items()) for row in rows):
             continue
         folder = arguments.runs / f"{key['data']}-{share}-{arguments.held_out}"
@@ -118,6 +122,7 @@ def main() -> None:
             "lr": lr,
             "seed": seed,
             "precision": arguments.precision,
+            "val_fraction": 0.0,  # what is held out, part_of holds out
         }
         run = arguments.runs / "-".join(map(str, key.values())).replace("/", "-")
         print(f"$ {shlex.join(map(str, key.values()))}", flush=True)
@@ -125,7 +130,7 @@ def main() -> None:
             resume(run)
         else:
             train(network, Recipe(**fields), run)
-        last = read_metrics(run)[-1]
+        last = read_results(run)
         rows.append(key | {"images": last["images"], "top1": round(last["top1"], 3), "hardware": hardware()})
         write_csv(arguments.table, [{name: row[name] for name in FIELDS} for row in rows])
 

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+from compare_seeds import top1_by_seed
 from paired import difference
 
 from timm_attn.files import read_csv
@@ -27,6 +28,7 @@ def tables() -> dict[str, str]:
         "freeze accuracy": freeze_accuracy(),
         "freeze speed": freeze_speed(),
         "comparison": comparison(),
+        "tiny": from_scratch("tiny", PLAIN),
         "transfer": transfer(),
         "parameters": parameters(),
         "sweep": sweep(),
@@ -151,30 +153,56 @@ def comparison() -> str:
     return _table([*header, "max\\|Δlogit\\| ÷ max\\|logit\\|"], rows)
 
 
+def from_scratch(name: str, plain: str) -> str:
+    """Networks trained from random weights, against a plain one, paired by seed; the best first."""
+    folder = RESULTS / name
+    runs = {path.name: top1_by_seed(path) for path in folder.iterdir() if path.is_dir()}
+    runs = {network: found for network, found in runs.items() if found}
+    costs = {row["network"]: _ratio(row) for row in read_csv(folder.with_name(f"{name}_cost.csv"))}
+    splits = list(runs[plain])
+
+    def order(network: str) -> tuple[bool, float]:
+        told = difference(runs[network][splits[0]], runs[plain][splits[0]])
+        return network != plain, -told["difference"] if told else 0
+
+    table = []
+    for network in sorted(runs, key=order):
+        cells = [f"`{network}`"]
+        for split in splits:
+            told = difference(runs[network][split], runs[plain][split]) if network != plain else {}
+            cells += [over_seeds(runs[network][split]), in_words(told) if told else ""]
+        table.append([*cells, costs.get(network, "")])
+    header = [f"{split}: {what}" for split in splits for what in ("top-1 (%), mean ± std (n)", FROM_PLAIN)]
+    return _table(["network", *header, "time, folded"], table)
+
+
+def over_seeds(top1: dict[int, float]) -> str:
+    """Mean, standard deviation and number of runs."""
+    std = f" ± {statistics.stdev(top1.values()):.2f}" if len(top1) > 1 else ""
+    return f"{statistics.mean(top1.values()):.2f}{std} ({len(top1)})"
+
+
 def transfer() -> str:
     """Fine-tuned grafts against the fine-tuned plain network, paired by seed."""
     rows = read_csv(RESULTS / "transfer.csv")
+    constant = ("source", "data", "epochs", "held_out", "recipe", "precision")
+    assert len({tuple(row[name] for name in constant) for row in rows}) == 1, "a table for each of them"
     found: dict[tuple[str, str, str], dict[int, float]] = {}
     for row in rows:
         found.setdefault((row["share"], row["lr"], row["network"]), {})[int(row["seed"])] = float(row["top1"])
     plain_rate = {share: lr for share, lr, network in reversed(found) if network == PLAIN}
     table = []
     for (share, lr, network), top1 in found.items():
-        told = difference(top1, found[share, plain_rate[share], PLAIN])
-        std = statistics.stdev(top1.values())
-        cells = [
-            f"`{network}`",
-            f"{100 * float(share):.0f} %",
-            lr,
-            f"{told['top1']:.2f} ± {std:.2f} ({told['n']})",
-        ]
-        cells.append("" if network == PLAIN else in_words(told))
-        table.append(cells)
+        told = {} if network == PLAIN else difference(top1, found[share, plain_rate[share], PLAIN])
+        cells = [f"`{network}`", f"{100 * float(share):.0f} %", lr, over_seeds(top1)]
+        table.append([*cells, in_words(told) if told else ""])
     return _table(["network", "images", "learning rate", "top-1 (%), mean ± std (n)", FROM_PLAIN], table)
 
 
 def in_words(told: dict) -> str:
     """A paired difference and its interval."""
+    if told["n"] == 1:
+        return f"{told['difference']:+.2f} (n = 1)"
     return f"{told['difference']:+.2f} ({told['low']:+.2f} to {told['high']:+.2f})"
 
 

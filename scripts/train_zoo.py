@@ -1,8 +1,8 @@
-"""Train small networks with one recipe, seed by seed; what is finished is skipped.
+r"""Train small networks with one recipe, seed by seed; what is finished is skipped.
 
     python scripts/train_zoo.py --data uoft-cs/cifar10
-    python scripts/train_zoo.py --data tinyimagenet32 --recipe tinyimagenet_cpu --results hub/results/tiny \
-        --models resnet20 resnet20_asr resnet20_asr:generator=scale
+    python scripts/train_zoo.py --data tinyimagenet32 --recipe tinyimagenet_cpu --runs runs/tiny \
+        --results hub/results/tiny --models resnet20 resnet20_asr resnet20_asr:generator=scale
 
 A network may have arguments, after colons; they are a part of its name here. Runs lie in
 ``<runs>/<model>/seed-<seed>``; a finished one is copied to the same place under the results, less its

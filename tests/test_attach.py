@@ -1,6 +1,7 @@
 """Mechanisms in networks of other families: timm's own small ones, which its authors made for tests."""
 
 import gc
+import threading
 import weakref
 from copy import deepcopy
 from functools import partial
@@ -8,6 +9,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from helpers import found
 from reference.dia import dia_cell
 from safetensors.torch import save_file
 from timm.models import metaformer, mlp_mixer
@@ -16,6 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import timm_attn
+from timm_attn import ends
 from timm_attn.branches import branches, example_input, runs
 from timm_attn.compare import BOUNDS, relative_difference
 from timm_attn.ends import BranchEnd, DIAEnd, GatedBatchNorm2d, mixed
@@ -340,6 +343,152 @@ def test_a_reentrant_checkpoint_is_refused():
         tokens.sum().backward()
 
 
+def test_a_block_may_be_run_again_by_another_thread():
+    """As autograd does on GPUs, which call the hooks of saved tensors from a thread of theirs."""
+    model = shaken(timm_attn.attach(build("test_vit").double(), "dia")).train()
+    copy = deepcopy(model)
+    copy.set_grad_checkpointing()
+    x = images(model)
+    model(x).square().sum().backward()
+    loss = copy(x).square().sum()
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    for p, q in zip(model.parameters(), copy.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_passes_at_once_keep_their_states_apart():
+    model = shaken(timm_attn.attach(build("test_vit").double(), "dia")).train()
+    fresh = deepcopy(model)
+    x, y = images(model, 4).chunk(2)
+    left = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)  # unfinished
+    torch.testing.assert_close(model(y), fresh(y))
+    assert left[0].grad_fn is not None
+    # Two passes in step.
+    maps = [model._pos_embed(model.patch_embed(images)) for images in (x, y)]
+    for block in model.blocks:
+        maps = [block(tokens) for tokens in maps]
+    for tokens, images_ in zip(maps, (x, y), strict=True):
+        torch.testing.assert_close(model.forward_head(model.norm(tokens)), fresh(images_))
+
+
+def test_a_block_compiled_alone_reads_what_was_left_for_it():
+    model = shaken(timm_attn.attach(build("test_vit").double(), "dia"))
+    x = images(model)
+    with torch.no_grad():
+        expected = model(x)
+        model.blocks[0].compile(backend="eager")
+        torch.testing.assert_close(model(x), expected)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("mechanism", ["asr", "dia", "sem", "spem"])
+def test_gates_keep_the_precision_of_the_map(mechanism):
+    model = timm_attn.attach(build("mobilenetv3_small_050"), mechanism).train()
+    ends = [module for module in model.modules() if isinstance(module, BranchEnd)]
+    seen = []
+    for end in ends:
+        end.register_forward_hook(lambda module, args, y: seen.append((args[0].dtype, y.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images(model))
+    assert len(seen) == len(ends) and all(a == b for a, b in seen)
+    assert torch.bfloat16 in {a for a, _ in seen}
+
+
+def test_norms_without_running_statistics_are_as_they_are_without_a_gate():
+    model = shaken(timm_attn.attach(build("seresnet18").double(), "asr")).train()
+    other = deepcopy(model)
+    for norm in found(m for m in other.modules() if isinstance(m, GatedBatchNorm2d)):
+        norm.end[0].ungate()
+    x = images(model)
+    for network in (model, other):
+        for norm in network.modules():
+            if isinstance(norm, nn.BatchNorm2d):  # virtual adversarial training: no trace in the statistics
+                norm.track_running_stats = False
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.testing.assert_close(model(x), other(x))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    for network in (model, other):
+        for norm in network.eval().modules():
+            if isinstance(norm, nn.BatchNorm2d):  # adaptation at test time: by the batch alone
+                norm.running_mean = norm.running_var = None
+    torch.testing.assert_close(model(x), other(x))
+
+
+def test_attention_reads_tokens_as_the_grid_that_they_are():
+    model = build("test_vit", img_size=(32, 128)).eval()
+    assert model.patch_embed.grid_size == (2, 8)
+    end = timm_attn.attach(model, "cbam").blocks[0].drop_path1
+    prefix = model.num_prefix_tokens
+    x = torch.randn(2, prefix + 16, model.embed_dim)
+    expected = end.mechanism(x[:, prefix:].transpose(1, 2).unflatten(2, (2, 8))).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(end(x)[:, prefix:], expected)
+
+
+@pytest.mark.parametrize(("name", "where"), [("resnet18", "branches"), ("test_convnext", "branches")])
+def test_a_wrong_fold_is_seen_before_anything_is_trained(name, where, monkeypatch):
+    """A fresh network would hide it: gates are all the same, and scales before them about 0."""
+    right = ends.scale
+    monkeypatch.setattr(ends, "scale", lambda block, names, gate, n: right(block, names, gate.flip(-1), n))
+    with pytest.raises(ValueError, match="asr would not fold out of"):
+        timm_attn.attach(build(name), "asr", generator="ie", where=where)
+
+
+def test_a_gate_of_both_signs_is_refused_before_an_activation():
+    network = {"pretrained_cfg_overlay": {"input_size": (3, 64, 64)}}
+    timm_attn.attach(timm.create_model("cspresnet50", **network), "asr")
+    with pytest.raises(ValueError, match="asr would not fold out of CspNet"):
+        timm_attn.attach(timm.create_model("cspdarknet53", **network), "asr", generator="scale")
+
+
+def test_parameters_are_set_anew():
+    """What FSDP does with a network made on the meta device."""
+    for mechanism, options in (("asr", {"where": "norms"}), ("sem", {}), ("spem", {})):
+        model = timm_attn.attach(build("test_byobnet"), mechanism, **options)
+        fresh = deepcopy(model)
+        shaken(model)
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        drawn = (nn.Linear, nn.Conv2d, nn.Conv1d)
+        random = [f"{path}." for path, module in model.named_modules() if isinstance(module, drawn)]
+        own = [key for key in fresh.state_dict() if mechanism in key and not key.startswith(tuple(random))]
+        for key in found(own):
+            assert torch.equal(model.state_dict()[key], fresh.state_dict()[key]), key
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in found(norms):
+            weight, bias = (norm._parameters[name] for name in ("weight", "bias"))
+            assert (weight == 1).all() and (bias == 0).all() and (norm.running_mean == 0).all()
+
+
+def test_ssia_refuses_what_its_maps_do_not_survive():
+    with pytest.raises(ValueError, match="patch_drop_rate=0, not 0.5"):
+        timm_attn.attach(build("test_vit", patch_drop_rate=0.5), "ssia")
+    model = timm_attn.attach(build("test_vit"), "ssia").train()
+    x = images(model)
+    mask = torch.ones(1, 1, 17, 17, dtype=torch.bool)
+    model(x, attn_mask=mask).sum().backward()
+    assert all(p.grad is not None for key, p in model.named_parameters() if key.startswith("ssia."))
+    with pytest.raises(TypeError, match="by name"):
+        model(x, mask)
+
+
+def test_an_own_network_with_a_child_called_module_is_folded_whole():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = timm_attn.attach(build("seresnet18"), "asr")
+            self.head = nn.Linear(7, 2)
+
+        def forward(self, x):
+            return self.head(self.module(x))
+
+    x = images(Own().module)
+    assert timm_attn.fold(Own(), x)(x).shape == (3, 2)
+    assert timm_attn.fold(nn.DataParallel(Own().module), x)(x).shape == (3, 7)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_the_gate_in_a_norm_is_the_gate_after_it(training):
     model = shaken(timm_attn.attach(build("seresnet18").double(), "asr")).train(training)
@@ -347,7 +496,7 @@ def test_the_gate_in_a_norm_is_the_gate_after_it(training):
     gated = [m for m in other.modules() if isinstance(m, GatedBatchNorm2d)]
     assert len(gated) == 5
     for norm in gated:
-        norm.ungate()
+        norm.end[0].ungate()
     x = images(model)
     a, b = model(x), other(x)
     torch.testing.assert_close(a, b)

@@ -440,7 +440,7 @@ def test_missing_labels_are_named(tmp_path):
         load_split(str(tmp_path / "d"), "train")
 
 
-def test_a_silent_hub_is_asked_once_unless_the_cache_has_the_data(tmp_path, monkeypatch):
+def test_datasets_does_not_ask_a_silent_hub_unless_the_cache_has_the_data(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args, **kwargs: asked.append(args) or 1 / 0)

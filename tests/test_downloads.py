@@ -130,6 +130,19 @@ def test_wrong_bytes_of_the_right_size_are_not_used_and_not_kept(client, tmp_pat
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.stat().st_size == 1000]
 
 
+def test_a_branch_is_asked_for_each_time_and_a_commit_once(client):
+    revision = client.put_files(REPO, {"model.safetensors": b"old"})
+    assert fetch(REPO, "model.safetensors", "main").read_bytes() == b"old"
+    assert fetch(REPO, "model.safetensors", revision).read_bytes() == b"old"
+    client.put_files(REPO, {"model.safetensors": b"new"})
+    assert fetch(REPO, "model.safetensors", "main").read_bytes() == b"new"
+    asked = len(client.requests)
+    assert fetch(REPO, "model.safetensors", revision).read_bytes() == b"old"
+    assert len(client.requests) == asked
+    client.fail_reads(None)
+    assert fetch(REPO, "model.safetensors", "main").read_bytes() == b"new"
+
+
 def sha256_of(content: bytes) -> str:
     import hashlib
 

@@ -12,6 +12,7 @@ import torchvision
 from forked import run_code
 from helpers import narrow, use_hub
 from hub_server import HubServer
+from test_data import picture, write
 from torch import nn
 
 import timm_attn
@@ -25,6 +26,8 @@ from timm_attn.load import load_model
 from timm_attn.publish import publish
 from timm_attn.record import held, record
 from timm_attn.search import GateSearch
+from timm_attn.training import Recipe
+from timm_attn.training.freezing import read_images
 from timm_attn.training.run import save_model
 
 
@@ -448,6 +451,39 @@ def _exported_and_published(folders, hub, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main(["export", str(folders[0]), "--tag", "e", "--hub", str(hub.parent / "other")])
     assert "lists no such checkpoint: export that one first" in capsys.readouterr().err
+
+
+CLASSES = ("airplane", "automobile", "bird")  # of those that a resnet20 has by default
+
+
+def test_only_a_training_split_that_is_not_there_is_done_without(tmp_path, capsys):
+    model, recipe = narrow("resnet20_se"), Recipe(data=str(tmp_path / "d"), workers=0)
+    write(tmp_path / "d", split="test", images=[picture(i) for i in range(6)], names=CLASSES)
+    images, labels, means, classes, _ = read_images(model, recipe, 10, show=False)
+    assert len(images) == len(labels) == 6 and means is classes is None
+    assert (
+        "no split train, only test: the means of the gates are from evaluation images"
+        in capsys.readouterr().out
+    )
+    write(
+        tmp_path / "d",
+        images=[*[picture(i) for i in range(5)], {"bytes": b"no image", "path": None}],
+        names=CLASSES,
+    )
+    with pytest.raises(UserError, match=r"row 5 of .*d \(train\)"):
+        read_images(model, recipe, 10, show=False)
+    recipe = dataclasses.replace(recipe, on_corrupt="skip")
+    assert len(read_images(model, recipe, 10, show=False)[2]) == 5
+
+
+def test_a_batch_of_corrupt_images_only_is_left_out(tmp_path):
+    model, broken = narrow("resnet20_se"), {"bytes": b"no image", "path": None}
+    large = [picture(i, (80, 80)) for i in range(4)]
+    for split in ("train", "test"):
+        write(tmp_path / "d", split=split, images=[*large, broken], names=CLASSES)
+    recipe = Recipe(data=str(tmp_path / "d"), batch_size=4, workers=0, on_corrupt="skip")
+    images, labels, *_ = read_images(model, recipe, 10, show=False)
+    assert len(images) == len(labels) == 4
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from functools import cache
+from importlib import import_module
 
 import huggingface_hub
 import pytest
@@ -23,6 +24,7 @@ from timm_attn.publish import export, publish
 from timm_attn.training import Recipe, train, train_seeds, validate
 from timm_attn.weights import WeightsError, read_index, sha256, store
 
+exports = import_module("timm_attn.publish.export")  # the package has the function under that name
 RECIPE = Recipe(data="digits", img_size=16, crop_padding=2, batch_size=256, lr=0.1, epochs=1)
 # Norm weights of zero would leave branches so small that folding them moves no bit of the logits on some CPUs.
 NARROW = ("channels=[8,8,16,16]", "zero_init_last=False")
@@ -219,6 +221,36 @@ def test_export_refuses_what_is_there_and_leaves_nothing_of_a_failure(hub, tmp_p
     assert not list((tmp_path / "hub").glob("*"))
     with pytest.raises(UserError, match="is not a run folder"):
         export(tmp_path, "x", folder)
+
+
+def test_two_exports_at_once_keep_each_others_work(hub, tmp_path, monkeypatch):
+    _, runs = hub
+    folder, waiting = tmp_path / "hub", []
+
+    def late(*arguments, original=exports.rendered, **options):  # all is measured, then another one ends
+        if waiting:
+            with monkeypatch.context() as another_process:
+                another_process.setattr(exports.os, "getpid", lambda: 1)
+                export(runs / "dia", waiting.pop(), folder)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(exports, "rendered", late)
+    waiting.append("b")
+    export(runs / "dia", "a", folder)
+    waiting.append("c")
+    with pytest.raises(UserError, match=r"resnet20_dia\.c has been written meanwhile: choose another --tag"):
+        export(runs / "dia", "c", folder)
+    names = {f"resnet20_dia.{tag}{form}" for tag in "abc" for form in ("", "_folded")}
+    assert {c.name for c in read_index(folder)} == names
+    assert {p.name for p in folder.iterdir() if p.is_dir()} == names
+
+
+def test_an_index_of_other_software_is_none_of_ours(hub, tmp_path):
+    folder, _ = hub
+    shutil.copytree(folder / "resnet20_dia.sgd_digits", tmp_path / "site" / "model")
+    (tmp_path / "site" / "index.json").write_text('{"pages": []}')
+    timm.create_model(f"local-dir:{tmp_path / 'site' / 'model'}", pretrained=True)
+    load_model(str(tmp_path / "site" / "model"))
 
 
 # ------------------------------------------------------------------------------- loaded by other libraries

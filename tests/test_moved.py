@@ -11,6 +11,7 @@ from timm_attn.cli import main
 from timm_attn.errors import UserError
 from timm_attn.publish import export
 from timm_attn.training import Recipe, resume, train
+from timm_attn.training.seeds import resume_seeds
 
 RECIPE = {"epochs": 2, "batch_size": 4, "model_kwargs": ("layers=[1,1,1]",), "lr": 0.01}
 
@@ -60,6 +61,17 @@ def test_runs_of_several_seeds_move_too(tmp_path):
     shutil.move(data, tmp_path / "moved")
     main(["train", "--resume", str(tmp_path / "s"), "--data", str(tmp_path / "moved")])
     assert (tmp_path / "s" / "seed-1" / "model.safetensors").is_file()
+
+
+def test_seeds_that_are_left_have_the_data_of_the_others(tmp_path):
+    arguments = ["--epochs", "1", "--batch-size", "4", "--model-kwargs", "layers=[1,1,1]"]
+    data = write(tmp_path / "d")
+    main(["train", "resnet20", "--data", data, "--out", str(tmp_path / "s"), "--seeds", "0", "1", *arguments])
+    shutil.rmtree(tmp_path / "s" / "seed-1")
+    relabelled(tmp_path / "d")
+    with pytest.raises(UserError, match=r"has changed since .*seed-0 was started"):
+        resume_seeds(tmp_path / "s")
+    assert not (tmp_path / "s" / "seed-1").exists()
 
 
 def relabelled(data):

@@ -8,11 +8,15 @@ import os
 import signal
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
+from accelerate.state import GradientState
+from accelerate.utils import DistributedType
 from forked import started
 from helpers import Stopped, flip_last_bit, same, stop_at, timeless
 from safetensors import SafetensorError
@@ -22,8 +26,10 @@ from test_data import encode, picture, write
 from timm_attn.cli import main
 from timm_attn.errors import UserError
 from timm_attn.load import load_model
+from timm_attn.publish import export
 from timm_attn.training import Interrupted, Recipe, resume, train, train_seeds, validate
 from timm_attn.training import checkpoint as checkpoints
+from timm_attn.training import loop as loops
 from timm_attn.training import trainer as trainers
 from timm_attn.training.optim import make_optimizer, make_scheduler
 from timm_attn.training.recipe_file import load_recipe, recipe_names
@@ -345,6 +351,78 @@ def test_an_infinite_evaluation_stops_a_run_whose_training_is_finite(tmp_path, m
         train("resnet20", Recipe(**FAST), tmp_path / "a")
 
 
+def test_an_evaluation_that_fails_does_not_lose_the_epoch(tmp_path, monkeypatch):
+    whole = train("resnet20", Recipe(**FAST), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers, "evaluate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train("resnet20", Recipe(**FAST), tmp_path / "a")
+    assert [p.name for p in (tmp_path / "a").glob("step-*")] == ["step-5"]
+    written = (tmp_path / "a" / "step-5").stat().st_ino
+    steps = []
+    with monkeypatch.context() as patch:
+        epoch_of = trainers.Trainer._epoch
+        patch.setattr(trainers.Trainer, "_epoch", lambda *a: (steps.append(a[0].step), epoch_of(*a))[1])
+        assert resume(tmp_path / "a") == whole
+    assert steps == [5, 5]  # the evaluation alone, then the second epoch
+    assert not (tmp_path / "a" / "step-5").exists() or (tmp_path / "a" / "step-5").stat().st_ino == written
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
+    """The second is started while the first reads its data."""
+    first = Recipe(**FAST)
+
+    def read(*arguments, original=loops.load_splits):
+        with monkeypatch.context() as patch:
+            patch.setattr(loops, "load_splits", original)
+            train("resnet20", first, tmp_path / "a")
+        return original(*arguments)
+
+    monkeypatch.setattr(loops, "load_splits", read)
+    with pytest.raises(
+        UserError, match="another run has been started in .*a meanwhile: choose another --out"
+    ):
+        train("resnet20", dataclasses.replace(first, lr=0.2), tmp_path / "a")
+    assert load_recipe(tmp_path / "a" / "recipe.yaml").lr == first.lr
+
+
+def test_folders_are_remembered_by_their_whole_paths(tmp_path, monkeypatch):
+    train("resnet20", Recipe(**FAST), tmp_path / "plain")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe(**FAST, init="graft:plain", teacher="plain")
+    with pytest.raises(Stopped):
+        train("resnet20_asr", recipe, "a", on_step=stop_at(2))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    resume("../a")
+    made = load_recipe(tmp_path / "a" / "recipe.yaml")
+    assert (made.init, made.teacher) == (f"graft:{tmp_path / 'plain'}", str(tmp_path / "plain"))
+    monkeypatch.chdir(tmp_path)
+    (exported, _) = export(Path("a"), "t", Path("hub"), dataset_license="mit")
+    assert (exported.recipe["init"], exported.recipe["teacher"]) == ("graft:plain", "plain")
+    assert str(tmp_path) not in (exported.folder / "recipe.yaml").read_text()
+    assert str(tmp_path) not in (exported.folder / "README.md").read_text()
+
+
+def test_settings_of_accelerate_that_would_break_a_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    gradients = GradientState()
+    gradients.sync_gradients = False  # as in the middle of an accumulation
+    try:
+        train("resnet20", Recipe(**FAST), tmp_path / "a")
+        assert not gradients.sync_gradients
+    finally:
+        gradients.sync_gradients = True
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
+    train("resnet20", Recipe(**FAST), tmp_path / "b")
+    states = [load_file(tmp_path / run / "model.safetensors") for run in ("a", "b")]
+    assert same(*states)
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(UserError, match="Accelerate is configured for FSDP, where no process has the whole"):
+        train("resnet20", Recipe(**FAST), tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
 def test_lines_at_chosen_steps(tmp_path):
     train("resnet20", Recipe(**FAST, log_every=4), tmp_path / "a")
     lines = read_lines(tmp_path / "a" / "steps.jsonl")
@@ -520,7 +598,7 @@ def test_the_rate_rises_and_falls(sched):
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_of_the_package_takes_a_step(name, tmp_path):
     recipe = load_recipe(name)
-    assert recipe.data or name in ("imagenette", "photos", "tinyimagenet_cpu")
+    assert recipe.data or name in ("imagenette", "imagenette_cpu", "photos", "tinyimagenet_cpu")
     small = "cifar" in name or "tiny" in name
     size = 8 if small else 72  # the way of small images, and that of larger ones
     data = write(tmp_path / "d", images=[picture(i, (size, size)) for i in range(8)])

@@ -11,6 +11,7 @@ from test_labels import INT, STRING, parquet
 
 from timm_attn.cli import main
 from timm_attn.errors import UserError
+from timm_attn.publish import export
 from timm_attn.training import Recipe, train
 from timm_attn.training.run import read_results
 from timm_attn.weights import WeightsError, read_config, read_folder, read_index
@@ -145,11 +146,35 @@ def test_a_run_without_a_test_split_is_evaluated_on_what_it_held_out(tmp_path, c
     for source, options in (("run", []), ("hub/resnet20_se.t", []), ("frozen", held_out)):
         main(["validate", source, *given, *options])
         output = capsys.readouterr().out
-        assert "d has no test split: 220 images of train, held out" in output, source
+        assert "evaluated on 220 images of d (train, held out)" in output, source
         assert f"{expected['top1']:.2f}" in output or source == "frozen"
-    with pytest.raises(SystemExit):
-        main(["validate", "frozen", *given])
-    assert "hold out a part of the training split with --val-fraction 0.2" in capsys.readouterr().err
+    for arguments, message in (
+        (["frozen"], "or give the --val-fraction that the model was trained with"),
+        (["run", "--val-fraction", "0.2"], "run was trained with --val-fraction 0.5, not 0.2: leave it out"),
+        (["frozen", "--split", "held out"], "'held out' of d needs --val-fraction"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["validate", *arguments, *given])
+        assert message in " ".join(capsys.readouterr().err.split())
     write(tmp_path / "d", split="test", images=[picture(i) for i in range(3)])
     main(["validate", "run", *given])
     assert "held out" not in capsys.readouterr().out
+    main(["export", "run", "--tag", "u", "--hub", "hub", "--dataset", "a/b", "--dataset-license", "mit"])
+    (again,) = (c for c in read_index(tmp_path / "hub") if c.name == "resnet20_se.u")
+    assert again.metrics["images"] == 220 and again.dataset["split"] == "train, held out"
+    write(tmp_path / "d", images=[picture(i) for i in range(441)])  # others would be held out
+    with pytest.raises(SystemExit):
+        main(["validate", "run", "--split", "train, held out", *given])
+    assert "the split train of d has changed since run was started" in capsys.readouterr().err
+    main(["validate", "run", *given])
+
+
+def test_a_reported_split_that_has_changed_is_not_exported(tmp_path):
+    data = write(tmp_path / "d", images=[picture(i) for i in range(64)])
+    write(tmp_path / "d", split="test", images=[picture(i) for i in range(3)])
+    tiny = ("layers=[1,1,1]", "channels=[16,16,16]")
+    train("resnet20_se", Recipe(data=data, batch_size=32, epochs=1, model_kwargs=tiny), tmp_path / "run")
+    write(tmp_path / "d", split="test", images=[picture(i) for i in range(1, 4)])
+    with pytest.raises(UserError, match="the split test of .*d has changed since .*run was evaluated on it"):
+        export(tmp_path / "run", "t", tmp_path / "hub", "a/b", dataset_license="mit")
+    assert not (tmp_path / "hub").exists()

@@ -55,6 +55,11 @@ def test_a_folder_with_the_right_signature_loads_and_no_other(tmp_path, keys, mo
         load_model(str(folder))
     monkeypatch.delenv(SIGNER)
     load_model(str(folder))
+    (folder / "model.safetensors").write_bytes(weights)
+    (tmp_path / "my keys").mkdir()
+    monkeypatch.setenv(SIGNER, str(shutil.copy(public, tmp_path / "my keys")))
+    load_model(str(folder))
+    monkeypatch.delenv(SIGNER)
     load_model("resnet20")  # what ships is exempt
     with pytest.raises(UserError, match="cannot sign"):
         sign(folder, str(tmp_path / "no.pem"))

@@ -213,8 +213,8 @@ def test_differences_are_scipys_paired_intervals(tmp_path):
         for seed, top1 in enumerate(found_top1):
             run = runs / network / f"seed-{seed}"
             run.mkdir(parents=True)
-            (run / "results.json").write_text(json.dumps({"top1": top1}))
-            (run / "environment.json").write_text('{"images": {"train": 9, "train, held out": 1, "test": 1}}')
+            results = {"top1": top1, "split": "test", "best_epoch": {"split": "train, held out"}}
+            (run / "results.json").write_text(json.dumps(results))
             (run / "metrics.jsonl").write_text(f'{{"top1": 1}}\n{{"top1": {2 * top1}}}\n')
     (runs / "better" / "seed-7").mkdir()  # not finished
     (tmp_path / "cost.csv").write_text("network,ratio_min,ratio_median,ratio_max\nbetter,1,1.1,1.2\n")

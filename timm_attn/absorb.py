@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .affine import consumers, reading_weights, scaling_parameters
-from .branches import followed, leaves_of
+from .branches import for_autograd, leaves_of
 from .compare import BOUNDS, FoldError, relative_difference
 from .ends import scale
 from .gates import Gate, gate_modules
@@ -87,7 +87,7 @@ def _plan(model: nn.Module, gates: list[Gate], images: Tensor) -> dict[Gate, tup
         for module in modules.values():
             module.gate.requires_grad_(False)  # a gate before another is no layer that takes it in
         try:
-            output = model(followed(images))
+            output = model(for_autograd(images))
         finally:
             for hook in hooks:
                 hook.remove()

@@ -11,9 +11,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .branches import example_input
 from .compare import FoldError
-from .ends import BranchEnd, GatedInput, GatedNorm
+from .ends import BranchEnd, GatedInput, GatedNorm, GateEnd
 from .fold import fold
-from .layers import ConAM
+from .layers import ConAM, ConstantGate
 from .layers.fmm import FMM
 from .models import GRAFT, register
 from .models.mechanisms import mechanism as row_of
@@ -63,12 +63,29 @@ def attach(model: nn.Module, mechanism: str, images: Tensor | None = None, **opt
         trial = deepcopy(model)
         with warnings.catch_warnings(action="ignore"):
             _put(trial, row, given, options)
+        _tell_channels_apart(trial)
         try:
             fold(trial, given)
         except FoldError as error:
             raise ValueError(f"{mechanism} would not fold out of {type(model).__name__}: {error}") from None
     _put(model, row, given, options)
     return model
+
+
+@torch.no_grad()
+def _tell_channels_apart(model: nn.Module) -> None:
+    """Give gates, and scales before them that are about 0, values with which a wrong fold would be seen."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, ConstantGate):
+            for parameter in module.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        elif isinstance(module, GateEnd):
+            for name in module.branch.affine:
+                path, _, attribute = name.rpartition(".")
+                scale: Any = getattr(module.block.get_submodule(path), attribute)
+                if scale.dim() == 1 and attribute != "bias":
+                    scale.copy_(torch.where(scale.abs() < 0.01, 0.1, scale))
 
 
 def _put(model: nn.Module, row: Any, images: Tensor, options: dict[str, Any]) -> None:
@@ -90,7 +107,9 @@ def _check(model: Any) -> None:
     if hasattr(model, "_orig_mod"):
         raise ValueError(f"{name} is compiled: attach to the network, then compile it")
     if isinstance(model, DataParallel | DistributedDataParallel):
-        raise ValueError(f"{name} wraps a network: attach to that (.module), then wrap it")
+        raise ValueError(
+            f"{name} wraps a network: attach to that (.module), then wrap it in DistributedDataParallel"
+        )
     if isinstance(model, torch.jit.ScriptModule | torch.fx.GraphModule):
         raise ValueError(f"{name} is a recorded graph: attach to the network that it was made from")
     quantised = [

@@ -36,10 +36,12 @@ class Branch:
         pixels: H · W, or the number of tokens N.
         rows: Its first size B: a block may take the patches of an image for images.
         prefix: Of the tokens, how many of the first are no patches (class token, registers).
-        affine: Names, from the block, of the parameters and buffers whose channels scale those of the
-            branch and nothing else; empty if there are none.
-        scaled: Of a branch that ends in a LayerScale, the parameters that would scale it without.
-        before: Name of the attention module that ends the branch; ``affine`` scales what that is given.
+        grid: Of the tokens that are patches, H and W.
+        affine: Names, from the block, of the parameters and buffers that can absorb a factor per channel:
+            scaling their first axis by v scales the branch's output by v, and nothing else. Empty if there
+            are none.
+        scaled: If ``affine`` is a LayerScale, what could absorb the factor if the LayerScale were removed.
+        attention: Name of the attention module that ends the branch, after ``affine``.
     """
 
     block: str
@@ -49,9 +51,10 @@ class Branch:
     pixels: int
     rows: int = 1
     prefix: int = 0
+    grid: tuple[int, int] | None = None
     affine: tuple[str, ...] = field(default=(), compare=False)
     scaled: tuple[str, ...] = field(default=(), compare=False)
-    before: str = ""
+    attention: str = ""
 
     @property
     def suffix(self) -> str:
@@ -139,7 +142,9 @@ def leaves_of(model: nn.Module, device: torch.device | None) -> Iterator[dict[in
     leaves: dict[int, Any] = {}
     with torch.inference_mode(False), torch.enable_grad():
         for _, name, tensor in places:
-            leaf = followed(tensor).detach() if device is None else torch.empty_like(tensor, device=device)
+            leaf = (
+                for_autograd(tensor).detach() if device is None else torch.empty_like(tensor, device=device)
+            )
             leaves.setdefault(id(tensor), leaf.requires_grad_(leaf.is_floating_point() and name not in fixed))
         try:
             for store, name, tensor in places:
@@ -150,7 +155,7 @@ def leaves_of(model: nn.Module, device: torch.device | None) -> Iterator[dict[in
                 store[name] = tensor
 
 
-def followed(tensor: Tensor) -> Tensor:
+def for_autograd(tensor: Tensor) -> Tensor:
     """The tensor, or where it was made in inference mode a copy that autograd can follow."""
     return tensor.clone() if tensor.is_inference() else tensor
 
@@ -170,7 +175,7 @@ def _probe(model: nn.Module, images: Any) -> dict[Any, tuple[Branch | None, int]
                 for path, name, slot in places
             ]
             try:
-                given = followed(images)
+                given = for_autograd(images)
                 model(given if device is None else given.to(device))
             finally:
                 for hook in hooks:
@@ -179,7 +184,7 @@ def _probe(model: nn.Module, images: Any) -> dict[Any, tuple[Branch | None, int]
         for (path, name), (branch, calls) in found.items():
             attention, given = inputs.get(path, ("", None))
             if branch and not branch.affine and given and given.affine and given.channels == branch.channels:
-                found[path, name] = replace(branch, affine=given.affine, before=attention), calls
+                found[path, name] = replace(branch, affine=given.affine, attention=attention), calls
         return found
 
     if images.device.type == "cpu" and images.shape[-1] <= 64:  # arithmetic takes less time than its absence
@@ -214,10 +219,10 @@ def _watch(
             if _shared(model.get_submodule(path), whole, holders):
                 whole = ()
             channels, size = x.shape[axis], x[0].numel()
-            tokens = _prefix(model, path, x.shape[1]) if x.dim() == 3 and axis == -1 else 0
+            tokens = _tokens(model, path, x.shape[1]) if x.dim() == 3 and axis == -1 else (0, None)
             scaled = scaling_parameters(x, names, readers, leaves[0])[1] if len(leaves) == 1 else []
             inner = _within(prefix, scaled)
-            branch = Branch(path, name, channels, axis, size // channels, x.shape[0], tokens, whole, inner)
+            branch = Branch(path, name, channels, axis, size // channels, x.shape[0], *tokens, whole, inner)
             if calls and branch == before:  # one gate serves both if both take it in
                 affine = {*whole, *before.affine} if whole and before.affine else ()
                 branch = replace(branch, affine=tuple(sorted(affine)))
@@ -251,8 +256,11 @@ def _within(prefix: str, names: list[str]) -> tuple[str, ...]:
     return tuple(sorted(name.removeprefix(prefix) for name in names)) if within else ()
 
 
-def _prefix(model: nn.Module, path: str, tokens: int) -> int:
-    """Number of tokens that are no patches, as the innermost network around a block says."""
+def _tokens(model: nn.Module, path: str, tokens: int) -> tuple[int, tuple[int, int] | None]:
+    """Number of tokens that are no patches, and the grid of the others if it is known.
+
+    As the innermost network around a block says.
+    """
     parts = path.split(".")
     for end in range(len(parts), -1, -1):
         network: Any = model.get_submodule(".".join(parts[:end]))
@@ -260,11 +268,11 @@ def _prefix(model: nn.Module, path: str, tokens: int) -> int:
         if isinstance(count, int):
             grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
             if grid and tokens - math.prod(grid) in (0, count):
-                return tokens - math.prod(grid)
+                return tokens - math.prod(grid), tuple(grid)
             square = int((tokens - count) ** 0.5) ** 2 == tokens - count
             # Some networks let the class token in only at the end.
-            return count if count < tokens and (square or int(tokens**0.5) ** 2 != tokens) else 0
-    return 0
+            return count if count < tokens and (square or int(tokens**0.5) ** 2 != tokens) else 0, None
+    return 0, None
 
 
 def example_input(model: nn.Module, batch_size: int = 2) -> Tensor:

@@ -4,7 +4,10 @@ from dataclasses import is_dataclass
 from typing import Any
 
 import torch
+from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 
 #: What a model is called with: one tensor, a tuple of positional arguments or a dictionary of named ones.
@@ -15,6 +18,16 @@ Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 #: FMMNets multiply roundings: random ones of 50 layers differ from themselves in float64 by up to 4e-5 in
 #: float32, and from their fused form as much (3e-12 in float64). `fold` refuses those, in float32.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+_WRAPPERS = (DataParallel, DistributedDataParallel, ModelEmaV2, ModelEmaV3, AveragedModel)
+
+
+def unwrapped(model: Any) -> Any:
+    """The network in what wraps it for training. A network with a child called ``module`` is no wrapper."""
+    while isinstance(model, (*_WRAPPERS, ModelEma)):
+        model = model.ema if isinstance(model, ModelEma) else model.module
+    return model
 
 
 class FoldError(RuntimeError):

@@ -1,7 +1,9 @@
 """What stands at the end of a residual branch, or in place of a norm layer, without touching their keys."""
 
+import math
 import threading
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
@@ -72,14 +74,21 @@ class BranchEnd(nn.Module):
         return self.on_map(self._held[1], x)
 
     def on_map(self, module: nn.Module, x: Tensor) -> Tensor:
-        """A module on a map B × C × H × W; of tokens, on the patches, a column where they are no square."""
+        """A module on a map B × C × H × W; of tokens, on the patches.
+
+        Where these are not the grid that they were when this was put here, they are taken for a square, or
+        else for a column.
+        """
         if self.branch.axis == 1:
             return module(x)
         if x.dim() == 4:
             return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         others, patches = x[:, : self.branch.prefix], x[:, self.branch.prefix :]
-        side = int(patches.shape[1] ** 0.5)
-        size = (side, side) if side * side == patches.shape[1] else (patches.shape[1], 1)
+        count = patches.shape[1]
+        size = self.branch.grid or (count, 1)
+        if math.prod(size) != count:
+            side = math.isqrt(count)
+            size = (side, side) if side * side == count else (count, 1)
         patches = module(patches.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)
         return torch.cat([others, patches], 1) if others.shape[1] else patches
 
@@ -108,20 +117,28 @@ class GateEnd(BranchEnd):
             vars(norm)["end"] = (self,)
 
     def attend(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            self.ungate()
         return x if self.in_norm(x) else self._held[1](x, self.branch.axis)
 
-    def in_norm(self, x: Tensor) -> bool:
-        """Whether the norm takes in the gate.
+    def ungate(self) -> None:
+        """Make the norm a plain one for good, as tracers must see it, and apply the gate here."""
+        norm: Any = self._held[0].get_submodule(self.norm)
+        if type(norm) is GatedBatchNorm2d:
+            norm.__class__ = nn.BatchNorm2d  # pyright: ignore[reportAttributeAccessIssue]
+            del norm.end
 
-        What replaces it does not; whoever hooks it wants it plain; and so does a tracer, from then on.
+    def in_norm(self, x: Tensor) -> bool:
+        """Whether the norm multiplies by the gate, so that nothing is left to do at the end of the branch.
+
+        It does not if it was replaced, is hooked, is traced, or has lost its running statistics.
         """
         norm = self._held[0].get_submodule(self.norm)
         if type(norm) is not GatedBatchNorm2d:
             return False
-        if not isinstance(x, Tensor):
-            norm.ungate()
+        if norm.momentum is None or not norm.track_running_stats or norm.running_mean is None:
             return False
-        if norm.momentum is None or _hooked(norm) or _hooked(self) or _hooked(self._held[1]):
+        if _hooked(norm) or _hooked(self) or _hooked(self._held[1]):
             return False
         return torch.compiler.is_compiling() or eager(x)
 
@@ -132,9 +149,7 @@ class GateEnd(BranchEnd):
             ValueError: No parameters of the branch scale its channels.
         """
         scale_parameters(self.block, self.branch, self.mechanism.gate())
-        norm: Any = self.block.get_submodule(self.norm)
-        if type(norm) is GatedBatchNorm2d:
-            norm.ungate()
+        self.ungate()
         return self.inner
 
 
@@ -183,19 +198,17 @@ class GatedBatchNorm2d(nn.BatchNorm2d):
     end: tuple[GateEnd]
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            self.end[0].ungate()
+            return self(input)
         if not self.end[0].in_norm(input):
-            return super().forward(input) if type(self) is GatedBatchNorm2d else self(input)
+            return super().forward(input)
         gate = self.end[0].mechanism.gate()[0]
         if self.training:
             self.num_batches_tracked.add_(1)  # pyright: ignore[reportOptionalMemberAccess]
         weight, bias = self.weight * gate, self.bias * gate
         mean, var = self.running_mean, self.running_var
         return F.batch_norm(input, mean, var, weight, bias, self.training, self.momentum or 0.0, self.eps)
-
-    def ungate(self) -> None:
-        """Make it a plain norm; the gate is then applied at the end of the branch."""
-        self.__class__ = nn.BatchNorm2d  # pyright: ignore[reportAttributeAccessIssue]
-        del self.end
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -234,7 +247,7 @@ class DIAEnd(BranchEnd):
         self.step = step
         self.new_norm = new_norm
         self.norm = (
-            branch.affine[0].rpartition(".")[0] if len(branch.affine) == 2 and not branch.before else ""
+            branch.affine[0].rpartition(".")[0] if len(branch.affine) == 2 and not branch.attention else ""
         )
 
     def may_overwrite(self, x: Tensor) -> bool:
@@ -284,6 +297,10 @@ def merge(block: Any) -> None:
         block.reparameterize()
 
 
+#: Where a node of a graph keeps the state that belongs to it.
+_STATE = "timm_attn.dia"
+
+
 class _State:
     """(h, c) of DIA, each B × C, and the channel means that the next step has read beside it."""
 
@@ -304,7 +321,8 @@ class DIARun:
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self._owned: dict[Any, list[weakref.ref[_State]]] = {}  # by the graphs of passes
+        # Owned by the graphs of passes, by step and thread.
+        self._owned: dict[int, dict[int, list[weakref.ref[_State]]]] = {}
         self._passing: dict[Any, _State] = {}  # of a pass without a graph
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DIARun":
@@ -322,19 +340,12 @@ class DIARun:
         if step == 0:
             self._forget()
             return torch.zeros_like(g), torch.zeros_like(g)
-        key = self._key(step)
-        entry = self._passing.get(key)
-        if entry is None:
-            known = [state for ref in self._owned.get(key, ()) if (state := ref()) is not None]
-            entry = next((state for state in known if state.read is None), None)
-            if entry is None and len(known) > 1:  # run again: by what it had read
-                same = [s for s in known if s.read is not None and s.read.shape == g.shape]
-                entry = next((s for s in same if torch.equal(s.read, g)), None)  # pyright: ignore
-            entry = known[0] if entry is None and len(known) == 1 else entry
+        entry = self._passing.get(self._key(step)) or self._of_a_graph(step, g)
+        entry = entry or self._passing.get(step)  # of a block that is compiled alone
         if entry is None:
             raise RuntimeError(
                 f"DIA's step {step} of {self.steps} has no state of the step before: call the whole network, "
-                "and checkpoint gradients with use_reentrant=False"
+                "compile the whole of it or nothing, and checkpoint gradients with use_reentrant=False"
             )
         if eager(g):
             entry.read = g.detach()
@@ -342,23 +353,54 @@ class DIARun:
 
     def after(self, step: int, state: tuple[Tensor, Tensor], x: Tensor) -> None:
         """Keep the state for the next step; ``x`` is computed from it."""
-        last, entry, key = step == self.steps - 1, _State(state), self._key(step + 1)
+        last, entry = step == self.steps - 1, _State(state)
         if eager(x) and x.grad_fn is not None:
             if not last:
-                x.grad_fn.metadata["timm_attn.dia"] = entry  # pyright: ignore[reportIndexIssue]
-                alive = [ref for ref in self._owned.get(key, ()) if ref() is not None]
-                self._owned[key] = [*alive, weakref.ref(entry)]
+                x.grad_fn.metadata[_STATE] = entry  # pyright: ignore[reportIndexIssue]
+                mine, thread = self._owned.setdefault(step + 1, {}), threading.get_ident()
+                alive = [ref for ref in mine.get(thread, ()) if ref() is not None]
+                mine[thread] = [*alive, weakref.ref(entry)]
         elif last:
             self._forget()
         else:
-            self._passing[key] = entry
+            self._passing[self._key(step + 1)] = entry
+
+    def _of_a_graph(self, step: int, g: Tensor) -> _State | None:
+        """The state that the pass of g has left, of those whose graphs are there.
+
+        Blocks may be run again by another thread, as autograd does on GPUs.
+        """
+        refs = [ref for by_thread in list(self._owned.get(step, {}).values()) for ref in by_thread]
+        known = [state for ref in refs if (state := ref()) is not None]
+        if len(known) < 2:
+            return known[0] if known else None
+        found = _nearest(g.grad_fn, {state for state in known if state.read is None})
+        if found is not None:
+            return found
+        # Run again, on an input that is cut from the graph: by what was read then.
+        same = [s for s in known if s.read is not None and s.read.shape == g.shape]
+        return next((s for s in same if torch.equal(s.read, g)), None)  # pyright: ignore[reportArgumentType]
 
     def _forget(self) -> None:
         for step in range(1, self.steps):
             self._passing.pop(self._key(step), None)
+            self._passing.pop(step, None)
 
     def _key(self, step: int) -> Any:
         return step if torch.compiler.is_compiling() else (step, threading.get_ident())
+
+
+def _nearest(node: Any, wanted: set[_State]) -> _State | None:
+    """The first of some states that is met when a graph is walked back from a node."""
+    queue, seen = deque([node]), {node, None}
+    while queue and (node := queue.popleft()) is not None:
+        state = node.metadata.get(_STATE)
+        if state in wanted:
+            return state
+        new = {parent for parent, _ in node.next_functions} - seen
+        queue.extend(new)
+        seen |= new
+    return None
 
 
 def scale_parameters(block: nn.Module, branch: Branch, gate: Tensor) -> None:
@@ -396,6 +438,15 @@ class GatedNorm:
     gated_by: str
     _parameters: dict[str, Any]
     _modules: dict[str, Any]
+
+    def reset_parameters(self) -> None:
+        """As the norm layer does: ``weight`` and ``bias`` are computed here, and cannot be written to."""
+        cls = type(self)
+        without_mixin(self)
+        try:
+            self.reset_parameters()
+        finally:
+            self.__class__ = cls
 
     @property
     def weight(self) -> Any:

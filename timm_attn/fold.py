@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.utils import unwrap_model  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from .branches import branches, example_input
-from .compare import FoldError, Inputs, above_bound, call, compared, relative, relative_difference
+from .compare import FoldError, Inputs, above_bound, call, compared, relative, relative_difference, unwrapped
 from .ends import GatedInput, GatedNorm, GateEnd, scale, without_mixin
 from .layers import SSIA, ConstantGate
 from .models import mechanism as row_of
@@ -57,8 +56,8 @@ def fold(model: nn.Module, inputs: Inputs | None = None, layer_scale: bool = Fal
 
     Gates that do not depend on the image (ASR) are multiplied into the layer before them, and mechanisms that
     act in training only (SSIA) are removed: the result is the stock network. A mechanism that depends on the
-    image (DIA, ConAM, FMM, SE) stays, and batch norms are fused into the convolutions before them;
-    ``timm.create_model(..., folded=True)`` builds that form.
+    image (DIA, ConAM, FMM, SE) stays; in ResNets made by a name with it, batch norms are fused into the
+    convolutions before them. ``timm.create_model(..., folded=True)`` builds that form.
 
     Folding works on a copy, in eval mode. All outputs of the copy and the original (also in lists of feature
     maps, dictionaries and dataclasses) are compared, on fixed random images and on ``inputs``.
@@ -105,7 +104,7 @@ def _fold(
     On the CPU: Apple's GPUs have no float64, and others round fp32 convolutions to TF32, by more than the
     bound.
     """
-    model = unwrap_model(model)
+    model = unwrapped(model)
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("a model on the meta device has no weights to fold")
     gates = foldable(model)
@@ -144,8 +143,8 @@ def _fold(
         cfg = getattr(model, "pretrained_cfg", None) or {}
         raise NothingToFold(
             f"nothing to fold in {cfg.get('architecture') or type(model).__name__}: it has no gate that is "
-            "independent of the image, nothing that acts in training only, and no attention whose network "
-            "has norms left to fuse"
+            "independent of the image and nothing that acts in training only. Norms are fused in ResNets "
+            "made by a name with attention, as by timm_attn.create_model('resnet50', attention='dia')"
         )
     return original, folded
 
@@ -236,7 +235,7 @@ def verify_fold(model: nn.Module, folded: nn.Module, inputs: Inputs) -> FoldRepo
             tensor.
         FoldError: An output of ``model`` is not finite, or the outputs of ``folded`` have other shapes.
     """
-    model, folded = unwrap_model(model), unwrap_model(folded)
+    model, folded = unwrapped(model), unwrapped(folded)
     for m in (model, folded):
         _check_inputs(m, inputs)
     modes = {module: module.training for m in (model, folded) for module in m.modules()}

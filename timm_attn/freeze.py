@@ -14,9 +14,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from timm.utils import unwrap_model  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
+from .compare import unwrapped
 from .fold import fold, foldable
 from .gates import Gate, find_gates
 from .passes import Figures
@@ -236,7 +236,7 @@ def _check_labels(logits: Any, labels: Tensor | None, name: str) -> None:
 
 def _plain(model: Any, images: Tensor) -> Any:
     """A copy, without what folds anyway."""
-    model = unwrap_model(model)
+    model = unwrapped(model)
     if not foldable(model):
         return deepcopy(model).eval()
     return fold(model, images[:2].to(next(model.parameters()))).eval()

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatch
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,10 +19,6 @@ from timm.layers import (
 )
 from timm.layers.cbam import ChannelAttn
 from timm.layers.squeeze_excite import SqueezeExciteCl
-from timm.models import senet
-from timm.models._efficientnet_blocks import SqueezeExcite
-from timm.models.hgnet import EseModule
-from timm.models.rdnet import BlockESE
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
@@ -29,9 +26,22 @@ from .branches import evaluating
 from .ends import BranchEnd, DIAEnd
 from .layers import SEM, SPEM
 
+
+def _private(module: str, name: str) -> tuple[type, ...]:
+    """A class of one of timm's model files, where any may be renamed; then it is no longer known here."""
+    try:
+        return (getattr(import_module(f"timm.models.{module}"), name),)
+    except (ImportError, AttributeError):
+        return ()
+
+
 #: Layers that multiply each channel of a feature map by one number for each image.
 GATES = (
-    *(SEModule, SqueezeExcite, EffectiveSEModule, SqueezeExciteCl, senet.SEModule, BlockESE, EseModule),
+    *(SEModule, EffectiveSEModule, SqueezeExciteCl),
+    *_private("_efficientnet_blocks", "SqueezeExcite"),
+    *_private("senet", "SEModule"),
+    *_private("rdnet", "BlockESE"),
+    *_private("hgnet", "EseModule"),
     *(EcaModule, CecaModule, GatherExcite, GlobalContext, ChannelAttn),
     *(SqueezeExcitation, SEM, SPEM, DIAEnd),
 )

@@ -7,9 +7,9 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from timm.utils import unwrap_model  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
+from .compare import unwrapped
 from .gates import Gate, gate_in, gate_modules, gate_of, with_runs
 
 
@@ -259,7 +259,7 @@ def record(
         raise TypeError(f"keep is a number of images, or numbers of images, got {keep!r}")
     if any(i < 0 for i in numbers):
         raise ValueError(f"keep must not be below 0, got {keep!r}")
-    model = unwrap_model(model)
+    model = unwrapped(model)
     known = None if gates is None else {gate.path: gate for gate in gates}
     found = Record(known.values() if known else (), keep, correlation)
     modules = gate_modules(model, also) if known is None else {p: model.get_submodule(p) for p in known}

@@ -1,5 +1,6 @@
 """What the commands share: the app, the console, and options that say which images are evaluated."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -7,6 +8,7 @@ from typing import Any, Literal
 from rich.console import Console
 from tyro.extras import SubcommandApp
 
+from ..errors import UserError
 from ..load import RECIPE
 from ..training import Recipe
 from ..training.recipe_file import load_recipe
@@ -28,9 +30,9 @@ class Images:
     Args:
         data: A folder of parquet files or images, a dataset id on the Hugging Face Hub, or digits (from
             scikit-learn).
-        split: Split to evaluate on; by default test, or validation if there is no test.
-        val_fraction: Without such a split, evaluate on the images that `train --val-fraction` holds out of
-            the training split; by default as in the run.
+        split: Split to evaluate on; by default test, or validation if there is no test. 'train, held out' is
+            what `train --val-fraction` held out, which is also taken where there is neither.
+        val_fraction: The model's --val-fraction in training; known of a run and of a hub folder.
         data_config: Configuration of the dataset, if it has several.
         data_revision: Branch, tag or commit of a dataset on the Hub.
         batch_size: Images per batch.
@@ -42,7 +44,7 @@ class Images:
 
     data: str
     split: str | None = None
-    val_fraction: float = 0.0
+    val_fraction: float | None = None
     data_config: str | None = None
     data_revision: str | None = None
     batch_size: int = 128
@@ -52,11 +54,23 @@ class Images:
     workers: int = 2
 
     def recipe(self, source: str, **others: Any) -> Recipe:
-        """A recipe that reads them, for a model from a source that may have a recipe of its own."""
+        """A recipe that reads them, for a model from a source that may have a recipe of its own.
+
+        Raises:
+            UserError: The model was trained with another ``val_fraction``, or a value is out of range.
+        """
         fields = {name: value for name, value in vars(self).items() if name != "split"}
-        own = Path(source.removeprefix("local-dir:")) / RECIPE
-        if not self.val_fraction and own.is_file():
-            fields["val_fraction"] = load_recipe(own).val_fraction
+        own = Recipe(val_fraction=self.val_fraction or 0.0)
+        with suppress(UserError):  # no recipe, or one of other software
+            own = load_recipe(Path(source.removeprefix("local-dir:")) / RECIPE)
+        if self.val_fraction and self.val_fraction != own.val_fraction:
+            raise UserError(
+                f"{source} was trained with --val-fraction {own.val_fraction}, not "
+                f"{self.val_fraction}: leave it out"
+            )
+        if self.val_fraction is None:
+            fields["val_fraction"] = own.val_fraction
+        fields["train_split"] = own.train_split
         return Recipe(**fields, eval_split=self.split, **others)
 
 

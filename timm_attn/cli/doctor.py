@@ -71,7 +71,11 @@ def _devices() -> list[str]:
 def _extras() -> list[tuple[str, str]]:
     """For each extra, whether it is installed, or which packages are missing."""
     asked: dict[str, list[str]] = {}
-    for line in requires("timm-attn") or ():
+    try:
+        lines = requires("timm-attn") or ()
+    except PackageNotFoundError:  # a checkout on the path
+        lines = ()
+    for line in lines:
         requirement = Requirement(line)
         for extra in ("train", "export", "track", "sign"):
             marker = requirement.marker

@@ -100,7 +100,7 @@ def read_sample(source: str, model: Any, images: Images, most: int) -> Any:
     from ..report import Sample
 
     config: dict[str, Any] = resolve_model_data_config(model)
-    x, y, names = evaluation_images(model, images.recipe(source), most, console.is_terminal)
+    x, y, names = evaluation_images(model, images.recipe(source), most, console.is_terminal, source)
     return Sample(x, y, names, config["mean"], config["std"])
 
 

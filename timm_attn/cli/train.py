@@ -107,7 +107,7 @@ def validate_command(
         precision: Precision: no (fp32), bf16 or fp16.
     """
     recipe = images.recipe(model, precision=precision)
-    figures = validate(load_model(model), recipe, show=console.is_terminal)
+    figures = validate(load_model(model), recipe, console.is_terminal, model)
     table = Table("model", "data", "images", "top-1", "top-5", "loss", "images/s")
     table.add_row(
         model,

@@ -22,6 +22,7 @@ class SEGenerator(nn.Module):
     """v = σ(fc2 relu(fc1 ψ)): SE (https://arxiv.org/abs/1709.01507) on a learned constant.
 
     ψ is a single row (1 × C), initialised to 0.1; the hidden width is round(C / reduction), at least 1.
+    As ψ has two axes, weight decay that leaves out biases and the scales of norms includes it.
     """
 
     def __init__(self, channels: int, reduction: int = 16, device=None, dtype=None) -> None:
@@ -29,9 +30,14 @@ class SEGenerator(nn.Module):
         super().__init__()
         check_whole("ASR reduction", reduction)
         hidden = max(1, round(channels / reduction))
-        self.psi = nn.Parameter(torch.full((1, channels), 0.1, **dd))
+        self.psi = nn.Parameter(torch.empty(1, channels, **dd))
+        self.reset_parameters()
         self.fc1 = nn.Linear(channels, hidden, **dd)
         self.fc2 = nn.Linear(hidden, channels, **dd)
+
+    def reset_parameters(self) -> None:
+        """Set ψ; the layers have a method of their own."""
+        nn.init.constant_(self.psi, 0.1)
 
     def forward(self) -> Tensor:
         """The gate v, 1 × C, each entry in (0, 1)."""
@@ -48,9 +54,15 @@ class IEGenerator(nn.Module):
     def __init__(self, channels: int, device=None, dtype=None) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
-        self.psi = nn.Parameter(torch.full((1, channels), 0.1, **dd))
-        self.weight = nn.Parameter(torch.zeros(channels, **dd))
-        self.bias = nn.Parameter(torch.full((channels,), -1.0, **dd))
+        self.psi = nn.Parameter(torch.empty(1, channels, **dd))
+        self.weight, self.bias = (nn.Parameter(torch.empty(channels, **dd)) for _ in range(2))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the parameters."""
+        nn.init.constant_(self.psi, 0.1)
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, -1.0)
 
     def forward(self) -> Tensor:
         """The gate v, 1 × C, each entry in (0, 1)."""
@@ -68,8 +80,13 @@ class ECAGenerator(nn.Module):
         super().__init__()
         size = int((math.log2(channels) + 1) / 2)
         size = max(3, size if size % 2 else size + 1)
-        self.psi = nn.Parameter(torch.full((1, channels), 0.1, **dd))
+        self.psi = nn.Parameter(torch.empty(1, channels, **dd))
+        self.reset_parameters()
         self.conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False, **dd)
+
+    def reset_parameters(self) -> None:
+        """Set ψ; the convolution has a method of its own."""
+        nn.init.constant_(self.psi, 0.1)
 
     def forward(self) -> Tensor:
         """The gate v, 1 × C, each entry in (0, 1)."""
@@ -87,8 +104,14 @@ class SRMGenerator(nn.Module):
     def __init__(self, channels: int, device=None, dtype=None) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
-        self.psi = nn.Parameter(torch.full((1, channels, 2), 0.1, **dd))
-        self.weight = nn.Parameter(torch.zeros(channels, 2, **dd))
+        self.psi = nn.Parameter(torch.empty(1, channels, 2, **dd))
+        self.weight = nn.Parameter(torch.empty(channels, 2, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the parameters."""
+        nn.init.constant_(self.psi, 0.1)
+        nn.init.zeros_(self.weight)
 
     def forward(self) -> Tensor:
         """The gate v, 1 × C, each entry in (0, 1)."""
@@ -99,13 +122,18 @@ class ScaleGenerator(nn.Module):
     """v = ψ, a learned scale per channel, initialised to 1: what the other generators fold to.
 
     A baseline of this package, in no paper. It can learn the same functions as the folded network, so that a
-    difference from it shows the effect of a generator on training. Unbounded, without a sigmoid. ψ has one axis,
-    as the scales of norms have: optimisers treat it as one of those.
+    difference from it shows the effect of a generator on training. Unbounded, without a sigmoid. ψ has one
+    axis, so that optimisers treat it as the scale of a norm.
     """
 
     def __init__(self, channels: int, device=None, dtype=None) -> None:
         super().__init__()
-        self.psi = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
+        self.psi = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set ψ."""
+        nn.init.ones_(self.psi)
 
     def forward(self) -> Tensor:
         """The gate v, 1 × C."""

@@ -14,6 +14,6 @@ def eager(x: Any) -> bool:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor):
         return False
-    # Nothing public tells these.
-    transformed: Any = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
-    return transformed is None and forward_ad._current_level < 0
+    # Nothing public tells these. Without them the answer is the safe one.
+    transformed: Any = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: "unknown")()
+    return transformed is None and getattr(forward_ad, "_current_level", 0) < 0

@@ -4,9 +4,10 @@ from torch import Tensor, nn
 
 
 class ConstantGate(nn.Module):
-    """One positive factor per channel, the same for every image.
+    """One factor per channel, the same for every image.
 
-    ``timm_attn.fold`` multiplies it into the parameters before it. Subclasses define ``gate``.
+    ``timm_attn.fold`` multiplies it into the parameters before it; where an activation stands between, it has
+    to be positive. Subclasses define ``gate``.
     """
 
     def gate(self) -> Tensor:
@@ -15,7 +16,7 @@ class ConstantGate(nn.Module):
 
     def forward(self, x: Tensor, axis: int = 1) -> Tensor:
         """Scale the channels of x: B × C × H × W, or with axis −1 B × N × C or B × H × W × C."""
-        gate = self.gate()
+        gate = self.gate().to(x.dtype)  # under autocast the map is of lower precision, and stays so
         return x * (gate[:, :, None, None] if axis == 1 else gate[0])
 
     def fuse(self) -> nn.Module:

@@ -42,8 +42,13 @@ class SEM(nn.Module):
         self.fc1 = nn.Linear(channels, hidden, **dd)
         self.fc2 = nn.Linear(hidden, channels, **dd)
         self.conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False, **dd)
-        self.weight = nn.Parameter(torch.zeros(channels, **dd))
-        self.bias = nn.Parameter(torch.full((channels,), -1.0, **dd))
+        self.weight, self.bias = (nn.Parameter(torch.empty(channels, **dd)) for _ in range(2))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the parameters of its own; its layers have theirs."""
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, -1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale the channels of x (B × C × H × W)."""
@@ -51,7 +56,7 @@ class SEM(nn.Module):
         w = self.switch(g).sigmoid()
         logits = self.fc2(self.fc1(g).relu()), self.conv(g[:, None])[:, 0], self.weight * g + self.bias
         gates = [(w[:, i : i + 1] * logit).sigmoid() for i, logit in enumerate(logits)]
-        return x * (gates[0] * gates[1] * gates[2])[:, :, None, None]
+        return x * (gates[0] * gates[1] * gates[2]).to(x.dtype)[:, :, None, None]
 
     @torch.no_grad()
     def start_constant(self) -> float:

@@ -42,10 +42,18 @@ class SPEM(nn.Module):
         super().__init__()
         check_number("SPEM aux_weight", aux_weight, "a finite number of 0 or more", zero=True)
         self.aux_weight = aux_weight
-        self.p = nn.Parameter(torch.full((2,), 0.5, **dd))
-        self.weight1, self.weight2 = (nn.Parameter(torch.zeros(channels, **dd)) for _ in range(2))
-        self.bias1, self.bias2 = (nn.Parameter(torch.full((channels,), -1.0, **dd)) for _ in range(2))
+        self.p = nn.Parameter(torch.empty(2, **dd))
+        self.weight1, self.weight2 = (nn.Parameter(torch.empty(channels, **dd)) for _ in range(2))
+        self.bias1, self.bias2 = (nn.Parameter(torch.empty(channels, **dd)) for _ in range(2))
         self.register_buffer("aux_scale", torch.ones((), **dd), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the parameters."""
+        nn.init.constant_(self.p, 0.5)
+        for weight, bias in ((self.weight1, self.bias1), (self.weight2, self.bias2)):
+            nn.init.zeros_(weight)
+            nn.init.constant_(bias, -1.0)
 
     def init_non_persistent_buffers(self) -> None:
         """Set the buffer that checkpoints do not contain; timm calls it after ``to_empty``."""
@@ -55,9 +63,11 @@ class SPEM(nn.Module):
         """Scale the channels of x (B × C × H × W)."""
         high = x.amax((2, 3)) * self.weight2 + self.bias2
         low = x.amin((2, 3)) * self.weight2 + self.bias2
-        q = self.p.square() / self.p.square().sum()
+        # q is that of any multiple of p; the loss pulls p to 0, where fp16 has no squares.
+        p = self.p / self.p.detach().abs().amax().clamp_min(torch.finfo(self.p.dtype).tiny)
+        q = p.square() / p.square().sum()
         z = (q[0] * high + q[1] * low) * self.weight1 + self.bias1
-        x = x * ((high + low).sigmoid() * z.sigmoid())[:, :, None, None]
+        x = x * ((high + low).sigmoid() * z.sigmoid()).to(x.dtype)[:, :, None, None]
         if self.training and self.aux_weight:
             x = attach_loss(x, self.aux_weight * self.p.square().sum(), self.aux_scale)
         return x

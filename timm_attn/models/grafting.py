@@ -35,10 +35,12 @@ def start_constant(model: nn.Module, stock: Iterable[str]) -> None:
     new = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in ATTENTION]
     new = [path for path in new if not any(key.startswith(f"{path}.") for key in stock)]
     for branch in branches(model, example_input(model, 1)) if new else ():
-        place = f"{branch.block}.{branch.before}"
-        block: Any = model.get_submodule(branch.block)
-        if branch.before and place in new and not isinstance(block.get_submodule(branch.before), GatedInput):
-            _undo(place, BranchEnd(block, replace(branch, before=""), block.get_submodule(branch.before)))
+        place = f"{branch.block}.{branch.attention}"
+        if not branch.attention or place not in new:
+            continue
+        block, attention = model.get_submodule(branch.block), model.get_submodule(place)
+        if not isinstance(attention, GatedInput):
+            _undo(place, BranchEnd(block, replace(branch, attention=""), attention))
     for path, module in model.named_modules():
         if isinstance(module, BranchEnd):
             _undo(path, module)
@@ -69,9 +71,9 @@ def _undo(path: str, end: BranchEnd) -> None:
         raise GraftError(f"{path}: nobody has said how {type(layer).__name__} starts as a constant gate")
     if end.branch.prefix and not end.all_tokens:
         raise GraftError(f"{path}: the gate leaves the class token as it is, so that no scale undoes it")
-    if end.branch.before and not isinstance(end, GateEnd):
+    if end.branch.attention and not isinstance(end, GateEnd):
         raise GraftError(
-            f"{path} cannot be grafted: {end.branch.before} ends the branch, and lets no scale through"
+            f"{path} cannot be grafted: {end.branch.attention} ends the branch, and lets no scale through"
         )
     try:
         scale_parameters(end.block, end.branch, 1 / torch.as_tensor(gate).double())

@@ -82,7 +82,10 @@ class Mechanism:
         return name, arguments | extra
 
     def graft_source(self, backbone: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """The same of the network whose weights can be grafted: SE in the blocks is new to those, too."""
+        """The same of the network that weights are grafted from: for SE, the plain one.
+
+        SE variants are built from timm's SE networks, but here SE is what is new.
+        """
         name, arguments = self.stock_network(backbone, kwargs)
         return backbone if self.put is _se else name, arguments
 
@@ -122,8 +125,8 @@ def _stand(model: nn.Module, ends: Sequence[tuple[Branch, str, nn.Module]], make
             model.attached = key  # pyright: ignore[reportArgumentType]
             continue
         end = make(block, branch, module)
-        if make is GateEnd and branch.before:
-            attention: Any = block.get_submodule(branch.before)
+        if make is GateEnd and branch.attention:
+            attention: Any = block.get_submodule(branch.attention)
             attention.__class__ = mixed(GatedInput, type(attention))
             attention.gate_end, end.inner = (end,), None
         else:
@@ -259,7 +262,7 @@ def _dia(
             if norm:
                 name = _free_name(block, "dia_norm" + branch.suffix)
                 setattr(block, name, nn.BatchNorm2d(branch.channels, **_like(model)).train(block.training))
-                branch = replace(branch, affine=(f"{name}.weight", f"{name}.bias"), before="")
+                branch = replace(branch, affine=(f"{name}.weight", f"{name}.bias"), attention="")
             end = DIAEnd(block, branch, cell, shared, step, norm)
             setattr(block, branch.slot, end.train(block.training))
 

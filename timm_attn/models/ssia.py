@@ -5,6 +5,8 @@
 
 from typing import Any
 
+from timm.layers import PatchDropout
+from timm.layers.patch_dropout import PatchDropoutWithIndices
 from torch import Tensor, nn
 
 from ..ends import mixed
@@ -20,11 +22,17 @@ class SSIANetwork:
     ssia: Any
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Logits; what is attached to them, or to the first of several, acts in the backward pass."""
+        """Logits; what is attached to them, or to the first of several, acts in the backward pass.
+
+        Raises:
+            TypeError: In training, another argument than the images is not given by its name.
+        """
         if not isinstance(args, tuple):  # a tracer's stand-in for what nobody gives
             args, kwargs = (), {}
-        if self.training and isinstance(self.ssia, SSIA) and not args and not kwargs:
-            x, features = self.forward_intermediates(x)  # pyright: ignore[reportCallIssue]
+        if self.training and isinstance(self.ssia, SSIA):
+            if args:
+                raise TypeError("with SSIA, give what is beside the images by name: model(x, name=value)")
+            x, features = self.forward_intermediates(x, **kwargs)  # pyright: ignore[reportCallIssue]
             stages: Any = self.ssia.stages
             logits = self.forward_head(x)
             if isinstance(logits, tuple):  # of distilled networks
@@ -43,7 +51,8 @@ def put_ssia(model: Any, target: str, aux_weight: float) -> None:
     """Give a network SSIA's loss between the feature maps that its ``feature_info`` names, stems aside.
 
     Raises:
-        ValueError: It is no network of timm that gives feature maps and takes them to logits.
+        ValueError: It is no network of timm that gives feature maps and takes them to logits, or it drops
+            patches.
     """
     info = list(getattr(model, "feature_info", None) or [])
     if not info or not hasattr(model, "forward_intermediates") or not hasattr(model, "forward_head"):
@@ -55,6 +64,11 @@ def put_ssia(model: Any, target: str, aux_weight: float) -> None:
         raise ValueError(
             f"ssia does not go with the auxiliary head of {type(model).__name__}: aux_logits=False"
         )
+    drops = [
+        m.prob for m in model.modules() if isinstance(m, PatchDropout | PatchDropoutWithIndices) and m.prob
+    ]
+    if drops:
+        raise ValueError(f"ssia needs the maps of all patches: patch_drop_rate=0, not {drops[0]}")
     modules = dict(model.named_modules())
     first = modules.get(info[0]["module"])
     if first is not None and not list(first.parameters()):  # the activation that ends a stem

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import re
 import shutil
 import warnings
@@ -21,9 +22,11 @@ from ..models import GRAFT, model_names, parse_name, stock_model
 from ..models import mechanism as row_of
 from ..papers import PAPERS, TIMM
 from ..training import Recipe, validate
+from ..training.data import load_split
 from ..training.recipe_file import load_recipe
 from ..training.run import CURVES, METRICS, RESULTS, open_run, read_results, run_recipe, save_model
 from ..training.seeds import is_seeds, seed_runs, spread
+from ..training.splits import HELD_OUT, split_options
 from ..weights import CONFIG, INDEX, Checkpoint, read_config, read_index, sha256, write_index
 from .datasets import license_of
 from .deploy import ONNX, PROGRAM, write_onnx, write_program
@@ -93,18 +96,21 @@ def export(
     environment, forms, trained = open_run(run), forms_of[run], load_recipe(run / RECIPE)
     recipe = _evaluation(run, data)
 
-    known = read_index(hub) if (hub / INDEX).is_file() else []
     mechanism = (
         parse_name(environment["model"])[1] or "resnet" if environment["model"] in model_names() else "timm"
     )
     paper = PAPERS.get(mechanism, TIMM)
     resolved = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
+    for key in ("init", "teacher"):  # where they lay is nobody's business
+        if resolved.get(key) and Path(str(resolved[key]).rpartition(":")[2]).is_absolute():
+            kind, colon, path = str(resolved[key]).rpartition(":")
+            resolved[key] = f"{kind}{colon}{Path(path).name}"
     fields = {
         "recipe": {key: value for key, value in resolved.items() if key not in ("data", "seed")},
         "dataset": {
             "id": dataset,
             "license": license_,
-            "split": list(environment["images"])[-1],  # the one that was evaluated
+            "split": _reported(environment),
             "images": environment["images"],
         },
         "training": {
@@ -118,11 +124,12 @@ def export(
     runtimes = [name for name, wanted in ((ONNX, onnx), (PROGRAM, torch_export)) if wanted]
     written: list[Checkpoint] = []
     partials: list[tuple[Path, Path]] = []
+    renamed: list[Path] = []
     try:
         for form in forms:
-            partial = hub / f".{form.name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            hub.mkdir(parents=True, exist_ok=True)
+            partial = hub / f".{form.name}.{os.getpid()}.partial"
+            partial.mkdir()
             partials.append((partial, hub / form.name))
             checkpoint = _write(partial, form, run, recipe, runtimes, {**resolved, "data": dataset})
             figures = {
@@ -140,20 +147,27 @@ def export(
                 )
             )
         for (partial, _), checkpoint in zip(partials, written, strict=True):
-            for path, text in rendered(checkpoint, link([*known, *written])).items():
+            for path, text in rendered(checkpoint, link([*_listed(hub), *written])).items():
                 (partial / path).parent.mkdir(exist_ok=True)
                 (partial / path).write_text(text, encoding="utf-8")
         for partial, final in partials:
+            if final.exists():
+                raise UserError(f"{final} has been written meanwhile: choose another --tag or --hub")
             partial.rename(final)
+            renamed.append(final)
     except BaseException:
-        for partial, final in partials:
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(final, ignore_errors=True)
+        for folder in (*(partial for partial, _ in partials), *renamed):
+            shutil.rmtree(folder, ignore_errors=True)
         raise
-    linked = link([*known, *written])
+    linked = link([*_listed(hub), *written])
     write_index(hub, linked)
     render(hub)  # the cards of those that were there may name the new ones
     return [c for c in linked if c.name in {form.name for form in forms}]
+
+
+def _listed(hub: Path) -> list[Checkpoint]:
+    """What the index lists by now: others may have exported meanwhile."""
+    return read_index(hub) if (hub / INDEX).is_file() else []
 
 
 def check_tag(tag: str) -> None:
@@ -206,8 +220,28 @@ def _finished(run: Path) -> list[Path]:
 
 
 def _evaluation(run: Path, data: str | None) -> Recipe:
-    """A run's recipe, to evaluate it in float32."""
-    return dataclasses.replace(run_recipe(run, data), precision="no")
+    """A run's recipe, to evaluate it in float32 on what the run reports, whatever splits the data has by now.
+
+    Raises:
+        UserError: The images are not those of the run.
+    """
+    environment = open_run(run)
+    split = _reported(environment)
+    recipe = dataclasses.replace(run_recipe(run, data), eval_split=split, precision="no")
+    then = environment.get("fingerprints", {}).get(split)  # runs of older versions have none
+    if then is not None and not split.endswith(HELD_OUT):  # of those it is checked when they are read
+        now = load_split(recipe.data, "eval", split, encoded=True, **split_options(recipe, None)).fingerprint
+        if now != then:
+            raise UserError(
+                f"the split {split} of {recipe.data} has changed since {run} was evaluated on it: "
+                "restore it, or name its place with --data"
+            )
+    return recipe
+
+
+def _reported(environment: dict[str, Any]) -> str:
+    """The split whose figures a run reports."""
+    return list(environment["images"])[-1]
 
 
 def _median(
@@ -218,7 +252,7 @@ def _median(
     if not others:
         return first, {}
     measured = {
-        run: {form.name: validate(form.model, _evaluation(run, data)) for form in forms}
+        run: {form.name: validate(form.model, _evaluation(run, data), source=run) for form in forms}
         for run, forms in forms_of.items()
     }
     trained = forms_of[first][0].name
@@ -261,7 +295,7 @@ def _write(
         raise UserError(
             f"{form.name} does not compute what {run} computes: relative difference {difference:.3g}"
         )
-    measured = validate(loaded, recipe)
+    measured = validate(loaded, recipe, source=run)
     metrics = {
         **{key: measured[key] for key in (*FIGURES, "images", "skipped") if key in measured},
         "epoch": read_results(run)["epoch"],

@@ -15,7 +15,6 @@ from ..training.freezing import PICTURE, REPORT
 from ..training.recipe_file import load_recipe
 from ..training.run import save_model
 from ..training.seeds import spread
-from ..training.splits import HELD_OUT
 from ..weights import CONFIG, INDEX, Checkpoint, WeightsError, read_config, read_index, sha256, write_index
 from .export import check_tag
 from .render import render, rendered
@@ -52,11 +51,10 @@ def export_frozen(folder: Path, tag: str, hub: Path, data: str | None = None) ->
     name = f"{architecture}.{tag}"
     if (hub / name).exists():
         raise UserError(f"{hub / name} is there already: choose another --tag or --hub, or remove it")
-    split = str(original.dataset["split"])
     recipe = dataclasses.replace(
         load_recipe(original.folder / RECIPE),
         data=data or report["data"],
-        eval_split=None if split.endswith(HELD_OUT) else split,
+        eval_split=str(original.dataset["split"]),
         precision="no",
     )
     partial = hub / f".{name}.partial"
@@ -105,15 +103,14 @@ def export_frozen(folder: Path, tag: str, hub: Path, data: str | None = None) ->
             frozen_from=original.name,
             frozen=_summary(report),
         )
-        known = [*read_index(hub), checkpoint]
-        for path, text in rendered(checkpoint, known).items():
+        for path, text in rendered(checkpoint, [*read_index(hub), checkpoint]).items():
             (partial / path).parent.mkdir(exist_ok=True)
             (partial / path).write_text(text, encoding="utf-8")
         partial.rename(hub / name)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    write_index(hub, known)
+    write_index(hub, [*read_index(hub), checkpoint])
     render(hub)
     return checkpoint
 

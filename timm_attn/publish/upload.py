@@ -96,7 +96,8 @@ def publish(
     folders = [folders] if isinstance(folders, Path) else list(folders)
     checkpoints = [_check(folder) for folder in folders]
     for hub in {checkpoint.folder.parent for checkpoint in checkpoints}:
-        render(hub, write=False)  # what a neighbour lacks must not be found when the first are sent
+        # What a neighbour lacks must not be found when the first are sent.
+        render(hub, write=not dry_run)
     if dry_run:
         return [_plan(checkpoint, to) for checkpoint in checkpoints]
     if sign:
@@ -280,10 +281,9 @@ def _check(folder: Path) -> Checkpoint:
             f"{folder} names no licence of weights and data: export the run with --dataset-license"
         )
     for path, text in rendered(checkpoint, known.values()).items():
-        if not (folder / path).is_file() or (folder / path).read_text(encoding="utf-8") != text:
+        if (folder / path).is_file() and (folder / path).read_text(encoding="utf-8") != text:
             raise UserError(
-                f"{folder / path} does not say what the index says: `python scripts/render_hub.py --hub "
-                f"{folder.parent}` writes it anew"
+                f"{folder / path} does not say what the index says: remove it, and it is written anew"
             )
     model = load_model(f"local-dir:{folder}")
     sibling = checkpoint.folded or checkpoint.folded_from

@@ -80,7 +80,7 @@ def write_report(source: str, recipe: Recipe, out: Path, show: bool = False) -> 
         UserError: The model or the data cannot be used. Nothing is written.
     """
     model = load_model(source)
-    seen = evaluated(model, recipe, show)
+    seen = evaluated(model, recipe, show, source)
     folder = Path(source.removeprefix("local-dir:"))
     name = folder.name or source
     folded = _deployed(model)

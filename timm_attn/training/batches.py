@@ -124,7 +124,7 @@ class Batches:
         return len(self._evaluation_indices())
 
     def _evaluation_indices(self) -> tuple[Tensor, ...]:
-        indices = torch.arange(self.shard.rank, len(self.split), self.shard.processes)
+        indices = torch.arange(len(self.split))[self.shard.rank :: self.shard.processes]
         return indices.split(
             max(1, self.recipe.batch_size // self.shard.processes // self.recipe.accumulation)
         )

@@ -58,16 +58,16 @@ def save(run: Path, state: State, keep: int) -> Path:
             partial / "state.json", {"step": state.step, "optimizer": rest, "progress": state.progress}
         )
         for path in partial.iterdir():
-            _sync(path)
+            sync(path)
         write_json(partial / MANIFEST, {p.name: sha256(p) for p in sorted(partial.iterdir())})
         for path in (partial / MANIFEST, partial):
-            _sync(path)
+            sync(path)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _sync(run)
+    sync(run)
     for _, old in folders(run)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -173,11 +173,12 @@ def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def _sync(path: Path) -> None:
-    # Folders cannot be opened on Windows; there the rename alone has to do.
+def sync(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk."""
+    # On Windows folders cannot be opened, so that the rename alone has to do, and only writable files synced.
     if os.name == "nt" and path.is_dir():
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..images import DataError, decode
-from ..weights import silence
+from ..weights import hub_unreachable
 from .folders import image_splits, image_table, readable_folder, split_folders
 from .labels import read_labels
 from .pixels import cache_folder, contents, decoded
@@ -217,7 +217,15 @@ def _rows(
 
 
 class NoSplit(DataError):
-    """A data set has not the split that is asked for."""
+    """A data set has not the split that is asked for.
+
+    Attributes:
+        found: What it has, in words without a hint.
+    """
+
+    def __init__(self, found: str, hint: str) -> None:
+        super().__init__(f"{found}: {hint}")
+        self.found = found
 
 
 def _chosen_split(data: str, role: str, name: str | None, splits: Iterable[str]) -> str:
@@ -229,7 +237,7 @@ def _chosen_split(data: str, role: str, name: str | None, splits: Iterable[str])
             hint += ", or hold out a part of the training split with --val-fraction 0.2"
         if Path(data).name in ("train", *wanted):
             hint += f", or give the folder above, {Path(data).resolve().parent}"
-        raise NoSplit(f"{data} has no split {' or '.join(wanted)}, only {', '.join(splits)}: {hint}")
+        raise NoSplit(f"{data} has no split {' or '.join(wanted)}, only {', '.join(splits)}", hint)
     return found[0]
 
 
@@ -241,7 +249,7 @@ def _read(
 
     folder, source, patterns = Path(data), data, None
     if not folder.is_dir():
-        _refuse_silence(data)
+        _check_hub(data)
     try:
         if folder.is_dir():
             folder = readable_folder(folder.resolve(), cache_folder() / "links")
@@ -272,7 +280,7 @@ def _read(
     return splits[name], name
 
 
-def _refuse_silence(data: str) -> None:
+def _check_hub(data: str) -> None:
     """Raise a DataError at once if the Hub does not answer: `datasets` goes on asking for half a minute."""
     from datasets import config
     from datasets.naming import camelcase_to_snakecase
@@ -281,10 +289,11 @@ def _refuse_silence(data: str) -> None:
     cached = config.HF_DATASETS_CACHE / "___".join((*owner, camelcase_to_snakecase(name)))
     if cached.is_dir():
         return
-    reason = silence()
+    reason = hub_unreachable()
     if reason:
         raise DataError(
-            f"cannot read {data!r} as a data set: there is no folder of that name here, and {reason}. {_GIVE}"
+            f"cannot read {data!r} as a data set: there is no folder of that name here, none in the cache, "
+            f"and {reason}. Get a connection, or give another place. {_GIVE}"
         )
 
 

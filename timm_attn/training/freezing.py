@@ -13,12 +13,11 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import replace_file
 from ..freeze import FreezeReport, freeze
-from ..images import DataError
 from ..load import is_run, load_model
 from ..passes import Figures
 from ..search import Recover
 from ..style import new_figure, style, write_png
-from .data import load_split
+from .data import NoSplit, load_split
 from .labels import match_classes
 from .loop import resume, train
 from .processes import own_accelerate_state
@@ -68,10 +67,10 @@ def freeze_trained(
         raise UserError(f"--recover is at least 0 and --max-images at least 1, got {steps} and {most}")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose another --out")
-    if out.exists() and any(not path.name.startswith("recover-") for path in out.iterdir()):
+    if out.exists() and any(not path.name.startswith(("recover-", ".")) for path in out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, or remove it")
     model = load_model(source)
-    images, labels, means, classes, names = read_images(model, recipe, most, show)
+    images, labels, means, classes, names = read_images(model, recipe, most, show, source)
     try:
         report = freeze(
             model,
@@ -149,10 +148,10 @@ def _finite(value: Any) -> Any:
 
 @own_accelerate_state()
 def read_images(
-    model: Any, recipe: Recipe, most: int, show: bool
+    model: Any, recipe: Recipe, most: int, show: bool, source: str | Path | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[str]]:
     """Images and labels of the evaluation split, and for the means those of the training split."""
-    accelerator, config, split = prepared(model, recipe, "no")
+    accelerator, config, split = prepared(model, recipe, "no", source)
     height, width = config["input_size"][1:]
     with accelerator.local_main_process_first():
         try:
@@ -161,7 +160,8 @@ def read_images(
             match_classes(means, split.label_names)
             if recipe.val_fraction:
                 means, _ = hold_out(means, recipe.val_fraction)
-        except DataError:
+        except NoSplit as error:
+            accelerator.print(f"{error.found}: the means of the gates are from evaluation images")
             means = None
 
     images, labels = split_tensors(split, recipe, config, most, show)

@@ -37,6 +37,7 @@ def train(
     out: str | Path,
     on_step: OnStep | None = None,
     on_start: Callable[[], Any] | None = None,
+    like: Path | None = None,
 ) -> dict[str, Any]:
     """Train a model.
 
@@ -46,6 +47,7 @@ def train(
         out: The run folder to create.
         on_step: Called after each step, with the number of steps done.
         on_start: Called by the main process once the run folder is created.
+        like: A run whose data this one must have.
 
     Returns:
         The run's results: split, top-1 and top-5 accuracy (%), loss (nats) and number of images of the last
@@ -66,6 +68,8 @@ def train(
     if recipe.compile:
         check_compiler(accelerator.device)
     splits = load_splits(recipe, accelerator)
+    if like is not None:
+        _check_same_data(splits, open_run(like), recipe.data, like)
     network, recipe = build(model, recipe, splits.train, accelerator.print)
     check_readable(network, splits.train.label_names)
     arguments = construction(network)  # before it is wrapped

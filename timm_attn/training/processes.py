@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from ..errors import UserError
 from .recipe import Recipe
 
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -39,13 +40,20 @@ def make_accelerator(precision: str, **kwargs: Any) -> Accelerator:
     AcceleratorState._reset_state()
     # Some processes wait while the first one downloads and prepares the data.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=precision,
         # Without a word from us Accelerate ignores the other processes of a `torchrun` on CPUs.
         cpu=not torch.accelerator.is_available(),
+        dynamo_backend="no",  # whatever `accelerate config` says: the recipe decides
         kwargs_handlers=[patience],
         **kwargs,
     )
+    if accelerator.distributed_type in _SHARDED:
+        raise UserError(
+            f"Accelerate is configured for {accelerator.distributed_type.value}, where no process has "
+            "the whole network: start with `accelerate launch --multi_gpu`, or change `accelerate config`"
+        )
+    return accelerator
 
 
 @contextlib.contextmanager
@@ -53,6 +61,7 @@ def own_accelerate_state() -> Iterator[None]:
     """Give a caller's Accelerate its state back: precision and accumulation are singletons of the process."""
     singletons = [AcceleratorState._shared_state, GradientState._shared_state]
     theirs = [dict(state) for state in singletons]
+    GradientState._shared_state.clear()  # one in the middle of an accumulation would let no optimiser step
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from copy import deepcopy
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ from torch import nn
 from ..errors import UserError
 from ..files import disk_errors, replace_file, sha256, write_json
 from ..load import ENVIRONMENT, RECIPE, is_run
+from ..version import __version__
 from ..weights import CONFIG, WEIGHTS, read_config
+from .checkpoint import sync
 from .recipe import Recipe
 from .recipe_file import load_recipe, save_recipe
 from .splits import Splits
@@ -131,14 +133,17 @@ def save_model(model: nn.Module, folder: Path, label_names: list[str]) -> None:
     partial = folder / ".model.partial"
     # safetensors refuses channels-last tensors.
     model = deepcopy(model).to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-    with disk_errors(folder / WEIGHTS):
-        save_for_hf(model, str(partial), safe_serialization=True)
-    _write_config(model, partial / CONFIG, label_names)
-    # safetensors lets nobody else read the file.
-    shutil.copymode(partial / CONFIG, partial / WEIGHTS)
-    for name in (CONFIG, WEIGHTS):
-        os.replace(partial / name, folder / name)
-    partial.rmdir()
+    try:
+        with disk_errors(folder / WEIGHTS):
+            save_for_hf(model, str(partial), safe_serialization=True)
+        _write_config(model, partial / CONFIG, label_names)
+        # safetensors lets nobody else read the file.
+        shutil.copymode(partial / CONFIG, partial / WEIGHTS)
+        for name in (CONFIG, WEIGHTS):
+            sync(partial / name)
+            os.replace(partial / name, folder / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_config(model: nn.Module, path: Path, label_names: list[str]) -> None:
@@ -187,14 +192,22 @@ def start_run(
         recipe: With its open ends resolved.
         splits: The data.
         processes: Number of processes that train.
+
+    Raises:
+        UserError: Another process has started a run there.
     """
+    about = surroundings()
+    try:
+        (run / RECIPE).touch(exist_ok=False)
+    except FileExistsError:
+        raise UserError(f"another run has been started in {run} meanwhile: choose another --out") from None
     save_recipe(recipe, run / RECIPE)
     environment = {
         "model": model,
         "data": Path(recipe.data).name if Path(recipe.data).is_dir() else recipe.data,
         "images": splits.counts,
         "label_names": splits.train.label_names,
-        **surroundings(),
+        **about,
         "processes": processes,
         "recipe_sha256": sha256(run / RECIPE),
         "fingerprints": splits.fingerprints,
@@ -205,14 +218,22 @@ def start_run(
 
 def surroundings() -> dict[str, Any]:
     """Where and with what this process computes: command, commit, versions and hardware."""
-    packages = ("torch", "timm", "timm-attn", "accelerate", "datasets", "huggingface-hub", "safetensors")
+    packages = ("torch", "timm", "accelerate", "datasets", "huggingface-hub", "safetensors")
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
+        "packages": {"timm-attn": __version__, **{name: installed(name) for name in packages}},
         "hardware": hardware(),
     }
+
+
+def installed(package: str) -> str:
+    """The version of a package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def hardware() -> str:

@@ -19,6 +19,7 @@ from .loop import resume, train
 from .recipe import Recipe
 from .recipe_file import load_recipe, save_recipe
 from .run import CURVES, RESULTS, open_run, read_metrics, read_results, refuse_full_folder
+from .splits import resolve_folders
 
 SEEDS = "seeds.json"
 
@@ -42,6 +43,7 @@ def train_seeds(model: str, recipe: Recipe, out: str | Path, seeds: Sequence[int
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError(f"seeds must be different numbers, got {' '.join(map(str, seeds))}")
     refuse_full_folder(out)
+    recipe = resolve_folders(recipe)  # it is read again when the rest is trained, perhaps from another folder
     # When a run starts its input has been checked: until then nothing is left behind.
     announce = partial(_announce, model, recipe, out, seeds)
     for seed in seeds:
@@ -59,12 +61,14 @@ def resume_seeds(out: str | Path, data: str | None = None) -> dict[str, Any]:
     out = Path(out)
     asked = json.loads((out / SEEDS).read_text(encoding="utf-8"))
     recipe = load_recipe(out / RECIPE)
-    for seed in asked["seeds"]:
-        run = out / f"seed-{seed}"
+    runs = seed_runs(out)
+    like = next((run for run in runs if is_run(run)), None)
+    for seed, run in zip(asked["seeds"], runs, strict=True):
         if is_run(run):
             resume(run, data=data)
         else:
-            train(asked["model"], dataclasses.replace(recipe, seed=seed, data=data or recipe.data), run)
+            again = dataclasses.replace(recipe, seed=seed, data=data or recipe.data)
+            train(asked["model"], again, run, like=like)
     return _summary(out, asked["seeds"])
 
 

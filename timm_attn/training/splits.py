@@ -68,12 +68,7 @@ def load_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
         else:
             height, width = train_split.pixels.shape[1:3]
             options["size"] = (width, height)
-        try:
-            eval_split = load_split(recipe.data, "eval", recipe.eval_split, **options)
-        except NoSplit:
-            if recipe.eval_split or not recipe.val_fraction:
-                raise
-            eval_split = None  # the part that is held out is all there is
+        eval_split = own_evaluation_split(recipe, options)
     for split in filter(None, (train_split, eval_split)):
         if split.skipped:
             accelerator.print(f"warning: {split.skipped} corrupt images of {split.name} are left out")
@@ -84,6 +79,27 @@ def load_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
     return Splits(*hold_out(train_split, recipe.val_fraction), eval_split)
 
 
+def own_evaluation_split(recipe: Recipe, options: dict[str, Any]) -> Split | None:
+    """The evaluation split; None where what ``val_fraction`` holds out stands in for it.
+
+    That is where the data has none, and where ``eval_split`` is the name of held-out images.
+
+    Raises:
+        NoSplit: There is nothing to evaluate on.
+        UserError: The data cannot be used.
+    """
+    if recipe.eval_split and recipe.eval_split.endswith(HELD_OUT):
+        if not recipe.val_fraction:
+            raise UserError(f"{recipe.eval_split!r} of {recipe.data} needs --val-fraction, as in training")
+        return None
+    try:
+        return load_split(recipe.data, "eval", recipe.eval_split, **options)
+    except NoSplit:
+        if recipe.eval_split or not recipe.val_fraction:
+            raise
+        return None
+
+
 def hold_out(split: Split, fraction: float) -> tuple[Split, Split]:
     """A training split without a fraction of its images, always the same, and these.
 
@@ -92,12 +108,31 @@ def hold_out(split: Split, fraction: float) -> tuple[Split, Split]:
     """
     held_out = round(len(split) * fraction)
     if not 0 < held_out < len(split):
-        raise UserError(f"val_fraction {fraction} holds out {held_out} of {len(split)} images")
+        raise UserError(
+            f"val_fraction {fraction} holds out {held_out} of {len(split)} images: choose one that leaves "
+            "some in both parts"
+        )
     order = torch.randperm(len(split), generator=generator("held out"))
-    return (
-        split.select(order[held_out:].sort().values, split.name),
-        split.select(order[:held_out].sort().values, f"{split.name}, {HELD_OUT}"),
+    part = split.select(order[:held_out].sort().values, f"{split.name}, {HELD_OUT}")
+    part.skipped = 0  # corrupt images are in no part
+    return split.select(order[held_out:].sort().values, split.name), part
+
+
+def resolve_folders(recipe: Recipe) -> Recipe:
+    """A recipe with whole paths of folders, since a run may be resumed and exported from another one."""
+    return dataclasses.replace(
+        recipe,
+        **{name: resolved(getattr(recipe, name)) for name in ("data", "init", "teacher")},
     )
+
+
+def resolved(source: str | None) -> str | None:
+    """A source of data or weights, with its whole path if it is a folder."""
+    if source is None:
+        return None
+    kind = next((kind for kind in ("graft:", "local-dir:") if source.startswith(kind)), "")
+    path = Path(source.removeprefix(kind))
+    return f"{kind}{path.resolve()}" if path.is_dir() else source
 
 
 def resolve_recipe(recipe: Recipe, split: Split, cfg: dict[str, Any] | None) -> Recipe:
@@ -113,9 +148,7 @@ def resolve_recipe(recipe: Recipe, split: Split, cfg: dict[str, Any] | None) -> 
     else:
         mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     return dataclasses.replace(
-        recipe,
-        # A run may be resumed and exported from another folder.
-        data=str(Path(recipe.data).resolve()) if Path(recipe.data).is_dir() else recipe.data,
+        resolve_folders(recipe),
         mean=recipe.mean or tuple(round(m, 4) for m in mean),
         std=recipe.std or tuple(round(s, 4) for s in std),
         hflip=recipe.hflip if recipe.hflip is not None else recipe.data != "digits",

@@ -37,6 +37,8 @@ from .run import RESULTS, save_model
 from .signals import Interrupted, Signals
 from .splits import Splits
 
+#: Steps on GPUs after which processes ask each other whether a signal came to one of them.
+_ASK_EVERY = 10
 OnStep = Callable[[int], None]
 
 
@@ -109,6 +111,7 @@ class Trainer:
             self.teacher = load_teacher(recipe.teacher, splits.train.label_names, network, recipe).to(device)
 
         self.step = 0
+        self.saved: int | None = None  # step of the newest checkpoint
         self.part_shape: torch.Size | None = None  # of the images that go through the network at a time
         # Of the epoch: loss, correct predictions, images, images that stood in for corrupt ones.
         self.sums = torch.zeros(4, dtype=sum_dtype(device), device=device)
@@ -133,7 +136,7 @@ class Trainer:
         checkpoint.restore_optimizer(self.optimizer, state.optimizer)
         if self.ema is not None:
             self.ema.module.load_state_dict(state.ema)
-        self.step = state.step
+        self.step = self.saved = state.step
         sums = torch.tensor(state.progress["sums"], dtype=self.sums.dtype, device=self.sums.device)
         self.sums = sums if self.accelerator.is_main_process else torch.zeros_like(sums)
         if self.accelerator.scaler is not None:
@@ -187,12 +190,13 @@ class Trainer:
         images_per_second = self._train(epoch, batches, bar)
         loss, correct, images, skipped = self._reduce(self.sums)
         self._share_buffers()
+        self._save()  # whatever ends the evaluation, the epoch is not lost
         evaluated = evaluate(self.averaged, self.eval_batches, self.accelerator)
         if not math.isfinite(evaluated["loss"]):
             raise UserError(
                 f"the evaluation loss after step {self.step} is {evaluated['loss']}, though the training "
                 f"loss is {loss / images:.4g}: the norms' running statistics are far from the batches'. "
-                f"Lower --lr (it was {self.recipe.lr}). {self._last_checkpoint()}"
+                f"Lower --lr (it was {self.recipe.lr}) in a new run"
             )
         line = {
             "epoch": epoch + 1,
@@ -209,9 +213,8 @@ class Trainer:
         bar.epoch(line)
         self.history.add_epoch(line)
         self._track(line)
-        self._save()
         if epoch + 1 < self.recipe.epochs:
-            self._check_signal(saved=True)
+            self._check_signal()
 
     def _train(self, epoch: int, batches: Iterator[Batch], bar: Bar) -> float:
         """The steps of an epoch that are left; images per second of all processes."""
@@ -232,10 +235,12 @@ class Trainer:
             if self.on_step is not None:
                 self.on_step(self.step)
             logged = self.step % recipe.log_every == 0
-            # To look at what a GPU has computed is to wait for it.
+            # To look at what a GPU has computed is to wait for it, and to ask the others, too.
             if logged or self.accelerator.device.type == "cpu":
                 self._check_trouble()
-                self._check_signal(saved=False)
+                self._check_signal()
+            elif self.step % _ASK_EVERY == 0 or (self.accelerator.num_processes == 1 and self.signals.number):
+                self._check_signal()
             if logged:
                 self._log(epoch, loss, norm, (self.step - first) * recipe.batch_size, started)
             if (
@@ -244,8 +249,8 @@ class Trainer:
                 and self.step % self.steps
             ):
                 self._save()
-        self._check_signal(saved=False)  # before the evaluation, which may take long
         self._check_trouble()
+        self._check_signal()  # before the evaluation, which may take long
         return (self.step - first) * recipe.batch_size / (time.perf_counter() - started)
 
     def _update(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
@@ -305,11 +310,16 @@ class Trainer:
         """What to say, with the batch size that fits, which is found by trying.
 
         What is tried is the step of the run itself, with what the optimiser keeps. It spoils the weights, and
-        the run is over. The network is not compiled, which takes less time and if anything more memory, and
-        takes no part in what other processes do.
+        the run is over. The network is not compiled, which takes less time and if anything more memory. With
+        several processes nothing is tried: what broke off in one of them has the others waiting.
         """
         assert self.part_shape is not None
         size, *shape = self.part_shape
+        if self.accelerator.num_processes > 1:
+            return (
+                f"out of memory ({reason}) with {size} images at a time: lower --batch-size, or raise "
+                f"--accumulation. {self._last_checkpoint()}"
+            )
         least = 1 if self.mixup is None else 2  # mixup takes even numbers of images
         self.model = self.network
         fits = size // 2 // least * least
@@ -325,7 +335,7 @@ class Trainer:
         if not fits:
             images = "one image" if least == 1 else "two images"
             return f"out of memory ({reason}), even for {images}: take smaller images or a smaller network"
-        batch = fits * recipe.accumulation * self.accelerator.num_processes
+        batch = fits * recipe.accumulation
         parts = recipe.accumulation * -(-size // fits)
         return (
             f"out of memory ({reason}) with {size} images at a time; {fits} fit: take --batch-size {batch}, "
@@ -369,14 +379,13 @@ class Trainer:
                 f"or try --precision no. {self._last_checkpoint()}"
             )
 
-    def _check_signal(self, saved: bool) -> None:
+    def _check_signal(self) -> None:
         """Stop if a signal came to any process, on all of them, with a checkpoint."""
         numbers = self.accelerator.gather(self.trouble.new_tensor([self.signals.number]))
         assert torch.is_tensor(numbers)
         number = int(numbers.max())
         if number:
-            if not saved:
-                self._save()
+            self._save()
             raise Interrupted(f"{signal.Signals(number).name} after step {self.step}")
 
     def _last_checkpoint(self) -> str:
@@ -409,6 +418,9 @@ class Trainer:
             self.accelerator.log({k: v for k, v in line.items() if k not in ("epoch", "step")}, self.step)
 
     def _save(self) -> None:
+        """Write a checkpoint of this step, unless there is one."""
+        if self.saved == self.step:
+            return
         self._check_trouble()
         if not self._finite():
             raise UserError(
@@ -419,6 +431,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             checkpoint.save(self.run, state, self.recipe.keep_checkpoints)
         self.accelerator.wait_for_everyone()
+        self.saved = self.step
 
     def _finite(self) -> bool:
         """Whether the state can be saved, on all processes."""

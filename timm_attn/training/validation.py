@@ -1,6 +1,7 @@
 """Evaluates a model on a dataset."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from ..errors import UserError
+from ..images import DataError
+from ..load import is_run
 from .batches import Batches, Shard
 from .data import NoSplit, Split, load_split
 from .evaluation import evaluate
@@ -16,30 +19,38 @@ from .labels import match_classes
 from .processes import make_accelerator, own_accelerate_state
 from .progress import track
 from .recipe import Recipe
-from .splits import HELD_OUT, hold_out, split_options
+from .run import open_run
+from .splits import HELD_OUT, hold_out, own_evaluation_split, split_options
 
 
-def evaluation_split(model: Any, recipe: Recipe, config: dict[str, Any]) -> Split:
+def evaluation_split(
+    model: Any, recipe: Recipe, config: dict[str, Any], source: str | Path | None = None
+) -> Split:
     """The split that a recipe's data is evaluated on, with a model's classes.
 
-    Without such a split it is what ``val_fraction`` holds out of the training split, as in a run.
+    Without such a split, or where ``eval_split`` is its name, it is what ``val_fraction`` holds out of the
+    training split, as in a run.
 
     Args:
         model: With a configuration.
         recipe: Data, split or ``val_fraction``, columns.
         config: timm's data configuration of the model.
+        source: What the model was loaded from. A run knows the images of which some were held out.
 
     Raises:
-        UserError: The data cannot be used, or its classes are not the model's.
+        UserError: The data cannot be used, or its classes are not the model's; or other images would be held
+            out now than in the run.
     """
     height, width = config["input_size"][1:]
     options = split_options(recipe, (width, height))
     try:
-        split = load_split(recipe.data, "eval", recipe.eval_split, **options)
-    except NoSplit:
-        if recipe.eval_split or not recipe.val_fraction:
-            raise
+        split = own_evaluation_split(recipe, options)
+    except NoSplit as error:
+        hint = "choose with --split, or give the --val-fraction that the model was trained with"
+        raise DataError(f"{error.found}: {hint}") from None
+    if split is None:
         train = load_split(recipe.data, "train", recipe.train_split, **options)
+        _check_same_training_split(train, source)
         split = hold_out(train, recipe.val_fraction)[1]
     names = model.pretrained_cfg.get("label_names")
     if not names and not split.named:
@@ -54,18 +65,33 @@ def evaluation_split(model: Any, recipe: Recipe, config: dict[str, Any]) -> Spli
     return split
 
 
-def prepared(model: Any, recipe: Recipe, precision: str) -> tuple[Accelerator, dict[str, Any], Split]:
+def _check_same_training_split(split: Split, source: str | Path | None) -> None:
+    """Raise a UserError if a run was trained on another state of a split than what is held out of now."""
+    run = Path(str(source).removeprefix("local-dir:"))
+    if source is None or not is_run(run):
+        return
+    then = open_run(run).get("fingerprints", {}).get(split.name, split.fingerprint)
+    if then != split.fingerprint:
+        raise UserError(
+            f"the split {split.name} of {split.data} has changed since {run} was started, so that some of "
+            "the images held out of it now were trained on: restore it, or evaluate on another split"
+        )
+
+
+def prepared(
+    model: Any, recipe: Recipe, precision: str, source: str | Path | None = None
+) -> tuple[Accelerator, dict[str, Any], Split]:
     """The accelerator, timm's data configuration of a model, and the split that it is evaluated on.
 
     Raises:
-        UserError: The data cannot be used, or its classes are not the model's.
+        UserError: See ``evaluation_split``.
     """
     accelerator = make_accelerator(precision)
     config: dict[str, Any] = resolve_model_data_config(model)
     with accelerator.local_main_process_first():
-        split = evaluation_split(model, recipe, config)
+        split = evaluation_split(model, recipe, config, source)
     if split.name.endswith(HELD_OUT):
-        accelerator.print(f"{recipe.data} has no test split: {len(split):,} images of {split.name}")
+        accelerator.print(f"evaluated on {len(split):,} images of {recipe.data} ({split.name})")
     return accelerator, config, split
 
 
@@ -83,13 +109,16 @@ def split_tensors(
     """
     rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:most].sort().values
     batches = Batches(split.select(rows, split.name), recipe, config, Shard(torch.device("cpu")))
-    parts = list(track(batches.evaluate(), batches.evaluation_steps, show, "reading images"))
+    parts = track(batches.evaluate(), batches.evaluation_steps, show, "reading images")
+    parts = [part for part in parts if len(part.labels)]  # of corrupt images nothing is left
+    if not parts:
+        raise DataError(f"no image of {split.data} ({split.name}) can be decoded: choose other data")
     return torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
 
 
 @own_accelerate_state()
 def evaluation_images(
-    model: Any, recipe: Recipe, most: int, show: bool = False
+    model: Any, recipe: Recipe, most: int, show: bool = False, source: str | Path | None = None
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Images of the evaluation split in random order, always the same, their labels, and the classes' names.
 
@@ -98,11 +127,12 @@ def evaluation_images(
         recipe: Data, split, columns.
         most: Number of images.
         show: Draw a progress bar.
+        source: What the model was loaded from.
 
     Raises:
-        UserError: The data cannot be used, or its classes are not the model's.
+        UserError: See ``evaluation_split``.
     """
-    _, config, split = prepared(model, recipe, "no")
+    _, config, split = prepared(model, recipe, "no", source)
     images, labels = split_tensors(split, recipe, config, most, show)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
     names = list(model.pretrained_cfg.get("label_names") or split.label_names)
@@ -136,18 +166,19 @@ class Evaluated:
 
 @own_accelerate_state()
 @torch.no_grad()
-def evaluated(model: Any, recipe: Recipe, show: bool = False) -> Evaluated:
+def evaluated(model: Any, recipe: Recipe, show: bool = False, source: str | Path | None = None) -> Evaluated:
     """Logits of every image of the evaluation split, without keeping the images.
 
     Args:
         model: From ``load_model``.
         recipe: Data, split, columns, batch size. Corrupt images must not be skipped.
         show: Draw a progress bar.
+        source: What the model was loaded from.
 
     Raises:
-        UserError: The data cannot be used, or its classes are not the model's.
+        UserError: See ``evaluation_split``.
     """
-    accelerator, config, split = prepared(model, recipe, recipe.precision)
+    accelerator, config, split = prepared(model, recipe, recipe.precision, source)
     model = model.to(accelerator.device)
     batches = Batches(split, recipe, config, Shard(accelerator.device))
     logits, labels = [], []
@@ -160,18 +191,21 @@ def evaluated(model: Any, recipe: Recipe, show: bool = False) -> Evaluated:
 
 
 @own_accelerate_state()
-def validate(model: Any, recipe: Recipe, show: bool = False) -> dict[str, float]:
+def validate(
+    model: Any, recipe: Recipe, show: bool = False, source: str | Path | None = None
+) -> dict[str, float]:
     """Evaluate a model on the evaluation split of a recipe's data; see ``evaluate`` for the figures.
 
     Args:
         model: A model from ``load_model``.
         recipe: Data, split, columns, batch size, precision, workers.
         show: Show a progress bar.
+        source: What the model was loaded from.
 
     Raises:
-        UserError: The data cannot be used, or its classes are not the model's.
+        UserError: See ``evaluation_split``.
     """
-    accelerator, config, split = prepared(model, recipe, recipe.precision)
+    accelerator, config, split = prepared(model, recipe, recipe.precision, source)
     model = model.to(accelerator.device)
     shard = Shard(accelerator.device, accelerator.process_index, accelerator.num_processes)
     figures = evaluate(model, Batches(split, recipe, config, shard), accelerator, show)

@@ -3,7 +3,7 @@
 from ..files import sha256
 from .checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint
 from .config import fetch_folder, fetch_timm, read_config, read_folder
-from .fetch import NoSuchFile, fetch, silence, without_tokens
+from .fetch import NoSuchFile, fetch, hub_unreachable, without_tokens
 from .index import read_index, write_index
 from .schema import WeightsError
 from .signature import SIGNATURE, SIGNER, check_signature, sign
@@ -26,6 +26,7 @@ __all__ = [
     "fetch",
     "fetch_folder",
     "fetch_timm",
+    "hub_unreachable",
     "pretrained_cfgs",
     "read_config",
     "read_folder",
@@ -34,7 +35,6 @@ __all__ = [
     "sha256",
     "shipped_folder",
     "sign",
-    "silence",
     "without_tokens",
     "write_index",
 ]

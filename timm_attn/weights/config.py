@@ -17,9 +17,9 @@ from torch.nn.modules.module import (
 )
 
 from . import schema
-from .checkpoint import CONFIG, INDEX, WEIGHTS, check_inside
+from .checkpoint import CONFIG, WEIGHTS, check_inside
 from .fetch import fetch
-from .index import read_index
+from .index import is_hub, read_index
 from .schema import WeightsError
 from .signature import SIGNATURE, check_signature, signer_wanted
 
@@ -143,7 +143,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
             raise WeightsError(f"{folder} has no {name}: {hint}")
         check_inside(folder / name, folder)
     hub = folder.resolve().parent
-    for checkpoint in read_index(hub) if (hub / INDEX).is_file() else []:
+    for checkpoint in read_index(hub) if is_hub(hub) else []:
         if checkpoint.folder == folder.resolve():
             for name in (CONFIG, WEIGHTS):
                 checkpoint.verified(name)

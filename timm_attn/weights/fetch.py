@@ -44,14 +44,14 @@ def without_tokens(message: object) -> str:
 def fetch(repo_id: str, filename: str, revision: str | None = None, sha256: str | None = None) -> Path:
     """Path of a file of a model repository.
 
-    What the cache holds under the revision is taken without a request. Otherwise one request, of at most
-    five seconds and not repeated, asks what the file is before it is downloaded.
+    A file of a commit, or of known content, is taken from the cache without a request. Otherwise one request,
+    of at most five seconds and not repeated, asks what the file is before it is downloaded, and the cache
+    answers if the Hub does not.
 
     Args:
         repo_id: ``ORG/NAME``.
         filename: Its path in the repository.
-        revision: A commit id, branch or tag. With None, the newest is asked for each time, and the cache
-            answers only if the Hub does not.
+        revision: A commit id, branch or tag; None stands for the main branch.
         sha256: What the file must have; with None, what the Hub says that it has, where it says so.
 
     Raises:
@@ -62,7 +62,8 @@ def fetch(repo_id: str, filename: str, revision: str | None = None, sha256: str 
     cached = try_to_load_from_cache(repo_id, filename, revision=revision)
     cached = Path(cached) if isinstance(cached, str) else None
     damaged = cached is not None and sha256 is not None and sha256_of(cached) != sha256
-    if cached and not damaged and (revision or constants.is_offline_mode()):
+    pinned = sha256 is not None or re.fullmatch("[0-9a-f]{40}", revision or "")
+    if cached and not damaged and (pinned or constants.is_offline_mode()):
         return cached
     if constants.is_offline_mode():
         raise WeightsError(_advice(repo_id, filename, revision, "HF_HUB_OFFLINE is set", damaged))
@@ -113,10 +114,10 @@ def fetch(repo_id: str, filename: str, revision: str | None = None, sha256: str 
     return path
 
 
-def silence() -> str:
+def hub_unreachable() -> str:
     """Why nothing can be had from the Hub at present, or '' if it answers, whatever it says."""
     if constants.is_offline_mode():
-        return "HF_HUB_OFFLINE is set"
+        return "HF_HUB_OFFLINE is set (unset it)"
     try:
         get_session().head(constants.ENDPOINT, timeout=PATIENCE)
     except Exception as error:  # the HTTP library's errors are no public types

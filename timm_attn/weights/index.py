@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, fields
-from json import dumps
+from json import dumps, loads
 from pathlib import Path
 
 from ..files import replace_file
@@ -16,6 +16,17 @@ _CHECK = schema.record(
     required=("checkpoints",),
     others=schema.anything,
 )
+
+
+def is_hub(folder: Path) -> bool:
+    """Whether a folder has an index of checkpoints, and not another program's file of that name."""
+    if not (folder / INDEX).is_file():
+        return False
+    try:
+        content = loads((folder / INDEX).read_bytes())
+    except ValueError:
+        return True  # a damaged one, which whoever reads it names
+    return isinstance(content, dict) and "checkpoints" in content
 
 
 def read_index(folder: str | Path) -> list[Checkpoint]:

@@ -73,12 +73,12 @@ def check_signature(folder: Path) -> None:
             f"unset {SIGNER}"
         )
     config = _package().verifying.Config()
-    identity, _, issuer = signer.partition(" ")
+    identity, _, issuer = signer.rpartition(" ")
     try:
-        if issuer:
-            config.use_sigstore_verifier(identity=identity, oidc_issuer=issuer)
-        else:
+        if Path(signer).is_file() or not identity:
             config.use_elliptic_key_verifier(public_key=Path(signer))
+        else:
+            config.use_sigstore_verifier(identity=identity, oidc_issuer=issuer)
         with _signed_files(folder) as copy:
             config.verify(copy, folder / SIGNATURE)
     except Exception as error:
