@@ -25,6 +25,7 @@ from readme_tables import DOCUMENTS, tables
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from table_parts import ratio
 
 from timm_attn.compare import FoldError
 from timm_attn.errors import UserError
@@ -85,11 +86,6 @@ def cost(
         calls = {name: partial(model, images) for name, model in models.items()}
         times = rounds(calls, n, repeats=2, device=torch.device("cpu"))
     return {c.name: ratios(times, c.name, plain) for c in checkpoints}, ratios(times, FUSED, plain)
-
-
-def in_words(ratio: dict[str, Any]) -> str:
-    """A ratio's median and, in brackets, its range over the rounds."""
-    return f"{ratio['ratio_median']:.2f} ({ratio['ratio_min']:.2f} to {ratio['ratio_max']:.2f})"
 
 
 def draw(
@@ -226,10 +222,10 @@ def main() -> None:
             f"{top1['mean']:.2f}",
             "" if top1["std"] is None else f"{top1['std']:.2f}",
             str(top1["n"]),
-            in_words(relative_time[c.name]),
+            ratio(relative_time[c.name]),
         )
     console.print(table)
-    console.print(f"{FUSED}: {in_words(fused)}")
+    console.print(f"{FUSED}: {ratio(fused)}")
 
 
 if __name__ == "__main__":
