@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-DEMO = Path("demo")
+DEMO = Path(__file__).parents[1] / "demo"
 HUB = DEMO / "hub"
 ENVIRONMENT = {**os.environ, "TIMM_ATTN_HUB": str(HUB), "HF_HUB_OFFLINE": "1", "HF_HOME": str(DEMO / "cache")}
 OPTIONS = ["--data", "digits", "--batch-size", "64", "--seed", "0"]

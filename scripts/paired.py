@@ -19,7 +19,7 @@ def interval(values: list[float]) -> float:
 
 
 def seeds_needed(std: float) -> int:
-    """Number of pairs at which a difference of ``WORTH`` is as wide as its interval's half."""
+    """Smallest number of pairs for which the 95 % interval is at most ± ``WORTH``."""
     n = 2
     while student.ppf(0.975, n - 1) * std / math.sqrt(n) > WORTH:
         n += 1

@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from helpers import use_hub
 from hub_server import HubServer
 from PIL import Image
+from timm.data import create_transform
 
 from timm_attn.images import DataError
 from timm_attn.training import pixels
-from timm_attn.training.augment import crop_and_flip
+from timm_attn.training.augment import AutoAugment, crop_and_flip
 from timm_attn.training.batches import Batch, Batches, Shard
 from timm_attn.training.data import load_split
 from timm_attn.training.recipe import Recipe
@@ -209,6 +210,27 @@ def test_augmentation_depends_neither_on_processes_nor_on_accumulation(processes
         here = slice(step * accumulation, (step + 1) * accumulation)
         assert torch.equal(batch.images, torch.cat([b.images for parts in by_rank for b in parts[here]]))
         assert torch.equal(batch.labels, torch.cat([b.labels for parts in by_rank for b in parts[here]]))
+
+
+def test_augmix_shifts_as_far_as_timms():
+    theirs = create_transform(224, is_training=True, auto_augment="augmix-m3").transforms[2]
+    ours = AutoAugment("augmix-m3", (0.5,) * 3, 32).transform
+    assert type(ours) is type(theirs)
+    assert ours.ops[0].hparams["translate_pct"] == theirs.ops[0].hparams["translate_pct"]
+
+
+def test_class_labels_beside_a_column_called_label_are_asked_about(tmp_path):
+    features = datasets.Features(
+        image=datasets.Image(),
+        label=datasets.Value("string"),
+        quality=datasets.ClassLabel(names=["good", "bad"]),
+    )
+    table = {"image": [encode(picture(i)) for i in range(3)], "label": ["x", "y", "x"], "quality": [0, 1, 1]}
+    (tmp_path / "d").mkdir()
+    datasets.Dataset.from_dict(table, features).to_parquet(tmp_path / "d" / "train.parquet")
+    with pytest.raises(DataError, match="no clear label column in image, label, quality: .* --label-column"):
+        load_split(str(tmp_path / "d"), "train")
+    assert load_split(str(tmp_path / "d"), "train", label_column="label").label_names == ["x", "y"]
 
 
 def test_worker_processes_change_nothing(tmp_path):

@@ -54,7 +54,7 @@ TRAIN = """
 try:
     import timm_attn.training
 except ModuleNotFoundError as error:
-    assert str(error).endswith("is not installed: pip install 'timm-attn[train]'"), error
+    assert str(error).endswith("is not installed: pip install 'timm-attn[train] @ git+https://github.com/timm-attn/timm_attn'"), error
 else:
     raise SystemExit("it was there")
 from timm_attn.style import style
@@ -62,7 +62,7 @@ try:
     with style():
         pass
 except ModuleNotFoundError as error:
-    assert str(error) == "matplotlib is not installed: pip install 'timm-attn[train]'", error
+    assert str(error) == "matplotlib is not installed: pip install 'timm-attn[train] @ git+https://github.com/timm-attn/timm_attn'", error
 """
 
 COMMAND = """
@@ -93,5 +93,6 @@ def test_everything_but_training_works_without_extras():
 def test_what_needs_an_extra_says_which():
     done = python("-c", BLOCK.format(absent=absent()) + TRAIN + COMMAND)
     assert done.returncode == 2 and re.fullmatch(
-        r"error: \w+ is not installed: pip install 'timm-attn\[train\]'\n", done.stderr
+        r"error: \w+ is not installed: pip install 'timm-attn\[train\] @ git\+https://github.com/timm-attn/timm_attn'\n",
+        done.stderr,
     ), done.stderr

@@ -368,6 +368,18 @@ def test_an_evaluation_that_fails_does_not_lose_the_epoch(tmp_path, monkeypatch)
     assert not (tmp_path / "a" / "step-5").exists() or (tmp_path / "a" / "step-5").stat().st_ino == written
 
 
+def test_adaptive_clipping_leaves_the_classifier_alone(tmp_path, monkeypatch):
+    clipped = []
+    monkeypatch.setattr(trainers, "dispatch_clip_grad", lambda p, *_, **__: clipped.append([*p]))
+    recipe = Recipe(**{**FAST, "epochs": 1}, clip_grad=0.1, clip_mode="agc")
+    train("resnet20_ssia", recipe, tmp_path / "a")
+    network = load_model(str(tmp_path / "a"))
+    sizes = sorted(p.numel() for key, p in network.named_parameters() if not key.startswith("fc."))
+    assert sorted(p.numel() for p in clipped[0]) == sizes and any(
+        key.startswith("ssia") for key in weights(tmp_path / "a")
+    )
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
     """The second is started while the first reads its data."""
     first = Recipe(**FAST)

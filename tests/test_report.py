@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -20,16 +21,19 @@ from torch.nn.parallel import DistributedDataParallel
 import timm_attn
 from timm_attn import cli
 from timm_attn.errors import UserError
+from timm_attn.gates import Gate
 from timm_attn.images import DataError
 from timm_attn.load import load_model
 from timm_attn.predict import class_names, find_images
 from timm_attn.publish import export_frozen
-from timm_attn.report import OBSERVATIONS, Sample
+from timm_attn.record import Record
+from timm_attn.report import OBSERVATIONS, Sample, page
 from timm_attn.report.importance import importances, rank_correlation
 from timm_attn.report.landscape import NOISE, accuracy_under_noise, gradient_norms, path_variation
 from timm_attn.report.maps import activation_maps, confidences
 from timm_attn.report.page import calibration
 from timm_attn.report.stiffness import stiffness_of
+from timm_attn.training.validation import Evaluated
 
 
 def sample(n=40, size=16, classes=10) -> Sample:
@@ -158,6 +162,58 @@ def test_stripes_are_numpys():
     assert found.rows[4]["moved"] == 0 and found.rows[0]["moved"] == ""
     for observed in (found, OBSERVATIONS["correlation"]({"a": model}, data)):
         assert len(observed.draw().axes) > 1 and observed.summary
+
+
+def test_correlations_are_those_of_what_is_known_and_varies():
+    g = torch.Generator().manual_seed(0)
+    values = torch.rand(3, 50, 4, generator=g, dtype=torch.float64)
+    values[1, :, 2] = torch.nan  # a channel that is 0 in every image
+    values[2] = 0.5 + 1e-15 * values[2]  # a constant
+    gates = [Gate(name, "SE", 4) for name in "abc"]
+    found = Record(gates)
+    for rows in torch.arange(50).split(20):
+        found.begin_pass()
+        for gate, one in zip(gates, values, strict=True):
+            found.take(gate, one[rows], torch.ones(len(rows), dtype=torch.bool))
+        found.end_pass()
+    (group,) = found.correlations()
+    a, b = (v[:, [0, 1, 3]].numpy() for v in values[:2])
+    assert group.pearson[0, 1] == pytest.approx(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+    within = [(v - v.mean(0)).ravel() for v in (a, b)]
+    assert group.images[0, 1] == pytest.approx(np.corrcoef(*within)[0, 1])
+    assert group.images[:2, 2].isnan().all()
+
+
+def test_channels_that_were_not_known_before_have_not_moved():
+    model, data = se_network(), sample()
+    later = deepcopy(model)
+    with torch.no_grad():  # a channel that reaches a gate as 0 in the first network only
+        model.layer1[0].bn2.weight[3] = model.layer1[0].bn2.bias[3] = 0
+    rows = OBSERVATIONS["stripes"]({"a": model, "b": later}, data).rows
+    (row,) = (r for r in rows if r["model"] == "b" and r["gate"] == "layer1.0.se")
+    before, after = (gates_of(m, data.images, "layer1.0.se").mean(0) for m in (model, later))
+    moved = (before - after).abs()
+    assert row["moved"] == pytest.approx(torch.cat([moved[:3], moved[4:]]).mean().item(), rel=1e-2)
+    assert row["moved"] != pytest.approx(moved.mean().item(), rel=1e-2)
+
+
+def test_a_norm_between_mean_and_classifier_has_no_class_activation():
+    model = timm.create_model("test_convnext", num_classes=3).eval()
+    x, classes = torch.randn(2, 3, 160, 160), torch.tensor([0, 2])
+    assert activation_maps(model, x, classes) is None
+    assert activation_maps(timm.create_model("test_resnet", num_classes=3).eval(), x, classes) is not None
+
+
+def test_names_that_are_shortened_to_the_same_stay_two_classes(monkeypatch):
+    names = [f"a long name of a plant (with a remark)___{word}" for word in ("healthy", "ill")]
+    labels = torch.arange(10) % 2
+    seen = Evaluated(torch.eye(2)[labels], labels, names, None, {}, None)
+    drawn = []
+    monkeypatch.setattr(page, "png", lambda figure: drawn.append(figure) or b"")
+    page._accuracy(seen)
+    figure, _ = drawn  # light and dark
+    bars = figure.axes[0].patches
+    assert len({bar.get_y() for bar in bars}) == 2 and len(figure.axes[0].get_yticklabels()) == 2
 
 
 def test_stiffness_is_what_a_walk_through_the_blocks_gives():
@@ -415,6 +471,21 @@ def test_predict_prepares_images_as_evaluation_does(run, pictures):
     model.train()
     timm_attn.predict(model, batch)
     assert model.training
+
+
+def test_an_opened_image_is_read_like_its_file(run, tmp_path):
+    model, g = load_model(str(run)), np.random.default_rng(0)
+    turned = Image.fromarray(g.integers(0, 255, (8, 12, 3), dtype=np.uint8))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "photo.jpg", exif=exif)
+    Image.fromarray(g.integers(0, 255, (8, 8, 4), dtype=np.uint8)).save(tmp_path / "transparent.png")
+    Image.fromarray(g.integers(0, 2**16, (8, 8), dtype=np.uint16)).save(tmp_path / "deep.png")
+    for path in sorted(tmp_path.glob("*.*g")):
+        by_path, opened = (timm_attn.predict(model, [image])[0] for image in (path, Image.open(path)))
+        assert by_path.probabilities == opened.probabilities, path
+    with pytest.raises(DataError, match="cannot read image 0: its pixels are of mode F"):
+        timm_attn.predict(model, [Image.new("F", (8, 8))])
 
 
 def test_the_command_names_what_it_passes_over(run, pictures, tmp_path, capsys):

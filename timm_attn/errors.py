@@ -11,6 +11,12 @@ class UserError(Exception):
     """
 
 
+def install(extra: str = "") -> str:
+    """The command that installs this package with an extra. It is not on PyPI, where the name is free."""
+    name = f"timm-attn[{extra}]" if extra else "timm-attn"
+    return f"pip install '{name} @ git+https://github.com/timm-attn/timm_attn'"
+
+
 @contextmanager
 def extra(name: str) -> Iterator[None]:
     """Import packages that an extra of this package installs.
@@ -24,5 +30,5 @@ def extra(name: str) -> Iterator[None]:
         if error.name is None or error.name.partition(".")[0] == "timm_attn":
             raise
         raise ModuleNotFoundError(
-            f"{error.name} is not installed: pip install 'timm-attn[{name}]'", name=error.name
+            f"{error.name} is not installed: {install(name)}", name=error.name
         ) from None

@@ -36,19 +36,7 @@ def decode(cell: dict[str, Any], where: str) -> Image.Image:
     try:
         data = Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
         with _no_pixel_limit(), Image.open(io.BytesIO(data)) as image:
-            _check_memory(image)
-            deep = _sixteen_bits(image)
-            image.load()  # turns a TIFF upright itself, and lets go of the other's raw mode
-            orientation = _orientation(image)
-            shown: Image.Image = image if deep is None else deep
-            bits = shown.info.get("bits") if deep else None
-            if shown.has_transparency_data:
-                shown = shown.convert("RGBA")
-                shown = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
-            shown = shown.convert("RGB")
-            shown.info = {} if bits is None else {"bits": bits}
-            shown.getexif()[ExifTags.Base.Orientation] = orientation
-            return ImageOps.exif_transpose(shown)
+            return plain(image)
     except Exception as error:  # Pillow's plugins raise whatever their codecs raise
         path = (cell or {}).get("path")
         reason = re.sub(r" <_io\.\w+ object at 0x[0-9a-f]+>", "", str(error))  # Pillow's name for our bytes
@@ -56,6 +44,28 @@ def decode(cell: dict[str, Any], where: str) -> Image.Image:
             f"corrupt or unreadable image in {where}{f', path {path}' if path else ''}: {reason}. "
             "Repair, convert or remove it, or leave such images out: --on-corrupt skip, of train and validate"
         ) from error
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """An image as RGB, upright and opaque, as ``decode`` gives it.
+
+    Raises:
+        ValueError: It is too large, or its pixels have no fixed range.
+        OSError: It is damaged.
+    """
+    _check_memory(image)
+    deep = _sixteen_bits(image)
+    image.load()  # turns a TIFF upright itself, and lets go of the other's raw mode
+    orientation = _orientation(image)
+    shown: Image.Image = image if deep is None else deep
+    bits = shown.info.get("bits") if deep else None
+    if shown.has_transparency_data:
+        shown = shown.convert("RGBA")
+        shown = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
+    shown = shown.convert("RGB")
+    shown.info = {} if bits is None else {"bits": bits}
+    shown.getexif()[ExifTags.Base.Orientation] = orientation
+    return ImageOps.exif_transpose(shown)
 
 
 @contextlib.contextmanager
@@ -92,7 +102,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _sixteen_bits(image: Any) -> Image.Image | None:
     """An image of sixteen bits a channel scaled to eight, with ``info["bits"]``; None of others."""
-    raw = str(image.tile[0].args) if image.tile else ""
+    raw = str(image.tile[0].args) if getattr(image, "tile", None) else ""
     if image.mode == "F":
         raise ValueError("its pixels are of mode F, which has no fixed range")
     if image.mode.startswith("I"):

@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torch import Tensor, nn
 
 from .errors import UserError
-from .images import DataError, decode
+from .images import DataError, decode, plain
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _prepared(
     for i, image in enumerate(part, start):
         source = str(i) if isinstance(image, Image.Image) else str(image)
         try:
-            shown = image.convert("RGB") if isinstance(image, Image.Image) else read_image(Path(image))
+            shown = _opened(image, source) if isinstance(image, Image.Image) else read_image(Path(image))
         except DataError as error:
             if on_corrupt == "stop":
                 raise
@@ -125,6 +125,13 @@ def _prepared(
         sources.append(source)
         tensors.append(transform(shown))
     return sources, torch.stack(tensors) if tensors else torch.empty(0)
+
+
+def _opened(image: Image.Image, source: str) -> Image.Image:
+    try:
+        return plain(image)
+    except (ValueError, OSError) as error:
+        raise DataError(f"cannot read image {source}: {error}") from None
 
 
 def read_image(path: Path) -> Image.Image:

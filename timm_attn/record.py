@@ -151,13 +151,7 @@ class Record:
         """Correlations for each run of two or more neighbouring gates of equal width."""
         found = []
         for paths, sums in self._sums.items():
-            n, a, aa, ab = sums  # each G × G × C: what of the one is known where the other is
-            flat = [t.sum(-1) for t in (n, a, aa, ab)]
-            centred = (ab - a * a.transpose(0, 1) / n).sum(-1)
-            variance = (aa - a.square() / n).sum(-1)
-            n, a, aa, ab = flat
-            pearson = _ratio(ab - a * a.T / n, aa - a.square() / n)
-            found.append(Correlation(paths, pearson, _ratio(centred, variance)))
+            found.append(Correlation(paths, _pearson(sums.sum(-1, keepdim=True)), _pearson(sums)))
         return found
 
     def take(self, gate: Gate, values: Tensor, finite: Tensor) -> None:
@@ -212,10 +206,20 @@ class Record:
                 self._sums[paths] = self._sums.get(paths, 0) + sums
 
 
-def _ratio(covariance: Tensor, variance: Tensor) -> Tensor:
-    """Correlations, G × G; NaN where a gate does not vary."""
-    scale = (variance * variance.T).clamp_min(0).sqrt()
-    return torch.where(scale > 1e-14, covariance / scale, torch.nan).clamp(-1, 1)
+def _pearson(sums: Tensor) -> Tensor:
+    """Correlations within channels, G × G; NaN where a gate does not vary.
+
+    Args:
+        sums: 4 × G × G × C: over images where both gates are known, their number, the one, its square, and
+            the product of both.
+    """
+    n, a, aa, ab = sums
+    n = n.clamp_min(1)
+    covariance = (ab - a * a.transpose(0, 1) / n).sum(-1)
+    variance = (aa - a.square() / n).sum(-1)
+    variance = torch.where(variance > 1e-12 * aa.sum(-1), variance, 0.0)  # else it is rounding
+    scale = (variance * variance.T).sqrt()
+    return torch.where(scale > 0, covariance / scale, torch.nan).clamp(-1, 1)
 
 
 @contextmanager

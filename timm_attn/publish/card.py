@@ -12,7 +12,7 @@ from huggingface_hub import (
     eval_result_entries_to_yaml,
 )
 
-from ..errors import UserError
+from ..errors import UserError, install
 from ..models import model_names, parse_name
 from ..papers import PAPERS, TIMM, Paper
 from ..weights import Checkpoint
@@ -228,7 +228,7 @@ def _own(checkpoint: Checkpoint) -> bool:
 def _usage(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], owner: str | None) -> str:
     name = f"hf-hub:{owner}/{checkpoint.name}" if owner else "local-dir:PATH_OF_THIS_FOLDER"
     needs_package = _own(checkpoint)
-    lines = ["# pip install timm-attn", "import timm", "import timm_attn  # registers the architecture"]
+    lines = [f"# {install()}", "import timm", "import timm_attn  # registers the architecture"]
     lines = [*(lines if needs_package else ["import timm"]), ""]
     lines.append(f'model = timm.create_model("{name}", pretrained=True).eval()')
     blocks = ["```python\n" + "\n".join(lines) + "\n```"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compare import FoldError
-from ..errors import UserError
+from ..errors import UserError, install
 from ..fold import example_input
 
 ONNX = "model.onnx"
@@ -34,7 +34,7 @@ def write_onnx(model: nn.Module, path: Path) -> float:
         import onnxruntime
         import onnxscript  # noqa: F401 (what PyTorch's exporter needs)
     except ImportError as error:
-        raise UserError(f"ONNX needs {error.name}: pip install 'timm-attn[export]'") from None
+        raise UserError(f"ONNX needs {error.name}: {install('export')}") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(

@@ -75,12 +75,14 @@ def correlation(
         figure.colorbar(picture, ax=list(axes[0]), label="Pearson's r", shrink=0.8)
         return figure
 
-    means = [group.mean for group in found]
+    means = [group.mean for group in found if group.mean == group.mean]
     pairs = [row["pearson_images"] for row in rows if row["pearson_images"] == row["pearson_images"]]
     summary = [
         (
             f"Pearson's r, mean over pairs of gates, then over {len(means)} runs of blocks of equal width",
-            f"{sum(means) / len(means):.2f} ({', '.join(f'{m:.2f}' for m in means)})",
+            f"{sum(means) / len(means):.2f} ({', '.join(f'{m:.2f}' for m in means)})"
+            if means
+            else "no gate varies",
             "up to 0.85",
         ),
         (

@@ -63,6 +63,11 @@ def accuracy_under_noise(model: nn.Module, sample: Sample) -> list[float]:
     return (100 * right / len(sample)).tolist()
 
 
+def _error(values: Tensor) -> float:
+    """Standard error of a mean."""
+    return (values.std() / len(values) ** 0.5).item()
+
+
 def landscape(models: dict[str, Any], sample: Sample) -> Observation:
     """Gradients at images, variation between them, and accuracy under noise.
 
@@ -78,7 +83,8 @@ def landscape(models: dict[str, Any], sample: Sample) -> Observation:
             "model": name,
             "images": len(sample),
             "gradient_norm": round_to(norms[name].mean().item()),
-            "gradient_norm_median": round_to(norms[name].median().item()),
+            "gradient_norm_error": round_to(_error(norms[name])),
+            "gradient_norm_median": round_to(norms[name].quantile(0.5).item()),
             "path_variation": round_to(paths[name][0].mean().item()),
             "class_changes": round_to(paths[name][1].mean().item()),
             **{f"top1_noise_{scale:g}": round_to(v) for scale, v in zip(NOISE, noisy[name], strict=True)},
@@ -107,7 +113,7 @@ def landscape(models: dict[str, Any], sample: Sample) -> Observation:
         variation, changes = (t.mean().item() for t in paths[name])
         clean, noise = noisy[name][0], noisy[name][at]
         summary += [
-            (f"{name}: mean ‖∂p/∂x‖", f"{norms[name].mean():.2f}", claim),
+            (f"{name}: mean ‖∂p/∂x‖", f"{norms[name].mean():.2f} ± {_error(norms[name]):.2f}", claim),
             (f"{name}: variation of p between two images", f"{variation:.2f}", claim),
             (f"{name}: class changes between two images", f"{changes:.2f}", "–"),
             (f"{name}: top-1 without noise, and with noise of std 0.1", f"{clean:.1f} %, {noise:.1f} %", "–"),

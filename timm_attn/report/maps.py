@@ -23,20 +23,25 @@ from .observation import Observation, Sample, round_to
 def activation_maps(model: Any, images: Tensor, classes: Tensor) -> Tensor | None:
     """Class activation maps of one class per image, N × H × W, in the resolution of the last feature map.
 
-    None if the mean of the last feature map does not go into one linear layer.
+    None if the mean of the last feature map does not go into one linear layer: then the mean of a map and the
+    bias are not the logit.
     """
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     if not isinstance(classifier, nn.Linear | nn.Conv2d):
         return None
     weight = classifier.weight
     x = model.forward_features(images)
+    logits = model.forward_head(x).gather(1, classes[:, None])[:, 0]
     if x.dim() != 4 or weight[0].numel() != weight.shape[1]:
         return None
     if x.shape[1] != weight.shape[1] and x.shape[-1] == weight.shape[1]:
         x = x.movedim(-1, 1)
     if x.shape[1] != weight.shape[1]:  # a head of its own stands between the two
         return None
-    return torch.einsum("nchw,nc->nhw", x.float(), weight.flatten(1)[classes].float())
+    maps = torch.einsum("nchw,nc->nhw", x.float(), weight.flatten(1)[classes].float())
+    bias = 0.0 if classifier.bias is None else classifier.bias[classes].float()
+    off = (maps.mean((1, 2)) + bias - logits.float()).abs().max()
+    return maps if off <= 1e-2 * logits.abs().max() else None
 
 
 @torch.no_grad()

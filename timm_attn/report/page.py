@@ -159,7 +159,8 @@ def _accuracy(seen: Evaluated) -> dict[str, Any]:
         axis = axes[0, 0]
         values = [a for a, _ in by_class]
         if few:
-            bars = axis.barh([short(n) for _, n in by_class], values)
+            bars = axis.barh(range(len(values)), values)
+            axis.set_yticks(range(len(values)), [short(n) for _, n in by_class])
             axis.bar_label(bars, fmt="%.1f", padding=3)
             axis.set(xlabel="top-1 (%)", xlim=(0, 108))
             axis.grid(False, axis="y")
@@ -185,8 +186,10 @@ def _confusion(seen: Evaluated) -> dict[str, Any]:
     for count, index in zip(pairs.values.tolist(), pairs.indices.tolist(), strict=True):
         if count:
             table.append((seen.names[index // classes], seen.names[index % classes], f"{count:,}"))
+    some = len(table) > 1
     if classes > 30:
-        return _section("Confusion", "The most frequent confusions:", table=table)
+        text = "The most frequent confusions:" if some else "There are none."
+        return _section("Confusion", text, table=table)
 
     def draw() -> Any:
         figure, axes = new_figure("Confusion matrix", 2 + 0.27 * classes)
@@ -207,7 +210,8 @@ def _confusion(seen: Evaluated) -> dict[str, Any]:
         figure.colorbar(picture, label="% of the true class")
         return figure
 
-    return _section("Confusion matrix", "The table lists the most frequent confusions.", draw, table=table)
+    text = "The table lists the most frequent confusions." if some else "There are no confusions."
+    return _section("Confusion matrix", text, draw, table=table)
 
 
 def _calibration(seen: Evaluated) -> dict[str, Any]:

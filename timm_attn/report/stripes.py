@@ -35,12 +35,11 @@ def stripes(
         for gate in found.gates:
             statistics = found[gate.path]
             std = statistics.variance.sqrt()[statistics.known]
-            was = None if before is None or gate.path not in before.statistics else before[gate.path].mean
-            moved = (
-                None
-                if was is None or was.shape != statistics.mean.shape
-                else (statistics.mean - was).abs().mean().item()
-            )
+            was = before.statistics.get(gate.path) if before else None
+            moved = None
+            if was is not None and was.mean.shape == statistics.mean.shape:
+                both = statistics.known & was.known
+                moved = (statistics.mean - was.mean)[both].abs().mean().item() if both.any() else None
             rows.append(
                 {
                     "model": name,

@@ -78,7 +78,10 @@ class AutoAugment:
             make = rand_augment_transform
         else:
             make = augment_and_mix_transform if policy.startswith("augmix") else auto_augment_transform
-        self.transform = make(policy, {"translate_const": int(size * 0.45), "img_mean": colour})
+        settings: dict[str, Any] = {"translate_const": int(size * 0.45), "img_mean": colour}
+        if policy.startswith("augmix"):
+            settings["translate_pct"] = 0.3  # as in timm's create_transform
+        self.transform = make(policy, settings)
 
     def __call__(self, image: np.ndarray, *seed: Any) -> np.ndarray:
         seed_everything(*seed)

@@ -50,7 +50,7 @@ class Split:
         pixels: Small images: uint8, N × H × W × 3. None for larger ones.
         rows: Larger images: the data set's rows, image bytes undecoded. None for small ones.
         column: Name of the image column of ``rows``.
-        named: Whether the classes have names; else ``label_names`` are the numbers up to the greatest label.
+        named: Whether the classes have names; else ``label_names`` are the numbers that occur, sorted.
         skipped: Number of corrupt small images that were left out.
         fingerprint: Digest of labels and images, by which a run that goes on knows its data.
     """
@@ -375,7 +375,9 @@ def _label_column(data: str, features: Any) -> str:
 
     classes = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel)]
     plain = [c for c, f in features.items() if isinstance(f, datasets.Value) and c in LABEL_NAMES]
-    candidates = classes or plain
+    named = {*classes, *plain} & {*LABEL_NAMES}
+    # Class labels under another name beside a column of that name: either may be meant.
+    candidates = [] if classes and named and not named & {*classes} else classes or plain
     if len(candidates) > 1:  # CIFAR-100 has coarse and fine labels
         candidates = [c for c in LABEL_NAMES if c in candidates][:1]
     if not candidates:

@@ -188,13 +188,19 @@ def load_teacher(source: str, names: list[str], student: Any, recipe: Recipe) ->
     return teacher.to(memory_format=torch.channels_last) if recipe.channels_last else teacher
 
 
+def classifier_parameters(network: Any) -> list[nn.Parameter]:
+    """Parameters of the classifier, or of the several that distilled networks have."""
+    found = network.get_classifier()
+    return [p for layer in (found if isinstance(found, tuple) else (found,)) for p in layer.parameters()]
+
+
 def freeze_backbone(network: nn.Module) -> list[nn.Module]:
     """Leave only the classifier and the mechanism to be trained.
 
     Returns:
         The norm layers that are frozen, whose running statistics must not change either.
     """
-    head = {id(p) for p in network.get_classifier().parameters()}  # pyright: ignore[reportCallIssue]
+    head = {id(p) for p in classifier_parameters(network)}
     added = _added_keys(network)
     for key, parameter in network.named_parameters():
         parameter.requires_grad = id(parameter) in head or key in added

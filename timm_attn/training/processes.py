@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
-from ..errors import UserError
+from ..errors import UserError, install
 from .recipe import Recipe
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -96,7 +96,7 @@ def recipe_accelerator(recipe: Recipe, run: Path) -> Accelerator:
         raise UserError(f"cannot track with {', '.join(recipe.track)}: {error}") from None
     missing = {*recipe.track} - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
     if missing:
-        raise UserError(f"tracker {', '.join(missing)} is not installed: `pip install 'timm-attn[track]'`")
+        raise UserError(f"tracker {', '.join(missing)} is not installed: {install('track')}")
     parts = accelerator.num_processes * recipe.accumulation
     if recipe.batch_size % parts:
         raise UserError(

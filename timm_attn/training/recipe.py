@@ -73,7 +73,8 @@ class Recipe:
     """Apply weight decay to biases and norm layers, too, as in most papers."""
 
     layer_decay: float | None = None
-    """Layer-wise decay: learning rate of each layer divided by that of the next. The last layer has `lr`."""
+    """Layer-wise decay: the learning rate of each layer is that of the layer after it times this, e.g. 0.75.
+    The last layer has `lr`."""
 
     sched: Literal["cosine", "tanh", "poly", "step", "multistep", "onecycle"] = "cosine"
     """Learning rate schedule, updated at every step: timm's, or PyTorch's OneCycleLR (constant momentum)."""
@@ -92,7 +93,7 @@ class Recipe:
     """Learning rate at the start of the warm-up."""
 
     min_lr: float = 0.0
-    """Learning rate at the end of the schedule."""
+    """Learning rate at the end of the schedules `cosine`, `tanh` and `poly`."""
 
     loss: Literal["ce", "bce"] = "ce"
     """Loss: `ce` is cross-entropy, `bce` is timm's binary cross-entropy over the classes."""

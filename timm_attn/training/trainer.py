@@ -17,7 +17,6 @@ from accelerate.utils import broadcast
 from rich.console import Console
 from timm.data import resolve_model_data_config
 from timm.layers import convert_sync_batchnorm
-from timm.models import model_parameters
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
@@ -28,7 +27,7 @@ from .augment import seed_everything
 from .batches import Batch, Batches, Shard
 from .evaluation import evaluate, sum_dtype
 from .history import History
-from .network import freeze_backbone, load_teacher
+from .network import classifier_parameters, freeze_backbone, load_teacher
 from .optim import learning_rate, make_criterion, make_mixup, make_optimizer, make_scheduler
 from .processes import keep_freed_memory
 from .progress import Bar
@@ -99,7 +98,9 @@ class Trainer:
         self.trained = [p for p in self.network.parameters() if p.requires_grad]
         self.clipped = self.trained
         if recipe.clip_mode == "agc":
-            self.clipped = [p for p in model_parameters(self.network, exclude_head=True) if p.requires_grad]
+            # timm's leaves out the last two parameters, which SSIA's heads come after.
+            head = {id(p) for p in classifier_parameters(self.network)}
+            self.clipped = [p for p in self.trained if id(p) not in head]
         self.ema = None
         if recipe.ema_decay is not None:
             self.ema = ModelEmaV3(self.network, recipe.ema_decay, use_warmup=recipe.ema_warmup)
