@@ -109,6 +109,7 @@ def transfer() -> str:
 def freeze_accuracy() -> str:
     """Top-1 lost by freezing within budgets, over seeds."""
     rows = read_csv(RESULTS / "freeze_accuracy.csv")
+    assert len({row["data"] for row in rows}) == 1, "a table for each data set"
     steps = next(row["recover"] for row in rows if row["recover"] != "0")
     table = []
     for network, budget in dict.fromkeys((row["network"], row["budget"]) for row in rows):

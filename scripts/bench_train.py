@@ -195,7 +195,7 @@ def full_speed(
             trainer.step += 1
             if trainer.step % recipe.log_every == 0:  # which waits for the GPU
                 trainer._check_trouble()
-                trainer._check_signal(saved=False)
+                trainer._check_signal()
 
         ways = {"trainer": whole_step, "bare step": bare_step}
         rates: dict[str, list[float]] = {name: [] for name in ways}

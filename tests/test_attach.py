@@ -350,11 +350,29 @@ def test_a_block_may_be_run_again_by_another_thread():
     copy.set_grad_checkpointing()
     x = images(model)
     model(x).square().sum().backward()
-    loss = copy(x).square().sum()
+    model(-x).square().sum().backward()
+    loss = copy(x).square().sum() + copy(-x).square().sum()
     thread = threading.Thread(target=loss.backward)
     thread.start()
     thread.join()
     for p, q in zip(model.parameters(), copy.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_a_block_after_a_frozen_one_may_be_run_again_by_another_thread():
+    model = shaken(timm_attn.attach(build("test_vit").double(), "dia")).train()
+    for layers in (model.patch_embed, model.blocks[0]):
+        layers.requires_grad_(False)  # what comes before the next block has no graph
+    model.cls_token.requires_grad_(False)
+    model.pos_embed.requires_grad_(False)
+    copy = deepcopy(model)
+    copy.set_grad_checkpointing()
+    x = images(model)
+    model(x).square().sum().backward()
+    thread = threading.Thread(target=copy(x).square().sum().backward)
+    thread.start()
+    thread.join()
+    for p, q in zip(model.blocks[1:].parameters(), copy.blocks[1:].parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
 
 
@@ -424,6 +442,12 @@ def test_attention_reads_tokens_as_the_grid_that_they_are():
     x = torch.randn(2, prefix + 16, model.embed_dim)
     expected = end.mechanism(x[:, prefix:].transpose(1, 2).unflatten(2, (2, 8))).flatten(2).transpose(1, 2)
     torch.testing.assert_close(end(x)[:, prefix:], expected)
+    cait = timm_attn.attach(build("cait_xxs24_224"), "cbam").eval()  # which does not say what its grid is
+    end = next(module for module in cait.modules() if isinstance(module, BranchEnd))
+    assert end.branch.grid is None
+    x = torch.randn(2, 16, 48)
+    expected = end.mechanism(x.transpose(1, 2).unflatten(2, (4, 4))).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(end(x), expected)
 
 
 @pytest.mark.parametrize(("name", "where"), [("resnet18", "branches"), ("test_convnext", "branches")])

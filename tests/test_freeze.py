@@ -481,6 +481,10 @@ def test_a_batch_of_corrupt_images_only_is_left_out(tmp_path):
     large = [picture(i, (80, 80)) for i in range(4)]
     for split in ("train", "test"):
         write(tmp_path / "d", split=split, images=[*large, broken], names=CLASSES)
+    model.pretrained_cfg = {
+        **model.pretrained_cfg,
+        "input_size": (3, 80, 80),
+    }  # larger ones are read in batches
     recipe = Recipe(data=str(tmp_path / "d"), batch_size=4, workers=0, on_corrupt="skip")
     images, labels, *_ = read_images(model, recipe, 10, show=False)
     assert len(images) == len(labels) == 4

@@ -25,9 +25,14 @@ _WRAPPERS = (DataParallel, DistributedDataParallel, ModelEmaV2, ModelEmaV3, Aver
 
 def unwrapped(model: Any) -> Any:
     """The network in what wraps it for training. A network with a child called ``module`` is no wrapper."""
-    while isinstance(model, (*_WRAPPERS, ModelEma)):
-        model = model.ema if isinstance(model, ModelEma) else model.module
-    return model
+    while True:
+        inner = getattr(model, "_orig_mod", model)  # of a compiled one
+        if isinstance(inner, ModelEma):
+            model = inner.ema
+        elif isinstance(inner, _WRAPPERS):
+            model = inner.module
+        else:
+            return model
 
 
 class FoldError(RuntimeError):

@@ -85,9 +85,9 @@ class BranchEnd(nn.Module):
             return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         others, patches = x[:, : self.branch.prefix], x[:, self.branch.prefix :]
         count = patches.shape[1]
-        size = self.branch.grid or (count, 1)
+        side = math.isqrt(count)
+        size = self.branch.grid or (side, side)
         if math.prod(size) != count:
-            side = math.isqrt(count)
             size = (side, side) if side * side == count else (count, 1)
         patches = module(patches.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)
         return torch.cat([others, patches], 1) if others.shape[1] else patches
@@ -340,8 +340,7 @@ class DIARun:
         if step == 0:
             self._forget()
             return torch.zeros_like(g), torch.zeros_like(g)
-        entry = self._passing.get(self._key(step)) or self._of_a_graph(step, g)
-        entry = entry or self._passing.get(step)  # of a block that is compiled alone
+        entry = self._passing.get(self._key(step)) or self._of_a_graph(step, g) or self._of_another(step)
         if entry is None:
             raise RuntimeError(
                 f"DIA's step {step} of {self.steps} has no state of the step before: call the whole network, "
@@ -368,18 +367,25 @@ class DIARun:
     def _of_a_graph(self, step: int, g: Tensor) -> _State | None:
         """The state that the pass of g has left, of those whose graphs are there.
 
-        Blocks may be run again by another thread, as autograd does on GPUs.
+        A block may be run again by another thread, as autograd does on GPUs.
         """
         refs = [ref for by_thread in list(self._owned.get(step, {}).values()) for ref in by_thread]
         known = [state for ref in refs if (state := ref()) is not None]
         if len(known) < 2:
             return known[0] if known else None
-        found = _nearest(g.grad_fn, {state for state in known if state.read is None})
+        found = _nearest(g.grad_fn, {*known})
         if found is not None:
             return found
-        # Run again, on an input that is cut from the graph: by what was read then.
+        # What is run again may be cut from the graph: by what was read then.
         same = [s for s in known if s.read is not None and s.read.shape == g.shape]
         return next((s for s in same if torch.equal(s.read, g)), None)  # pyright: ignore[reportArgumentType]
+
+    def _of_another(self, step: int) -> _State | None:
+        """A state without a graph, of a block that is compiled alone, or of another thread."""
+        for key, state in [*self._passing.items()]:
+            if step == (key[0] if isinstance(key, tuple) else key):
+                return state
+        return None
 
     def _forget(self) -> None:
         for step in range(1, self.steps):

@@ -73,7 +73,7 @@ def _generate(params: dict[str, Tensor]) -> Tensor:
         return ie_generator(params["psi"], params)
     if "weight" in params:
         return srm_generator(params["psi"], params)
-    return params["psi"][0]  # a scale
+    return params["psi"]  # a scale
 
 
 def asr_gate(generators: list[dict[str, Tensor]]) -> Tensor:

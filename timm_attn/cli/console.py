@@ -70,7 +70,8 @@ class Images:
             )
         if self.val_fraction is None:
             fields["val_fraction"] = own.val_fraction
-        fields["train_split"] = own.train_split
+        if Path(own.data).name == Path(self.data).name:
+            fields["train_split"] = own.train_split
         return Recipe(**fields, eval_split=self.split, **others)
 
 

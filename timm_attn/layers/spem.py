@@ -64,7 +64,7 @@ class SPEM(nn.Module):
         high = x.amax((2, 3)) * self.weight2 + self.bias2
         low = x.amin((2, 3)) * self.weight2 + self.bias2
         # q is that of any multiple of p; the loss pulls p to 0, where fp16 has no squares.
-        p = self.p / self.p.detach().abs().amax().clamp_min(torch.finfo(self.p.dtype).tiny)
+        p = self.p / self.p.detach().abs().amax().clamp_min(1e-7)
         q = p.square() / p.square().sum()
         z = (q[0] * high + q[1] * low) * self.weight1 + self.bias1
         x = x * ((high + low).sigmoid() * z.sigmoid()).to(x.dtype)[:, :, None, None]

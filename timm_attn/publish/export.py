@@ -129,6 +129,7 @@ def export(
         for form in forms:
             hub.mkdir(parents=True, exist_ok=True)
             partial = hub / f".{form.name}.{os.getpid()}.partial"
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             partial.mkdir()
             partials.append((partial, hub / form.name))
             checkpoint = _write(partial, form, run, recipe, runtimes, {**resolved, "data": dataset})

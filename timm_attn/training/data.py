@@ -221,11 +221,12 @@ class NoSplit(DataError):
 
     Attributes:
         found: What it has, in words without a hint.
+        above: A hint at the folder above, if the given one looks like a split itself; else ''.
     """
 
-    def __init__(self, found: str, hint: str) -> None:
-        super().__init__(f"{found}: {hint}")
-        self.found = found
+    def __init__(self, found: str, hint: str, above: str) -> None:
+        super().__init__(f"{found}: {hint}{above}")
+        self.found, self.above = found, above
 
 
 def _chosen_split(data: str, role: str, name: str | None, splits: Iterable[str]) -> str:
@@ -235,9 +236,10 @@ def _chosen_split(data: str, role: str, name: str | None, splits: Iterable[str])
         hint = f"choose with --{role}-split"
         if role == "eval" and not name:
             hint += ", or hold out a part of the training split with --val-fraction 0.2"
+        above = ""
         if Path(data).name in ("train", *wanted):
-            hint += f", or give the folder above, {Path(data).resolve().parent}"
-        raise NoSplit(f"{data} has no split {' or '.join(wanted)}, only {', '.join(splits)}", hint)
+            above = f", or give the folder above, {Path(data).resolve().parent}"
+        raise NoSplit(f"{data} has no split {' or '.join(wanted)}, only {', '.join(splits)}", hint, above)
     return found[0]
 
 

@@ -128,8 +128,8 @@ def resolve_folders(recipe: Recipe) -> Recipe:
 
 def resolved(source: str | None) -> str | None:
     """A source of data or weights, with its whole path if it is a folder."""
-    if source is None:
-        return None
+    if source is None or source == "digits":
+        return source
     kind = next((kind for kind in ("graft:", "local-dir:") if source.startswith(kind)), "")
     path = Path(source.removeprefix(kind))
     return f"{kind}{path.resolve()}" if path.is_dir() else source

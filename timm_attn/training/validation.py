@@ -46,8 +46,10 @@ def evaluation_split(
     try:
         split = own_evaluation_split(recipe, options)
     except NoSplit as error:
-        hint = "choose with --split, or give the --val-fraction that the model was trained with"
-        raise DataError(f"{error.found}: {hint}") from None
+        hint = "choose with --split"
+        if not _is_run(source):
+            hint += ", or give the --val-fraction that the model was trained with"
+        raise DataError(f"{error.found}: {hint}{error.above}") from None
     if split is None:
         train = load_split(recipe.data, "train", recipe.train_split, **options)
         _check_same_training_split(train, source)
@@ -67,15 +69,19 @@ def evaluation_split(
 
 def _check_same_training_split(split: Split, source: str | Path | None) -> None:
     """Raise a UserError if a run was trained on another state of a split than what is held out of now."""
-    run = Path(str(source).removeprefix("local-dir:"))
-    if source is None or not is_run(run):
+    if not _is_run(source):
         return
+    run = Path(str(source).removeprefix("local-dir:"))
     then = open_run(run).get("fingerprints", {}).get(split.name, split.fingerprint)
     if then != split.fingerprint:
         raise UserError(
-            f"the split {split.name} of {split.data} has changed since {run} was started, so that some of "
-            "the images held out of it now were trained on: restore it, or evaluate on another split"
+            f"the split {split.name} of {split.data} is not, or no longer, what {run} was trained on: some "
+            "of what is held out of it now may have been. Restore it, or name another split with --split"
         )
+
+
+def _is_run(source: str | Path | None) -> bool:
+    return source is not None and is_run(Path(str(source).removeprefix("local-dir:")))
 
 
 def prepared(

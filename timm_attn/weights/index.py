@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, fields
-from json import dumps, loads
+from json import dumps
 from pathlib import Path
 
 from ..files import replace_file
@@ -23,8 +23,8 @@ def is_hub(folder: Path) -> bool:
     if not (folder / INDEX).is_file():
         return False
     try:
-        content = loads((folder / INDEX).read_bytes())
-    except ValueError:
+        content = schema.read_json(folder / INDEX)
+    except WeightsError:
         return True  # a damaged one, which whoever reads it names
     return isinstance(content, dict) and "checkpoints" in content
 
