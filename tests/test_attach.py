@@ -442,11 +442,12 @@ def test_attention_reads_tokens_as_the_grid_that_they_are():
     x = torch.randn(2, prefix + 16, model.embed_dim)
     expected = end.mechanism(x[:, prefix:].transpose(1, 2).unflatten(2, (2, 8))).flatten(2).transpose(1, 2)
     torch.testing.assert_close(end(x)[:, prefix:], expected)
-    cait = timm_attn.attach(build("cait_xxs24_224"), "cbam").eval()  # which does not say what its grid is
-    end = next(module for module in cait.modules() if isinstance(module, BranchEnd))
-    assert end.branch.grid is None
-    x = torch.randn(2, 16, 48)
-    expected = end.mechanism(x.transpose(1, 2).unflatten(2, (4, 4))).flatten(2).transpose(1, 2)
+    levit = timm_attn.attach(build("levit_128s"), "cbam").eval()  # which does not say what its grid is
+    end = next(module for module in levit.modules() if isinstance(module, BranchEnd))
+    count, width = end.branch.pixels, end.branch.channels
+    assert (end.branch.axis, end.branch.grid, count) == (-1, None, 14 * 14)
+    x = torch.randn(2, count, width)
+    expected = end.mechanism(x.transpose(1, 2).unflatten(2, (14, 14))).flatten(2).transpose(1, 2)
     torch.testing.assert_close(end(x), expected)
 
 
