@@ -73,6 +73,9 @@ def draw(rows: list[dict[str, Any]], costs: dict[str, dict[str, str]], title: st
     names = list(dict.fromkeys(row["network"] for row in reversed(rows)))
     counts = {row["network"]: row["n"] for row in rows}
     columns = len(splits) + bool(costs)
+    # Of two seeds an interval is 25 standard errors wide: it leaves the picture.
+    ends = [(row["low"], row["high"]) if row["n"] > 2 else (2 * row["difference"],) for row in rows]
+    reach = 1.1 * max(1.0, *(abs(end) for found in ends for end in found))
     with style():
         figure, grid = new_figure(title, 1.3 + 0.32 * len(names), columns=columns, sharey=True)
         axes = grid[0]
@@ -88,6 +91,7 @@ def draw(rows: list[dict[str, Any]], costs: dict[str, dict[str, str]], title: st
                     capsize=3,
                 )
             axis.axvline(0, color="0.5", linewidth=1)
+            axis.set_xlim(-reach, reach)
             axis.set(title=f"{split} images", xlabel=f"points of top-1 over {rows[0]['baseline']}")
         for name, cost in costs.items():
             if name in names:
