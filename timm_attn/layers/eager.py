@@ -15,5 +15,6 @@ def eager(x: Any) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor):
         return False
     # Nothing public tells these. Without them the answer is the safe one.
-    transformed: Any = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: "unknown")()
+    functorch: Any = getattr(torch._C, "_functorch", None)
+    transformed = getattr(functorch, "peek_interpreter_stack", lambda: "unknown")()
     return transformed is None and getattr(forward_ad, "_current_level", 0) < 0
