@@ -26,11 +26,11 @@ _WRAPPERS = (DataParallel, DistributedDataParallel, ModelEmaV2, ModelEmaV3, Aver
 def unwrapped(model: Any) -> Any:
     """The network in what wraps it for training. A network with a child called ``module`` is no wrapper."""
     while True:
-        inner = getattr(model, "_orig_mod", model)  # of a compiled one
-        if isinstance(inner, ModelEma):
-            model = inner.ema
-        elif isinstance(inner, _WRAPPERS):
-            model = inner.module
+        model = getattr(model, "_orig_mod", model)  # of a compiled one
+        if isinstance(model, ModelEma):
+            model = model.ema
+        elif isinstance(model, _WRAPPERS):
+            model = model.module
         else:
             return model
 

@@ -224,13 +224,14 @@ def _evaluation(run: Path, data: str | None) -> Recipe:
     """A run's recipe, to evaluate it in float32 on what the run reports, whatever splits the data has by now.
 
     Raises:
-        UserError: The images are not those of the run.
+        UserError: The data is where it was, and has changed.
     """
     environment = open_run(run)
     split = _reported(environment)
     recipe = dataclasses.replace(run_recipe(run, data), eval_split=split, precision="no")
     then = environment.get("fingerprints", {}).get(split)  # runs of older versions have none
-    if then is not None and not split.endswith(HELD_OUT):  # of those it is checked when they are read
+    # What is named is taken; held-out images are checked when they are read.
+    if data is None and then is not None and not split.endswith(HELD_OUT):
         now = load_split(recipe.data, "eval", split, encoded=True, **split_options(recipe, None)).fingerprint
         if now != then:
             raise UserError(
