@@ -124,7 +124,9 @@ def keep(run: Path, data: str, folder: Path, records_only: bool) -> None:
     recipe, environment = load_recipe(run / RECIPE), open_run(run)
     name = Path(recipe.data).name if Path(recipe.data).is_dir() else recipe.data
     save_recipe(dataclasses.replace(recipe, data=name), folder / RECIPE)
-    words = [name if word in (data, recipe.data) else word for word in shlex.split(environment["command"])]
+    # Neither where the data lay nor where the runs did: of that, the last folders.
+    shown = {data: name, recipe.data: name, str(run): str(Path(*run.parts[-4:]))}
+    words = [shown.get(word, word) for word in shlex.split(environment["command"])]
     environment["command"] = shlex.join(word.removeprefix(f"{ROOT}/") for word in words)
     write_json(folder / ENVIRONMENT, {**environment, "recipe_sha256": sha256(folder / RECIPE)})
     for file in (METRICS,) if records_only else (METRICS, CURVES, CONFIG, WEIGHTS):

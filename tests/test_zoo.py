@@ -203,6 +203,8 @@ def test_every_run_is_a_process_of_its_own(tmp_path):
     assert result.returncode == 0, result.stdout
     kept = tmp_path / "hub" / "results" / "zoo" / "resnet20" / "seed-0"
     assert {p.name for p in kept.iterdir()} == KEPT
+    command = json.loads((kept / "environment.json").read_text())["command"]
+    assert "runs/resnet20/seed-0" in command and f"--out {tmp_path}" not in command
 
 
 def test_differences_are_scipys_paired_intervals(tmp_path):

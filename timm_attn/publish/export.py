@@ -92,9 +92,10 @@ def export(
             raise UserError(
                 f"{hub / form.name} is there already: choose another --tag or --hub, or remove it"
             )
-    run, measured = _median(forms_of, data)
+    recipes = {run: _evaluation(run, data) for run in runs}  # which looks at the data, once for each
+    run, measured = _median(forms_of, recipes)
     environment, forms, trained = open_run(run), forms_of[run], load_recipe(run / RECIPE)
-    recipe = _evaluation(run, data)
+    recipe = recipes[run]
 
     mechanism = (
         parse_name(environment["model"])[1] or "resnet" if environment["model"] in model_names() else "timm"
@@ -247,14 +248,14 @@ def _reported(environment: dict[str, Any]) -> str:
 
 
 def _median(
-    forms_of: Mapping[Path, Sequence[_Form]], data: str | None
+    forms_of: Mapping[Path, Sequence[_Form]], recipes: Mapping[Path, Recipe]
 ) -> tuple[Path, dict[Path, dict[str, dict[str, Any]]]]:
     """The run to write, and of several the figures of each by the form's name."""
     first, *others = forms_of
     if not others:
         return first, {}
     measured = {
-        run: {form.name: validate(form.model, _evaluation(run, data), source=run) for form in forms}
+        run: {form.name: validate(form.model, recipes[run], source=run) for form in forms}
         for run, forms in forms_of.items()
     }
     trained = forms_of[first][0].name

@@ -47,7 +47,7 @@ def evaluation_split(
         split = own_evaluation_split(recipe, options)
     except NoSplit as error:
         hint = "choose with --split"
-        if not _is_run(source):
+        if _run_of(source) is None:
             hint += ", or give the --val-fraction that the model was trained with"
         raise DataError(f"{error.found}: {hint}{error.above}") from None
     if split is None:
@@ -69,9 +69,9 @@ def evaluation_split(
 
 def _check_same_training_split(split: Split, source: str | Path | None) -> None:
     """Raise a UserError if a run was trained on another state of a split than what is held out of now."""
-    if not _is_run(source):
+    run = _run_of(source)
+    if run is None:
         return
-    run = Path(str(source).removeprefix("local-dir:"))
     then = open_run(run).get("fingerprints", {}).get(split.name, split.fingerprint)
     if then != split.fingerprint:
         raise UserError(
@@ -80,8 +80,10 @@ def _check_same_training_split(split: Split, source: str | Path | None) -> None:
         )
 
 
-def _is_run(source: str | Path | None) -> bool:
-    return source is not None and is_run(Path(str(source).removeprefix("local-dir:")))
+def _run_of(source: str | Path | None) -> Path | None:
+    """The run that a model was loaded from, if it was one."""
+    run = Path(str(source).removeprefix("local-dir:"))
+    return run if source is not None and is_run(run) else None
 
 
 def prepared(
