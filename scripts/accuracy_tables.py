@@ -3,11 +3,11 @@
 import statistics
 
 from compare_seeds import top1_by_seed
-from paired import difference
+from paired import FEWEST, difference
 from table_parts import RESULTS, ROOT, markdown, ratio, read
 
 from timm_attn.files import read_csv
-from timm_attn.publish.card import figure, standard_error
+from timm_attn.publish.card import figure, half_width
 from timm_attn.training.run import read_metrics
 from timm_attn.weights import read_index
 
@@ -21,7 +21,7 @@ def short_results() -> str:
     shipped = {c.name: c for c in read_index(ROOT / "hub")}
     trained = [c for c in shipped.values() if not c.derived_from and c.name in zoo["checkpoints"]]
     rows = []
-    for c in sorted(trained, key=lambda c: -c.over_seeds["top1"]["mean"]):
+    for c in sorted(trained, key=lambda c: (c.mechanism != "resnet", c.architecture)):
         times = zoo["checkpoints"]
         folded = times[c.folded] if c.folded else zoo["resnet20, norms fused"]
         medians = [f"{float(t['ratio_median']):.2f}" for t in (times[c.name], folded)]
@@ -37,9 +37,9 @@ def comparison() -> str:
     trained = [c for c in shipped.values() if not c.derived_from and c.name in zoo["checkpoints"]]
     plain = next(c for c in trained if c.mechanism == "resnet").over_seeds["top1"]
     rows = []
-    for c in sorted(trained, key=lambda c: -c.over_seeds["top1"]["mean"]):
+    for c in sorted(trained, key=lambda c: (c.mechanism != "resnet", c.architecture)):
         top1, times = c.over_seeds["top1"], zoo["checkpoints"]
-        behind = (plain["mean"] - top1["mean"]) / standard_error(plain, top1)
+        difference, half = top1["mean"] - plain["mean"], half_width(top1, plain)
         folded = shipped[c.folded] if c.folded else None
         seed = c.over_seeds["seeds"][0]
         again = RESULTS / "zoo" / c.architecture / f"xeon-seed-{seed}"
@@ -48,7 +48,7 @@ def comparison() -> str:
             [
                 f"`{c.architecture}`",
                 figure(top1),
-                f"{behind:+.1f}" if c.mechanism != "resnet" else "",
+                f"{difference:+.2f} ± {half:.2f}" if c.mechanism != "resnet" else "",
                 f"{read_metrics(again)[-1]['top1'] - first:+.2f}" if again.is_dir() else "",
                 ratio(times[c.name]),
                 ratio(times[folded.name] if folded else zoo["resnet20, norms fused"]),
@@ -58,8 +58,8 @@ def comparison() -> str:
     header = [
         "model",
         "top-1 (%), mean ± std (n)",
-        "behind plain",
-        f"seed {seed} again",
+        "difference from plain (95 % interval)",
+        f"seed {seed} retrained",
         "time",
         "time, folded",
     ]
@@ -67,19 +67,15 @@ def comparison() -> str:
 
 
 def from_scratch(name: str, plain: str) -> str:
-    """Networks trained from random weights, against a plain one, paired by seed; the best first."""
+    """Networks trained from random weights, against a plain one, paired by seed."""
     folder = RESULTS / name
     runs = {path.name: top1_by_seed(path) for path in folder.iterdir() if path.is_dir()}
     runs = {network: found for network, found in runs.items() if found}
     costs = {row["network"]: ratio(row) for row in read_csv(folder.with_name(f"{name}_cost.csv"))}
-    splits = list(runs[plain])
-
-    def order(network: str) -> tuple[bool, float]:
-        told = difference(runs[network][splits[0]], runs[plain][splits[0]])
-        return network != plain, -told["difference"] if told else 0
+    splits = sorted(runs[plain])  # the held-out images first
 
     table = []
-    for network in sorted(runs, key=order):
+    for network in sorted(runs, key=lambda network: (network != plain, network)):
         cells = [f"`{network}`"]
         for split in splits:
             told = difference(runs[network][split], runs[plain][split]) if network != plain else {}
@@ -122,13 +118,14 @@ def freeze_accuracy() -> str:
             ]
             lost = [float(row["top1_before"]) - float(row["top1"]) for row in found]
             gates = " ".join(row["frozen"] for row in found)
+            kept = sum(row["recovered"] == "1" for row in found)
+            gates += f" ({kept} of {len(found)})" if recover != "0" else ""
             figures = (statistics.mean(lost), statistics.stdev(lost), len(lost)) if lost else ()
             cells += [gates, "{:.2f} ± {:.2f} ({})".format(*figures) if figures else ""]
         table.append(cells)
     header = ["model", "budget (points)", "gates frozen, by seed", "top-1 lost (points), mean ± std (n)"]
-    return markdown(
-        [*header, f"gates frozen, with {steps} steps of recovery", "top-1 lost, with recovery"], table
-    )
+    recovery = f"gates frozen, with {steps} steps of recovery (runs in which it was kept)"
+    return markdown([*header, recovery, "top-1 lost, with recovery"], table)
 
 
 def over_seeds(top1: dict[int, float]) -> str:
@@ -139,6 +136,6 @@ def over_seeds(top1: dict[int, float]) -> str:
 
 def in_words(told: dict) -> str:
     """A paired difference and its interval."""
-    if told["n"] == 1:
-        return f"{told['difference']:+.2f} (n = 1)"
+    if told["n"] < FEWEST:
+        return f"{told['difference']:+.2f} (n = {told['n']})"
     return f"{told['difference']:+.2f} ({told['low']:+.2f} to {told['high']:+.2f})"

@@ -7,8 +7,8 @@ Reads ``<folder>/<network>/seed-<seed>``, as scripts/train_zoo.py writes them. A
 epoch, on the test split and on images held out of the training split, where the recipe held some out. A
 difference is taken between runs of the same seed, which saw the same images in the same order; intervals are
 Student's t, 95 %, and cover what another seed would change, not what another recipe or data set would.
-``needed`` is the number of seeds at which half a point would stand outside the interval, at the deviation
-found here. --cost is a table of scripts/bench_deployed.py, drawn beside the differences.
+``needed`` is the number of seeds with which half a point would be found four times out of five, at the
+deviation seen here. --cost is a table of scripts/bench_deployed.py, drawn beside the differences.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from paired import difference
+from paired import FEWEST, difference
 from rich.console import Console
 from rich.table import Table
 
@@ -73,9 +73,8 @@ def draw(rows: list[dict[str, Any]], costs: dict[str, dict[str, str]], title: st
     names = list(dict.fromkeys(row["network"] for row in reversed(rows)))
     counts = {row["network"]: row["n"] for row in rows}
     columns = len(splits) + bool(costs)
-    # Of two seeds an interval is 25 standard errors wide: it leaves the picture.
-    ends = [(row["low"], row["high"]) if row["n"] > 2 else (2 * row["difference"],) for row in rows]
-    reach = 1.1 * max(1.0, *(abs(end) for found in ends for end in found))
+    ends = [abs(end) for row in rows for end in (row["difference"], row["low"], row["high"])]
+    reach = 1.1 * max(1.0, *(end for end in ends if math.isfinite(end)))
     with style():
         figure, grid = new_figure(title, 1.3 + 0.32 * len(names), columns=columns, sharey=True)
         axes = grid[0]
@@ -87,7 +86,7 @@ def draw(rows: list[dict[str, Any]], costs: dict[str, dict[str, str]], title: st
                     names.index(row["network"]),
                     xerr=half if math.isfinite(half) else None,
                     fmt="o",
-                    color="C0" if row["verdict"] == "not told apart" else "C3",
+                    color="C0" if row["verdict"] == "not distinguishable" else "C3",
                     capsize=3,
                 )
             axis.axvline(0, color="0.5", linewidth=1)
@@ -127,7 +126,7 @@ def main() -> None:
             str(row["n"]),
             f"{row['top1']:.2f}",
             f"{row['difference']:+.2f}",
-            f"{row['low']:+.2f} to {row['high']:+.2f}",
+            f"{row['low']:+.2f} to {row['high']:+.2f}" if row["n"] >= FEWEST else "",
             row["verdict"],
             str(row["needed"]),
         )

@@ -5,7 +5,8 @@
 Of every network the run with the median top-1 goes into the hub folder, in the place of older weights of
 that name, when all could be exported; accuracies are over all of its seeds. `zoo.json` (see --name) gets what
 only this script measures, the time per image of every form over that of the plain network, in turn in one
-process; `zoo.png` shows accuracy against it and against the number of parameters.
+process; `zoo.png` shows accuracy against it and against the number of parameters. --only-measure does no more
+than that, for weights that are in the hub folder already.
 """
 
 import argparse
@@ -73,11 +74,14 @@ def cost(
     """Time in eval mode (fp32) over that of the plain network as it was trained.
 
     Returns:
-        That of every checkpoint by name, and that of the plain network with its norms fused, since those of
-        the deployed forms that keep their attention are.
+        That of every checkpoint by name, and that of the plain network with its norms fused into the
+        convolutions, as those of all folded forms are here.
     """
     keep_freed_memory()  # else the time of a network depends on what was freed before it
     models = {c.name: timm.create_model(f"local-dir:{c.folder}", pretrained=True).eval() for c in checkpoints}
+    for checkpoint in checkpoints:
+        if checkpoint.folded_from:
+            fuse_conv_norms(models[checkpoint.name])
     (plain,) = (c.name for c in checkpoints if c.architecture == PLAIN and not c.derived_from)
     models[FUSED] = copy.deepcopy(models[plain])
     fuse_conv_norms(models[FUSED])
@@ -151,30 +155,8 @@ def write_logits(checkpoints: list[Checkpoint], path: Path) -> None:
     path.write_text(f"{{\n{lines}\n}}\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", required=True, help="a Hub id, or a folder of parquet files")
-    parser.add_argument("--dataset", required=True, help="what cards call the data set")
-    parser.add_argument("--tag", required=True)
-    parser.add_argument("--runs", type=Path, default=ROOT / "hub" / "results" / "zoo")
-    parser.add_argument("--hub", type=Path, default=ROOT / "hub")
-    parser.add_argument("--name", default="zoo", help="of the files in the hub folder's results")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--dataset-license", help="licence of the images, where it is not known here")
-    arguments = parser.parse_args()
-    for option in ("rounds", "batch_size"):
-        given = getattr(arguments, option)
-        if given < 1:
-            parser.error(f"--{option.replace('_', '-')} is {given}: it must be at least 1")
-    hub = arguments.hub
-    hub.mkdir(parents=True, exist_ok=True)
-
-    finished = sorted({path.parents[1] for path in arguments.runs.glob(f"*/seed-*/{WEIGHTS}")})
-    if arguments.runs / PLAIN not in finished:
-        sys.exit(f"{arguments.runs} has no finished {PLAIN}: run scripts/train_zoo.py first")
+def export_all(finished: list[Path], hub: Path, arguments: argparse.Namespace) -> None:
+    """Put the run with the median top-1 of each network into the hub folder, and render what names it."""
     exported = hub / ".exported"  # on the same disk, since folders are moved from it
     shutil.rmtree(exported, ignore_errors=True)
     try:
@@ -196,6 +178,39 @@ def main() -> None:
     if shipped:
         write_logits(read_index(hub), ROOT / "tests" / "shipped_logits.json")
 
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="a Hub id, or a folder of parquet files")
+    parser.add_argument("--dataset", required=True, help="what cards call the data set")
+    parser.add_argument("--tag", required=True)
+    parser.add_argument("--runs", type=Path, default=ROOT / "hub" / "results" / "zoo")
+    parser.add_argument("--models", nargs="+", help=f"those to export, {PLAIN} among them; all by default")
+    parser.add_argument("--hub", type=Path, default=ROOT / "hub")
+    parser.add_argument("--name", default="zoo", help="of the files in the hub folder's results")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--dataset-license", help="licence of the images, where it is not known here")
+    parser.add_argument("--only-measure", action="store_true")
+    arguments = parser.parse_args()
+    for option in ("rounds", "batch_size"):
+        given = getattr(arguments, option)
+        if given < 1:
+            parser.error(f"--{option.replace('_', '-')} is {given}: it must be at least 1")
+    hub = arguments.hub
+    hub.mkdir(parents=True, exist_ok=True)
+
+    finished = sorted({path.parents[1] for path in arguments.runs.glob(f"*/seed-*/{WEIGHTS}")})
+    for model in arguments.models or [PLAIN]:
+        if arguments.runs / model not in finished:
+            sys.exit(f"{arguments.runs} has no finished {model}: run scripts/train_zoo.py first")
+    if arguments.models:
+        finished = [runs for runs in finished if runs.name in {PLAIN, *arguments.models}]
+    if not arguments.only_measure:
+        export_all(finished, hub, arguments)
+
     names = {f"{runs.name}.{arguments.tag}" for runs in finished}
     checkpoints = [c for c in read_index(hub) if trained(c) in names]
     relative_time, fused = cost(checkpoints, arguments.rounds, arguments.batch_size)
@@ -204,7 +219,7 @@ def main() -> None:
     about = {
         "command": (
             f"export_zoo.py --data DATA --dataset {arguments.dataset} --tag {arguments.tag} "
-            f"--runs {arguments.runs.name} --name {arguments.name}"
+            f"--runs {arguments.runs.name} --name {arguments.name} --rounds {arguments.rounds}"
         ),
         "relative_time": f"fp32, batch {arguments.batch_size}, {PLAIN} as trained = 1",
         **surroundings(torch.device("cpu")),

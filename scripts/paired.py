@@ -8,20 +8,22 @@ from scipy.stats import t as student
 
 #: Points of top-1 that a reader would care about.
 WORTH = 0.5
+#: Fewer values have no interval: two are alike by chance too often for their deviation to mean anything.
+FEWEST = 3
 
 
 def interval(values: list[float]) -> float:
-    """Half the width of the 95 % interval of a mean; infinite for one value."""
+    """Half the width of the 95 % interval of a mean; infinite for few values."""
     n = len(values)
-    if n < 2:
+    if n < FEWEST:
         return math.inf
     return float(student.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
 
 
 def seeds_needed(std: float) -> int:
-    """Smallest number of pairs for which the 95 % interval is at most ± ``WORTH``."""
-    n = 2
-    while student.ppf(0.975, n - 1) * std / math.sqrt(n) > WORTH:
+    """Smallest number of pairs with which a difference of ``WORTH`` is found four times out of five."""
+    n = 3
+    while (student.ppf(0.975, n - 1) + student.ppf(0.8, n - 1)) * std / math.sqrt(n) > WORTH:
         n += 1
     return n
 
@@ -30,7 +32,7 @@ def verdict(mean: float, half: float) -> str:
     """What the interval says, in words."""
     if mean - half > 0:
         return "above"
-    return "below" if mean + half < 0 else "not told apart"
+    return "below" if mean + half < 0 else "not distinguishable"
 
 
 def difference(found: dict[int, float], plain: dict[int, float]) -> dict[str, Any]:
@@ -40,7 +42,8 @@ def difference(found: dict[int, float], plain: dict[int, float]) -> dict[str, An
         return {}
     differences = [found[seed] - plain[seed] for seed in seeds]
     mean, half = statistics.mean(differences), interval(differences)
-    std = statistics.stdev(differences) if len(seeds) > 1 else math.nan
+    few = len(seeds) < FEWEST
+    std = math.nan if few else statistics.stdev(differences)
     return {
         "n": len(seeds),
         "top1": round(statistics.mean(found[seed] for seed in seeds), 3),
@@ -50,6 +53,6 @@ def difference(found: dict[int, float], plain: dict[int, float]) -> dict[str, An
         "high": round(mean + half, 3),
         "std": round(std, 3),
         "verdict": verdict(mean, half),
-        "needed": seeds_needed(std) if len(seeds) > 1 else "",
+        "needed": "" if few else seeds_needed(std),
         "seeds": " ".join(map(str, seeds)),
     }

@@ -46,15 +46,16 @@ def parameters() -> str:
 def sweep() -> str:
     """What works on timm's architectures."""
     rows = read_csv(RESULTS / "timm_sweep.csv")
-    tried = [row for row in rows if row["seconds"]]
 
     def share(rows: list[dict], good: list[dict]) -> str:
         return f"{len(good):,} of {len(rows):,}"
 
+    def built(rows: list[dict]) -> list[dict]:
+        return [row for row in rows if row["seconds"]]
+
+    tried = built(rows)
     modules = {row["module"] for row in tried}
     ends = [row for row in rows if int(row["folding"] or 0)]
-    verified = {row["module"] for row in tried if row["asr_where"] == "branches"}
-    folding = [row for row in ends if row["module"] in verified]
     norms = [row for row in rows if row in ends or int(row["norms"] or 0)]
     once = [row for row in rows if int(row["once"] or 0)]
     exact = [row for row in tried if row["asr_error"] and float(row["asr_error"]) <= 1e-5]
@@ -63,20 +64,24 @@ def sweep() -> str:
         [
             "",
             "has a place for it",
-            f"built and run: the {len(tried)} smallest, of {len(modules)} module files",
+            f"of those, built and run (the two smallest of each of {len(modules)} module files)",
         ],
         [
             [
                 "ASR at the ends of branches; folds",
-                share(rows, folding),
-                share(tried, [row for row in exact if row["asr_where"] == "branches"]),
+                share(rows, ends),
+                share(built(ends), [row for row in exact if row["asr_where"] == "branches"]),
             ],
             [
                 f"ASR there or on norms; folds (largest max\\|Δlogit\\| ÷ max\\|logit\\| {worst:.0e})",
                 share(rows, norms),
-                share(tried, exact),
+                share(built(norms), exact),
             ],
-            ["DIA; exports", share(rows, once), share(tried, [row for row in tried if row["dia"] == "yes"])],
+            [
+                "DIA; exports",
+                share(rows, once),
+                share(built(once), [row for row in tried if row["dia"] == "yes"]),
+            ],
             ["SSIA; trains and folds", "", share(tried, [row for row in tried if row["ssia"] == "yes"])],
         ],
     )

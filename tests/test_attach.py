@@ -21,7 +21,8 @@ import timm_attn
 from timm_attn import ends
 from timm_attn.branches import branches, example_input, runs
 from timm_attn.compare import BOUNDS, relative_difference
-from timm_attn.ends import BranchEnd, DIAEnd, GatedBatchNorm2d, mixed
+from timm_attn.dia_end import DIAEnd
+from timm_attn.ends import BranchEnd, GatedBatchNorm2d, mixed
 from timm_attn.layers import ASR, DIACell
 from timm_attn.models.grafting import GraftError, start_constant
 from timm_attn.models.mechanisms import MECHANISMS

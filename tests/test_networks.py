@@ -9,7 +9,8 @@ from reference.resnet import MECHANISMS, forward
 
 import timm_attn
 from timm_attn.compare import relative_difference
-from timm_attn.ends import DIARun, GateEnd
+from timm_attn.dia_end import DIARun
+from timm_attn.ends import GateEnd
 from timm_attn.layers import ASR, FMM, ConAM
 from timm_attn.layers.fmm import MODES as FMM_MODES
 from timm_attn.models import BACKBONES, parse_name

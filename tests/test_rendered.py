@@ -4,8 +4,10 @@ import csv
 import dataclasses
 import json
 import shutil
+import statistics
 
 import pytest
+import scipy.stats
 import timm
 import yaml
 from helpers import ROOT, script
@@ -13,9 +15,10 @@ from huggingface_hub import ModelCard
 
 from timm_attn.errors import UserError
 from timm_attn.papers import PAPERS
-from timm_attn.publish.card import card, judge
+from timm_attn.publish.card import card, half_width, judge
 from timm_attn.publish.export import link
 from timm_attn.publish.render import render
+from timm_attn.training.seeds import spread
 from timm_attn.weights import read_index
 
 SHIPPED = {c.name: c for c in read_index(ROOT / "hub")}
@@ -146,13 +149,21 @@ def test_a_card_says_how_far_it_is_from_its_controls():
     text = card(dia, {"resnet20.a": plain})
     assert (
         "91.50 ± 0.20 % (n = 4) against 91.00 ± 0.10 % (n = 4) for `resnet20.a`. The difference of +0.50 points "
-        "is more than twice its standard error (0.11)" in text
+        "(95 % interval: +0.23 to +0.77) is distinguishable from 0." in text
     )
-    assert "less than twice" in judge({"mean": 91.1, "std": 0.2, "n": 4}, plain.over_seeds["top1"])
+    assert "is not distinguishable" in judge({"mean": 91.2, "std": 0.2, "n": 4}, plain.over_seeds["top1"])
     assert "No baseline was trained" in card(dataclasses.replace(dia, controls=[]), {})
     for few in ({"mean": 95.0, "std": None, "n": 1}, {"mean": 95.0, "std": 0.01, "n": 2}):
         assert "may be noise" in judge(few, plain.over_seeds["top1"])
         assert "may be noise" in judge(plain.over_seeds["top1"], few)
+
+
+def test_intervals_of_cards_are_scipys():
+    a, b = ([91.2, 91.9, 91.4], [90.8, 91.1, 91.3, 90.9])
+    theirs = scipy.stats.ttest_ind(a, b).confidence_interval(0.95)
+    ours = half_width(spread(a), spread(b))
+    difference = statistics.mean(a) - statistics.mean(b)
+    assert (difference - ours, difference + ours) == pytest.approx(tuple(theirs), rel=1e-3)
 
 
 def test_a_card_says_which_of_the_seeds_it_is():

@@ -1,6 +1,5 @@
 """The weights that ship, and what the README says of them."""
 
-import itertools
 import json
 import statistics
 
@@ -11,7 +10,7 @@ from helpers import ROOT, fixed_images, parameters
 
 import timm_attn
 from timm_attn.compare import relative_difference
-from timm_attn.publish.card import standard_error
+from timm_attn.publish.card import half_width
 from timm_attn.training.run import read_metrics, read_results
 from timm_attn.training.seeds import spread
 from timm_attn.weights import read_index, sha256
@@ -58,16 +57,16 @@ def test_all_finished_runs_are_exported():
 
 
 def test_the_verdicts_of_the_readme_hold():
-    """Which networks are behind by more than noise is a sentence; the figures beside it are rendered."""
+    """Which networks are distinguishable from plain is a sentence; the figures beside it are rendered."""
     over = {c.architecture: c.over_seeds["top1"] for c in SHIPPED.values() if not c.folded_from}
 
-    def behind(a, b):
-        """How many standard errors the mean of a is below that of b, the measure of the cards."""
-        return (over[b]["mean"] - over[a]["mean"]) / standard_error(over[a], over[b])
-
-    rest = NETWORKS - {"fmmnet20", "resnet20_ssia"}
-    apart = max(abs(behind(a, b)) for a, b in itertools.combinations(rest, 2))
-    assert behind("fmmnet20", "resnet20") > 2.5 > behind("resnet20_ssia", "resnet20") > 1.5 > apart
+    plain = over.pop("resnet20")
+    apart = {
+        name for name, top1 in over.items() if abs(top1["mean"] - plain["mean"]) > half_width(top1, plain)
+    }
+    assert apart == {"fmmnet20"}
+    assert 0.45 < plain["mean"] - over["fmmnet20"]["mean"] < 0.5
+    rest = over.keys() - {"fmmnet20", "resnet20_ssia"}
     assert max(over["fmmnet20"]["values"]) < min(min(over[name]["values"]) for name in rest)
 
 

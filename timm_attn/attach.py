@@ -11,7 +11,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .branches import example_input
 from .compare import FoldError
-from .ends import BranchEnd, GatedInput, GatedNorm, GateEnd
+from .ends import BranchEnd, GatedInput, GatedNorm, GateEnd, tensor_at
 from .fold import fold
 from .layers import ConAM, ConstantGate
 from .layers.fmm import FMM
@@ -82,9 +82,8 @@ def _tell_channels_apart(model: nn.Module) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
         elif isinstance(module, GateEnd):
             for name in module.branch.affine:
-                path, _, attribute = name.rpartition(".")
-                scale: Any = getattr(module.block.get_submodule(path), attribute)
-                if scale.dim() == 1 and attribute != "bias":
+                scale = tensor_at(module.block, name)
+                if scale.dim() == 1 and not name.endswith("bias"):
                     scale.copy_(torch.where(scale.abs() < 0.01, 0.1, scale))
 
 

@@ -1,9 +1,6 @@
 """What stands at the end of a residual branch, or in place of a norm layer, without touching their keys."""
 
 import math
-import threading
-import weakref
-from collections import deque
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
@@ -14,9 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .branches import Branch, slots
-from .layers import DIACell
 from .layers.eager import eager
-from .layers.pooling import channel_mean
 
 
 class BranchEnd(nn.Module):
@@ -138,7 +133,7 @@ class GateEnd(BranchEnd):
             return False
         if norm.momentum is None or not norm.track_running_stats or norm.running_mean is None:
             return False
-        if _hooked(norm) or _hooked(self) or _hooked(self._held[1]):
+        if hooked(norm) or hooked(self) or hooked(self._held[1]):
             return False
         return torch.compiler.is_compiling() or eager(x)
 
@@ -211,7 +206,7 @@ class GatedBatchNorm2d(nn.BatchNorm2d):
         return F.batch_norm(input, mean, var, weight, bias, self.training, self.momentum or 0.0, self.eps)
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     """Whether more happens than the module's own forward when it is called."""
     hooks = (
         module._forward_hooks,
@@ -220,59 +215,6 @@ def _hooked(module: nn.Module) -> bool:
         module._backward_pre_hooks,
     )
     return any(hooks) or "forward" in vars(module) or bool(_has_any_global_hook())
-
-
-class DIAEnd(BranchEnd):
-    """One step of a cell that a run of branches shares.
-
-    Args:
-        run: Hands the state from step to step.
-        step: Which one of them, from 0.
-        new_norm: The branch's affine is that of a norm which is applied here, before the cell reads the map.
-    """
-
-    all_tokens = True
-
-    def __init__(
-        self,
-        block: nn.Module,
-        branch: Branch,
-        mechanism: DIACell,
-        run: "DIARun",
-        step: int,
-        new_norm: bool = False,
-    ) -> None:
-        super().__init__(block, branch, mechanism)
-        self.run = run
-        self.step = step
-        self.new_norm = new_norm
-        self.norm = (
-            branch.affine[0].rpartition(".")[0] if len(branch.affine) == 2 and not branch.attention else ""
-        )
-
-    def may_overwrite(self, x: Tensor) -> bool:
-        """Whether x can take the product, which saves memory: only the slot has what the norm has made."""
-        if type(self._held[0]).__module__ != "timm.models.resnet":  # whose blocks read it nowhere else
-            return False
-        norm = self._held[0].get_submodule(self.norm)
-        if torch.is_grad_enabled() or not isinstance(norm, nn.BatchNorm2d) or _hooked(norm) or _hooked(self):
-            return False
-        return eager(x)
-
-    def attend(self, x: Tensor) -> Tensor:
-        if self.new_norm:
-            x = self._held[0].get_submodule(self.norm)(x)
-        if self.branch.axis == 1:
-            g = channel_mean(x)
-        else:
-            g = x[:, self.branch.prefix :].mean(1) if x.dim() == 3 else x.mean((1, 2))
-        state = self._held[1](g, *self.run.before(self.step, g))
-        if self.may_overwrite(x) and x.dtype == state[0].dtype:
-            x = x.mul_(state[0][:, :, None, None])
-        else:
-            x = self.scale(x, state[0])
-        self.run.after(self.step, state, x)
-        return x
 
 
 def merge(block: Any) -> None:
@@ -297,118 +239,6 @@ def merge(block: Any) -> None:
         block.reparameterize()
 
 
-#: Where a node of a graph keeps the state that belongs to it.
-_STATE = "timm_attn.dia"
-
-
-class _State:
-    """(h, c) of DIA, each B × C, and the channel means that the next step has read beside it."""
-
-    def __init__(self, state: tuple[Tensor, Tensor]) -> None:
-        self.state = state
-        self.read: Tensor | None = None
-
-
-class DIARun:
-    """Hands DIA's state along a run of branches, within one forward pass.
-
-    Every step has an entry for each pass whose graph is there, so that a block which is run again, as under
-    gradient checkpointing, reads the same state again. The graph owns the entries, and they go when it goes.
-
-    Args:
-        steps: Number of branches of the run.
-    """
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        # Owned by the graphs of passes, by step and thread.
-        self._owned: dict[int, dict[int, list[weakref.ref[_State]]]] = {}
-        self._passing: dict[Any, _State] = {}  # of a pass without a graph
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "DIARun":
-        return DIARun(self.steps)
-
-    def __reduce__(self) -> Any:
-        return DIARun, (self.steps,)
-
-    def before(self, step: int, g: Tensor) -> tuple[Tensor, Tensor]:
-        """The state that the step before has left; zeros for the first.
-
-        Raises:
-            RuntimeError: There is none.
-        """
-        if step == 0:
-            self._forget()
-            return torch.zeros_like(g), torch.zeros_like(g)
-        entry = self._passing.get(self._key(step)) or self._of_a_graph(step, g) or self._of_another(step)
-        if entry is None:
-            raise RuntimeError(
-                f"DIA's step {step} of {self.steps} has no state of the step before: call the whole network, "
-                "compile the whole of it or nothing, and checkpoint gradients with use_reentrant=False"
-            )
-        if eager(g):
-            entry.read = g.detach()
-        return entry.state
-
-    def after(self, step: int, state: tuple[Tensor, Tensor], x: Tensor) -> None:
-        """Keep the state for the next step; ``x`` is computed from it."""
-        last, entry = step == self.steps - 1, _State(state)
-        if eager(x) and x.grad_fn is not None:
-            if not last:
-                x.grad_fn.metadata[_STATE] = entry  # pyright: ignore[reportIndexIssue]
-                mine, thread = self._owned.setdefault(step + 1, {}), threading.get_ident()
-                alive = [ref for ref in mine.get(thread, ()) if ref() is not None]
-                mine[thread] = [*alive, weakref.ref(entry)]
-        elif last:
-            self._forget()
-        else:
-            self._passing[self._key(step + 1)] = entry
-
-    def _of_a_graph(self, step: int, g: Tensor) -> _State | None:
-        """The state that the pass of g has left, of those whose graphs are there.
-
-        A block may be run again by another thread, as autograd does on GPUs.
-        """
-        refs = [ref for by_thread in list(self._owned.get(step, {}).values()) for ref in by_thread]
-        known = [state for ref in refs if (state := ref()) is not None]
-        if len(known) < 2:
-            return known[0] if known else None
-        found = _nearest(g.grad_fn, {*known})
-        if found is not None:
-            return found
-        # What is run again may be cut from the graph: by what was read then.
-        same = [s for s in known if s.read is not None and s.read.shape == g.shape]
-        return next((s for s in same if torch.equal(s.read, g)), None)  # pyright: ignore[reportArgumentType]
-
-    def _of_another(self, step: int) -> _State | None:
-        """A state without a graph, of a block that is compiled alone, or of another thread."""
-        for key, state in [*self._passing.items()]:
-            if step == (key[0] if isinstance(key, tuple) else key):
-                return state
-        return None
-
-    def _forget(self) -> None:
-        for step in range(1, self.steps):
-            self._passing.pop(self._key(step), None)
-            self._passing.pop(step, None)
-
-    def _key(self, step: int) -> Any:
-        return step if torch.compiler.is_compiling() else (step, threading.get_ident())
-
-
-def _nearest(node: Any, wanted: set[_State]) -> _State | None:
-    """The first of some states that is met when a graph is walked back from a node."""
-    queue, seen = deque([node]), {node, None}
-    while queue and (node := queue.popleft()) is not None:
-        state = node.metadata.get(_STATE)
-        if state in wanted:
-            return state
-        new = {parent for parent, _ in node.next_functions} - seen
-        queue.extend(new)
-        seen |= new
-    return None
-
-
 def scale_parameters(block: nn.Module, branch: Branch, gate: Tensor) -> None:
     """Multiply what a branch gives by a gate of C entries above zero, in its parameters, in place.
 
@@ -422,13 +252,18 @@ def scale_parameters(block: nn.Module, branch: Branch, gate: Tensor) -> None:
     scale(block, branch.affine, gate, branch.channels)
 
 
+def tensor_at(module: nn.Module, name: str) -> Any:
+    """A parameter or buffer by its name in the state dict."""
+    path, _, attribute = name.rpartition(".")
+    return getattr(module.get_submodule(path), attribute)
+
+
 def scale(block: nn.Module, names: Sequence[str], gate: Tensor, channels: int) -> None:
     """Multiply parameters, or buffers, of a block along their first axis, in place."""
     v = gate.detach().double().flatten()
     with torch.no_grad():
         for name in names:
-            path, _, attribute = name.rpartition(".")
-            tensor: Any = getattr(block.get_submodule(path), attribute)
+            tensor = tensor_at(block, name)
             shape = tensor.shape if tensor.numel() == v.numel() else (-1, *[1] * (tensor.dim() - 1))
             # The parameters keep their identity, so that optimisers and EMA copies that hold them stay valid.
             tensor.copy_(tensor.double() * v.to(tensor.device).expand(channels).reshape(shape))

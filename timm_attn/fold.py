@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .branches import branches, example_input
 from .compare import FoldError, Inputs, above_bound, call, compared, relative, relative_difference, unwrapped
-from .ends import GatedInput, GatedNorm, GateEnd, scale, without_mixin
+from .ends import GatedInput, GatedNorm, GateEnd, scale, tensor_at, without_mixin
 from .layers import SSIA, ConstantGate
 from .models import mechanism as row_of
 from .models import model_names, parse_name
@@ -160,8 +160,7 @@ def fuse_layer_scales(model: nn.Module, images: Tensor) -> int:
         path, _, name = branch.affine[0].rpartition(".") if len(branch.affine) == 1 else ("", "", "")
         if not branch.scaled or name not in _LAYER_SCALES:
             continue
-        owner: Any = block.get_submodule(path)
-        scale(block, branch.scaled, getattr(owner, name), branch.channels)
+        scale(block, branch.scaled, tensor_at(block, branch.affine[0]), branch.channels)
         if path:
             parent, _, child = path.rpartition(".")
             setattr(block.get_submodule(parent), child, nn.Identity())

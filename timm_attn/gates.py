@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
 from .branches import evaluating
-from .ends import BranchEnd, DIAEnd
+from .dia_end import DIAEnd
+from .ends import BranchEnd
 from .layers import SEM, SPEM
 
 

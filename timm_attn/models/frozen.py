@@ -11,7 +11,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from .. import weights
-from ..ends import BranchEnd, DIAEnd
+from ..dia_end import DIAEnd
+from ..ends import BranchEnd
 from ..layers.frozen import FrozenGate
 from .attached import feature_cfg, model_names, parse_name, register_name
 

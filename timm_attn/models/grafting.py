@@ -12,7 +12,8 @@ from timm.layers import EcaModule, SEModule
 from torch import Tensor, nn
 
 from ..branches import ATTENTION, branches, example_input
-from ..ends import BranchEnd, DIAEnd, GatedInput, GatedNorm, GateEnd, scale_parameters
+from ..dia_end import DIAEnd
+from ..ends import BranchEnd, GatedInput, GatedNorm, GateEnd, scale_parameters
 from ..layers import ConAM
 
 

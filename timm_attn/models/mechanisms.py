@@ -17,7 +17,8 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 from ..branches import Branch, branches, runs
-from ..ends import BranchEnd, DIAEnd, DIARun, GatedInput, GatedNorm, GateEnd, mixed
+from ..dia_end import DIAEnd, DIARun
+from ..ends import BranchEnd, GatedInput, GatedNorm, GateEnd, mixed
 from ..layers import ASR, SEM, SPEM, ConAM, ConstantGate, DIACell
 from ..layers.options import check_choice, check_flag, check_whole
 from ..papers import PAPERS, TIMM, Paper

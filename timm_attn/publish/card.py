@@ -12,7 +12,7 @@ from huggingface_hub import (
     eval_result_entries_to_yaml,
 )
 
-from ..errors import UserError, install
+from ..errors import UserError, extra, install
 from ..models import model_names, parse_name
 from ..papers import PAPERS, TIMM, Paper
 from ..weights import Checkpoint
@@ -314,11 +314,10 @@ def _claim(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], paper: Pape
         control = others[name].over_seeds.get("top1") if name in others else None
         if not measured or not control:
             continue
-        difference = round(measured["mean"], 2) - round(control["mean"], 2)  # as a reader subtracts them
         lines.append(
             f"Here, with the same recipe: {_mean(measured)} % (n = {measured['n']}) against "
             f"{_mean(control)} % (n = {control['n']}) for `{name}`. "
-            f"The difference of {difference:+.2f} points {judge(measured, control)}."
+            f"{judge(measured, control)}"
         )
     if len(lines) < 2 and not checkpoint.controls and not checkpoint.is_control:
         lines.append("No baseline was trained with the same recipe, so the claim is not tested here.")
@@ -349,21 +348,31 @@ def _frozen(checkpoint: Checkpoint) -> str:
     )
 
 
-def standard_error(a: dict[str, Any], b: dict[str, Any]) -> float:
-    """Standard error of the difference of two means over seeds, in the same unit."""
-    return (a["std"] ** 2 / a["n"] + b["std"] ** 2 / b["n"]) ** 0.5
+def half_width(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """Half the width of the 95 % interval of the difference of two means over seeds, in the same unit.
+
+    Student's t, with a common standard deviation. Runs are not paired by seed: those of one seed may be from
+    different machines, which changes as much as another seed does.
+    """
+    with extra("train"):
+        from scipy.stats import t
+    freedom = a["n"] + b["n"] - 2
+    variance = ((a["n"] - 1) * a["std"] ** 2 + (b["n"] - 1) * b["std"] ** 2) / freedom
+    return float(t.ppf(0.975, freedom)) * (variance * (1 / a["n"] + 1 / b["n"])) ** 0.5
 
 
 def judge(a: dict[str, Any], b: dict[str, Any]) -> str:
-    """Whether two means differ by more than twice the standard error of their difference, as a predicate.
+    """What can be said of the difference of two means over seeds, as a sentence.
 
-    With fewer than three runs, the standard deviation is too uncertain to tell.
+    With fewer than three runs, the standard deviation is too uncertain for an interval.
     """
+    difference = round(a["mean"], 2) - round(b["mean"], 2)  # as a reader subtracts them
+    said = f"The difference of {difference:+.2f} points"
     if min(a["n"], b["n"]) < 3:
-        return "may be noise, with so few runs"
-    error = standard_error(a, b)
-    far = abs(a["mean"] - b["mean"]) > 2 * error
-    return f"is {'more' if far else 'less'} than twice its standard error ({error:.2f})"
+        return f"{said} may be noise, with so few runs."
+    half = half_width(a, b)
+    verdict = "is distinguishable from 0" if abs(difference) > half else "is not distinguishable from 0"
+    return f"{said} (95 % interval: {difference - half:+.2f} to {difference + half:+.2f}) {verdict}."
 
 
 def _settings(recipe: Mapping[str, Any]) -> str:

@@ -172,7 +172,7 @@ def read_images(
 
 
 def draw(report: FreezeReport, title: str, path: Path) -> None:
-    """Top-1 against time as gates are frozen one by one, in both orders, as a PNG."""
+    """Top-1 lost against time as gates are frozen one by one, in both orders, as a PNG."""
     with style():
         write_png(freeze_figure(report, title), path)
 
@@ -185,16 +185,23 @@ def freeze_figure(report: FreezeReport, title: str) -> Any:
     for name, points in report.curves.items():
         marker, colour, label = styles[name]
         counts, right, times = zip(*points, strict=True)
-        axis.plot(times, right, marker=marker, color=colour, label=label, markersize=4)
-        for n, x, y in ((n, x, y) for n, x, y in zip(counts, times, right, strict=True) if n % 3 == 0):
+        lost = [right[0] - value for value in right]
+        axis.plot(times, lost, marker=marker, color=colour, label=label, markersize=4)
+        for n, x, y in ((n, x, y) for n, x, y in zip(counts, times, lost, strict=True) if n % 3 == 0):
             offset = 6 if name == "greedy" else -12
             axis.annotate(str(n), (x, y), (0, offset), textcoords="offset points", color=colour, fontsize=8)
-    right = _right(report.after)
-    axis.plot(report.after.milliseconds, right, "*", color="C2", markersize=13, label="result, other images")
-    limit = report.curves["greedy"][0][1] - report.budget
-    axis.axhline(limit, color="0.6", linestyle="--", linewidth=1, label="budget")
-    named = "top-1 (%)" if not math.isnan(report.before.top1) else "same class as the original (%)"
-    axis.set(xlabel=f"milliseconds for a batch of {report.batch_size}", ylabel=named)
+    lost = _right(report.before) - _right(report.after)
+    axis.plot(
+        report.after.milliseconds, lost, "*", color="C2", markersize=13, label="result, on other images"
+    )
+    if math.isfinite(report.budget):
+        axis.axhline(report.budget, color="0.6", linestyle="--", linewidth=1, label="budget")
+    labelled = not math.isnan(report.before.top1)
+    axis.set(
+        xlabel=f"milliseconds for a batch of {report.batch_size}",
+        ylabel="top-1 lost (points)" if labelled else "images with another class than the original's (%)",
+    )
+    axis.invert_yaxis()  # better is higher
     axis.legend(loc="lower right")
     return figure
 
