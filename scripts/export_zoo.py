@@ -59,6 +59,7 @@ def replace(hub: Path, exported: Path) -> None:
     new = read_index(exported)
     names = {trained(c) for c in new}
     known = read_index(hub) if (hub / INDEX).is_file() else []
+    write_index(hub, link(c for c in known if trained(c) not in names))  # never of weights that are gone
     for checkpoint in known:
         if trained(checkpoint) in names:
             shutil.rmtree(checkpoint.folder, ignore_errors=True)
@@ -206,6 +207,9 @@ def main() -> None:
     for model in arguments.models or [PLAIN]:
         if arguments.runs / model not in finished:
             sys.exit(f"{arguments.runs} has no finished {model}: run scripts/train_zoo.py first")
+    finished = [
+        runs for runs in finished if "=" not in runs.name
+    ]  # a network with options has no name to ship
     if arguments.models:
         finished = [runs for runs in finished if runs.name in {PLAIN, *arguments.models}]
     if not arguments.only_measure:

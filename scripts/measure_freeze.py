@@ -43,7 +43,7 @@ def measure(
     val_fraction = load_recipe(source / RECIPE).val_fraction
     if val_fraction:
         recipe = dataclasses.replace(recipe, val_fraction=val_fraction, eval_split=HELD_OUT)
-    images, labels, means, classes, names = read_images(model, recipe, 10_000, False, source)
+    images, labels, means, classes, names, _ = read_images(model, recipe, 10_000, False, source)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     halves = [(images[rows], labels[rows]) for rows in order.chunk(2)]
     gates, _ = find_gates(model, images[:8])

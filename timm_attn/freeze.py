@@ -67,6 +67,7 @@ class FreezeReport:
         before, after: Figures of the original and of the result.
         batch_size: Batch size of the measured times.
         images: Number of images for the means, for choosing and for the final figures.
+        budget: The points of top-1 that were allowed to be lost; infinite with ``every``.
         curves: For each order, ``greedy`` and ``depth``: (gates frozen, top-1 or agreement in %,
             milliseconds), measured on the images for choosing, without recovery.
         loads: Whether ``timm.create_model`` builds the result by name.
@@ -184,7 +185,7 @@ def freeze(
         after,
         batch_size,
         sizes,
-        budget,
+        limit,
         drawn,
         network.loads,
     )

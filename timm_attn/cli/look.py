@@ -114,6 +114,9 @@ def check_same_input(name: str, model: Any, sample: Any) -> None:
         )
     if model.num_classes != len(sample.names):
         raise UserError(f"{name} has {model.num_classes} classes, {len(sample.names)} are in the data")
+    names = model.pretrained_cfg.get("label_names")
+    if names and list(names) != sample.names:
+        raise UserError(f"{name} has other classes than the first model, or another order of them")
 
 
 def _checkpoints(run: Path, loaded: dict[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from .attached import (
     GRAFT,
     graft_obstacle,
     graft_tags,
+    known_architecture,
     model_names,
     parse_name,
     register,
     register_folder,
     register_name,
+    registering,
     stock_model,
 )
 from .backbones import BACKBONES
@@ -28,12 +30,14 @@ __all__ = [
     "frozen",
     "graft_obstacle",
     "graft_tags",
+    "known_architecture",
     "mechanism",
     "model_names",
     "parse_name",
     "register",
     "register_folder",
     "register_name",
+    "registering",
     "status",
     "stock_model",
 ]

@@ -350,6 +350,7 @@ def _register(variant: str) -> None:
 
 for _variant in _VARIANTS:
     _register(_variant)
+_REGISTERED_BY_IMPORT = frozenset(_VARIANTS)
 
 
 def register(backbone: str, key: str) -> str:
@@ -395,6 +396,14 @@ def register_name(architecture: str) -> bool:
 def known_architecture(architecture: str) -> bool:
     """Whether it is one of this package's; a pair of a network and a mechanism becomes one."""
     return register_name(architecture) and architecture in _VARIANTS
+
+
+def registering(architecture: str) -> str:
+    """The call that registers one of this package's architectures; '' if the import alone does."""
+    if not known_architecture(architecture) or architecture in _REGISTERED_BY_IMPORT:
+        return ""
+    backbone, key = _VARIANTS[architecture]
+    return f'timm_attn.register("{backbone}", "{key}")'
 
 
 def register_folder(folder: str | Path) -> list[str]:

@@ -13,8 +13,9 @@ from huggingface_hub import (
 )
 
 from ..errors import UserError, extra, install
-from ..models import model_names, parse_name
+from ..models import known_architecture, parse_name, register_name, registering
 from ..papers import PAPERS, TIMM, Paper
+from ..training.splits import HELD_OUT
 from ..weights import Checkpoint
 
 TEMPLATE = """---
@@ -63,7 +64,7 @@ RGB, {height}×{width} pixels, scaled to [0, 1], then normalised with mean {mean
 
 ## Licence
 
-Weights: Apache-2.0. Images of {dataset}: {dataset_license}.
+Weights: {license}. Images of {dataset}: {dataset_license}.
 
 ## Citation
 
@@ -77,6 +78,7 @@ RUNTIMES = {"model.onnx": "ONNX runtimes", "model.pt2": "`torch.export.load`"}
 SETTINGS = ("opt", "lr", "momentum", "weight_decay", "batch_size", "sched", "warmup_epochs", "smoothing")
 _LICENSES = {
     "unknown": "no stated licence",
+    "imagenet": "those of ImageNet, for non-commercial research and education only",
     "other": "the dataset's own terms, see its page",
 }
 
@@ -127,6 +129,7 @@ def card(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], owner: str | 
         epochs=recipe["epochs"],
         dataset=dataset["id"],
         split=dataset["split"],
+        license=_license(checkpoint).replace("apache", "Apache"),
         dataset_license=_LICENSES.get(dataset["license"], dataset["license"]),
         hardware=training["hardware"],
         precision=training["precision"],
@@ -142,9 +145,12 @@ def card(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], owner: str | 
 
 
 def eval_results(checkpoint: Checkpoint) -> dict[str, str]:
-    """``.eval_results/*.yaml`` by path, in the Hub's format; none for datasets that are not on the Hub."""
+    """``.eval_results/*.yaml`` by path, in the Hub's format.
+
+    There are none for datasets that are not on the Hub, and none for held-out images.
+    """
     dataset = checkpoint.dataset["id"]
-    if "/" not in dataset:
+    if "/" not in dataset or checkpoint.dataset["split"].endswith(HELD_OUT):
         return {}
     over = checkpoint.over_seeds
     note = f"{checkpoint.dataset['split']} split, top-1 (%), last epoch, seed {checkpoint.metrics['seed']}"
@@ -182,7 +188,9 @@ def _form(checkpoint: Checkpoint) -> str:
     """What a folded network is."""
     if checkpoint.model_args.get("folded"):
         return "the same network with batch norms fused into the convolutions and the same output"
-    backbone = parse_name(str(checkpoint.folded_from).split(".")[0])[0]
+    trained = str(checkpoint.folded_from).split(".")[0]
+    register_name(trained)
+    backbone = parse_name(trained)[0]
     attention = (checkpoint.model_args.get("block_args") or {}).get("attn_layer")
     if attention is None and checkpoint.architecture == backbone:
         return "a plain network with the same output"
@@ -209,7 +217,7 @@ def _metadata(checkpoint: Checkpoint, owner: str | None) -> ModelCardData:
         tags.append("transformers")
     base = f"{owner}/{checkpoint.derived_from}" if owner and checkpoint.derived_from else None
     return ModelCardData(
-        license="apache-2.0",
+        license=_license(checkpoint),
         library_name="timm",
         pipeline_tag="image-classification",
         tags=tags,
@@ -220,16 +228,23 @@ def _metadata(checkpoint: Checkpoint, owner: str | None) -> ModelCardData:
     )
 
 
+def _license(checkpoint: Checkpoint) -> str:
+    """That of the weights, which those that start from other weights keep."""
+    return checkpoint.pretrained_cfg.get("license") or "apache-2.0"
+
+
 def _own(checkpoint: Checkpoint) -> bool:
     """Whether this package must be imported to build it."""
-    return checkpoint.architecture in (*model_names(), "frozen")
+    return known_architecture(checkpoint.architecture) or checkpoint.architecture == "frozen"
 
 
 def _usage(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], owner: str | None) -> str:
     name = f"hf-hub:{owner}/{checkpoint.name}" if owner else "local-dir:PATH_OF_THIS_FOLDER"
     needs_package = _own(checkpoint)
     lines = [f"# {install()}", "import timm", "import timm_attn  # registers the architecture"]
-    lines = [*(lines if needs_package else ["import timm"]), ""]
+    lines = lines if needs_package else ["import timm"]
+    call = registering(checkpoint.architecture)
+    lines += ["", *([call] if call else [])]
     lines.append(f'model = timm.create_model("{name}", pretrained=True).eval()')
     blocks = ["```python\n" + "\n".join(lines) + "\n```"]
     if needs_package and checkpoint.name in others:
@@ -328,6 +343,8 @@ def _frozen(checkpoint: Checkpoint) -> str:
     """How many gates are frozen, and what that changed on images not used to choose them."""
     frozen = checkpoint.frozen
     before, after = frozen["before"], frozen["after"]
+    budget = frozen["budget"]
+    within = "whatever the loss" if budget is None else f"within a budget of {budget:g} points"
     recovery = f", after {frozen['steps']} steps of distillation from the original" if frozen["steps"] else ""
     rows = [
         ("top-1 (%)", f"{before['top1']:.2f}", f"{after['top1']:.2f}"),
@@ -341,10 +358,10 @@ def _frozen(checkpoint: Checkpoint) -> str:
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in [("", "original", "frozen"), ("---",) * 3, *rows])
     return (
-        f"{frozen['frozen']} of {frozen['gates']} channel gates are frozen to their means over training "
-        f"images, within a budget of {frozen['budget']:g} points{recovery}. Measured on {frozen['images']:,} "
-        f"images of the {checkpoint.dataset['split']} split that were not used to choose the gates, and "
-        f"timed in turn on {frozen['hardware']}; `freeze.json` has the figures of every gate.\n\n{table}"
+        f"{frozen['frozen']} of {frozen['gates']} channel gates are frozen to their means over images of the "
+        f"{frozen['means']} split, {within}{recovery}. Measured on {frozen['images']:,} images of the "
+        f"{frozen['split']} split that were not used to choose the gates, and timed in turn on "
+        f"{frozen['hardware']}; `freeze.json` has the figures of every gate.\n\n{table}"
     )
 
 

@@ -4,13 +4,14 @@ import re
 
 from ..errors import UserError
 
-#: Licence identifiers of the Hub; ``other`` where the terms are the data set's own.
+#: Licence identifiers of the Hub; ``imagenet`` for images of ImageNet, ``other`` for other own terms.
 LICENSES = {
     "uoft-cs/cifar10": "unknown",
     "uoft-cs/cifar100": "unknown",
     "digits": "cc-by-4.0",
-    "frgfm/imagenette": "other",
-    "ILSVRC/imagenet-1k": "other",
+    "frgfm/imagenette": "imagenet",
+    "ILSVRC/imagenet-1k": "imagenet",
+    "Tiny-ImageNet-200 at 32 pixels": "imagenet",
 }
 
 

@@ -24,7 +24,7 @@ from ..papers import PAPERS, TIMM
 from ..training import Recipe, validate
 from ..training.data import load_split
 from ..training.recipe_file import load_recipe
-from ..training.run import CURVES, METRICS, RESULTS, open_run, read_results, run_recipe, save_model
+from ..training.run import CURVES, METRICS, RESULTS, machines, open_run, read_results, run_recipe, save_model
 from ..training.seeds import is_seeds, seed_runs, spread
 from ..training.splits import HELD_OUT, split_options
 from ..weights import CONFIG, INDEX, Checkpoint, read_config, read_index, sha256, write_index
@@ -116,7 +116,8 @@ def export(
         },
         "training": {
             "precision": trained.precision,
-            **{key: environment[key] for key in ("git_commit", "packages", "hardware")},
+            **{key: environment[key] for key in ("git_commit", "packages")},
+            "hardware": ", then ".join(machines(environment)),
         },
         "mechanism": mechanism,
         "paper": {"title": paper.title, "arxiv": paper.arxiv, "url": paper.url},
@@ -289,7 +290,8 @@ def _write(
     folder: Path, form: _Form, run: Path, recipe: Recipe, runtimes: Sequence[str], resolved: dict[str, Any]
 ) -> Checkpoint:
     """Fill one folder, the rendered files aside, and measure the model loaded back from it."""
-    cfg = {"license": "apache-2.0", **form.model.pretrained_cfg, "tag": form.tag}
+    license_ = form.model.pretrained_cfg.get("license") or "apache-2.0"
+    cfg = {**form.model.pretrained_cfg, "license": license_, "tag": form.tag}
     form.model.pretrained_cfg = form.model.default_cfg = cfg
     save_model(form.model, folder, list(form.model.pretrained_cfg["label_names"]))
     loaded = load_model(f"local-dir:{folder}")

@@ -13,13 +13,14 @@ from ..load import RECIPE, load_model
 from ..training import validate
 from ..training.freezing import PICTURE, REPORT
 from ..training.recipe_file import load_recipe
-from ..training.run import save_model
+from ..training.run import save_model, weights_digest
 from ..training.seeds import spread
-from ..weights import CONFIG, INDEX, Checkpoint, WeightsError, read_config, read_index, sha256, write_index
+from ..weights import CONFIG, INDEX, Checkpoint, read_config, read_index, sha256, write_index
 from .export import check_tag
 from .render import render, rendered
 
 _COPIED = ("gates", "frozen", "budget", "steps", "images", "before", "after", "batch_size", "hardware")
+_COPIED += ("means", "split")
 
 
 def is_frozen_folder(folder: Path) -> bool:
@@ -45,7 +46,7 @@ def export_frozen(folder: Path, tag: str, hub: Path, data: str | None = None) ->
     """
     check_tag(tag)
     report = _report(folder / REPORT)
-    original = _original(str(report["source"]), hub)
+    original = _original(report, hub)
     model: Any = load_model(f"local-dir:{folder}")
     architecture = model.pretrained_cfg["architecture"]
     name = f"{architecture}.{tag}"
@@ -70,8 +71,11 @@ def export_frozen(folder: Path, tag: str, hub: Path, data: str | None = None) ->
         loaded = load_model(f"local-dir:{partial}")
         measured = validate(loaded, recipe)
         figures = {key: measured[key] for key in ("top1", "top5", "loss")}
-        for path in (folder / REPORT, folder / PICTURE, original.folder / RECIPE):
+        for path in (folder / PICTURE, original.folder / RECIPE):
             shutil.copy(path, partial / path.name)
+        # Where things lay is nobody's business.
+        shown = {**report, "source": original.name, "data": original.dataset["id"]}
+        (partial / REPORT).write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
         config = read_config(partial / CONFIG)
         labels = {"num_classes": config["num_classes"], "label_names": config["label_names"]}
         checkpoint = dataclasses.replace(
@@ -118,7 +122,7 @@ def export_frozen(folder: Path, tag: str, hub: Path, data: str | None = None) ->
 def _report(path: Path) -> dict[str, Any]:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in (*_COPIED, "source", "data") if key not in report]
+        missing = [key for key in (*_COPIED, "source", "weights", "data") if key not in report]
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): freeze the network again") from None
     if missing:
@@ -136,17 +140,13 @@ def _summary(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _original(source: str, hub: Path) -> Checkpoint:
-    """The checkpoint that a network was frozen from."""
+def _original(report: dict[str, Any], hub: Path) -> Checkpoint:
+    """The checkpoint that a network was frozen from, by its weights."""
     known = read_index(hub) if (hub / INDEX).is_file() else []
-    name = Path(source).name
-    found = [c for c in known if c.name == name]
-    found = found or [c for c in known if c.architecture == name and not c.derived_from]
-    if len(found) != 1:
-        raise UserError(
-            f"the network was frozen from {source}, and {hub / INDEX} lists no such checkpoint: export that "
-            f"one first, then freeze {hub / 'NAME'}"
-        )
-    if not found[0].here:
-        raise WeightsError(f"{found[0].folder} is missing: restore it")
-    return found[0]
+    for checkpoint in (c for c in known if c.here):
+        if weights_digest(load_model(f"local-dir:{checkpoint.folder}")) == report["weights"]:
+            return checkpoint
+    raise UserError(
+        f"the network was frozen from {report['source']}, whose weights are in no checkpoint of {hub}: "
+        "export that one first"
+    )

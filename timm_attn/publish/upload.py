@@ -25,6 +25,7 @@ from ..load import load_model
 from ..weights import (
     CONFIG,
     INDEX,
+    SIGNATURE,
     WEIGHTS,
     Checkpoint,
     WeightsError,
@@ -94,7 +95,7 @@ def publish(
         WeightsError: A file differs from the index.
     """
     folders = [folders] if isinstance(folders, Path) else list(folders)
-    checkpoints = [_check(folder) for folder in folders]
+    checkpoints = [_check(folder, resigned=sign is not None) for folder in folders]
     for hub in {checkpoint.folder.parent for checkpoint in checkpoints}:
         # What a neighbour lacks must not be found when the first are sent.
         render(hub, write=not dry_run)
@@ -165,13 +166,14 @@ def _publish(api: HfApi, checkpoint: Checkpoint, to: str, private: bool, create_
 
 
 def _same(info: ModelInfo, content: dict[str, bytes | Path]) -> bool:
-    """Whether a repository holds all of the content, and no file for another runtime besides."""
+    """Whether a repository holds all of the content, and nothing stale."""
     digests = {
         sibling.rfilename: (sibling.lfs.sha256 if sibling.lfs else sibling.blob_id)
         for sibling in info.siblings or []
     }
-    stale = {ONNX, PROGRAM} & digests.keys() - content.keys()
-    return not stale and all(digests.get(path) in _digests(data) for path, data in content.items())
+    return not _stale(digests, content) and all(
+        digests.get(path) in _digests(data) for path, data in content.items()
+    )
 
 
 def _digests(content: bytes | Path) -> tuple[str, str]:
@@ -184,12 +186,17 @@ def _operations(
     info: ModelInfo, content: dict[str, bytes | Path]
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     files = {sibling.rfilename for sibling in info.siblings or []}
-    stale = {ONNX, PROGRAM} & files - content.keys()
     adds = [
         CommitOperationAdd(path, data if isinstance(data, bytes) else str(data))
         for path, data in content.items()
     ]
-    return [*adds, *(CommitOperationDelete(path) for path in sorted(stale))]
+    return [*adds, *(CommitOperationDelete(path) for path in sorted(_stale(files, content)))]
+
+
+def _stale(files: Iterable[str], content: dict[str, bytes | Path]) -> set[str]:
+    """Files of a repository that belong to other weights than the content."""
+    ours = (ONNX, PROGRAM, SIGNATURE)
+    return {path for path in files if path in ours or path.startswith(".eval_results/")} - content.keys()
 
 
 def _open_request(api: HfApi, repo_id: str, content: dict[str, bytes | Path]) -> tuple[str, str] | None:
@@ -257,8 +264,11 @@ def _sign(checkpoint: Checkpoint, key: str) -> None:
     write_index(hub, entries)
 
 
-def _check(folder: Path) -> Checkpoint:
-    """The entry of a folder in the index, after everything that can be checked without the Hub."""
+def _check(folder: Path, resigned: bool = False) -> Checkpoint:
+    """The entry of a folder in the index, after everything that can be checked without the Hub.
+
+    A signature that is about to be replaced may be any.
+    """
     if not folder.is_dir():
         raise UserError(
             f"{folder} is not a folder: name a checkpoint of a hub folder, e.g. hub/resnet20.sgd_c10"
@@ -274,7 +284,8 @@ def _check(folder: Path) -> Checkpoint:
         raise WeightsError(f"{folder.parent / INDEX} does not list {folder.name}: export the run again")
     checkpoint = known[folder.name]
     for name in checkpoint.files:
-        checkpoint.verified(name)
+        if not (resigned and name == SIGNATURE):
+            checkpoint.verified(name)
     check_config(checkpoint)
     if not checkpoint.pretrained_cfg.get("license") or not checkpoint.dataset.get("license"):
         raise UserError(

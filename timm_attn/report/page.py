@@ -348,5 +348,5 @@ def _speed(model: Any, folded: Any, rounds: int = 7) -> dict[str, Any]:
         medians = [statistics.median(times) for times in taken.values()]
         ratio = [f"{medians[1] / medians[0]:.2f}"] if len(medians) > 1 else []
         table.append((str(batch), *(f"{m:.1f}" for m in medians), *ratio))
-    text = f"Time per batch: median of {rounds} runs, in float32 and eager mode, on {hardware()}."
+    text = f"Time per batch: median of {rounds} runs, in float32 and eager mode, on {hardware(x.device)}."
     return _section("Speed", text, table=table)

@@ -53,6 +53,7 @@ class Split:
         named: Whether the classes have names; else ``label_names`` are the numbers that occur, sorted.
         skipped: Number of corrupt small images that were left out.
         fingerprint: Digest of labels and images, by which a run that goes on knows its data.
+        numbers: Of a part: the numbers that its rows have in the whole split.
     """
 
     data: str
@@ -65,6 +66,7 @@ class Split:
     named: bool = True
     skipped: int = 0
     fingerprint: str = ""
+    numbers: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -76,7 +78,8 @@ class Split:
             DataError: The image is corrupt.
         """
         assert self.rows is not None
-        return decode(self.rows[index][self.column], f"row {index} of {self.data} ({self.name})")
+        number = index if self.numbers is None else int(self.numbers[index])
+        return decode(self.rows[index][self.column], f"row {number} of {self.data} ({self.name})")
 
     def select(self, indices: Tensor, name: str) -> "Split":
         """A part of the split, under another name."""
@@ -86,6 +89,7 @@ class Split:
             labels=self.labels[indices],
             pixels=None if self.pixels is None else self.pixels[indices],
             rows=None if self.rows is None else self.rows.select(indices.tolist()),
+            numbers=indices if self.numbers is None else self.numbers[indices],
         )
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -22,9 +22,9 @@ from .labels import match_classes
 from .loop import resume, train
 from .processes import own_accelerate_state
 from .recipe import Recipe
-from .run import hardware, save_model
-from .splits import hold_out, split_options
-from .validation import prepared, split_tensors
+from .run import hardware, save_model, weights_digest
+from .splits import hold_out
+from .validation import model_options, prepared, split_tensors
 
 REPORT, PICTURE = "freeze.json", "freeze.png"
 #: Images for the means, from the training split.
@@ -70,7 +70,9 @@ def freeze_trained(
     if out.exists() and any(not path.name.startswith(("recover-", ".")) for path in out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, or remove it")
     model = load_model(source)
-    images, labels, means, classes, names = read_images(model, recipe, most, show, source)
+    images, labels, means, classes, names, splits = read_images(model, recipe, most, show, source)
+    if steps and means is None:
+        raise UserError(f"{recipe.data} has no training split, which --recover trains on: leave that out")
     try:
         report = freeze(
             model,
@@ -91,8 +93,15 @@ def freeze_trained(
     if report.frozen:
         out.mkdir(parents=True, exist_ok=True)
         save_model(report.model, out, names)
-        frozen = {"frozen": report.frozen, "steps": steps}
-        origin = {"source": source, "data": recipe.data, **frozen, "hardware": hardware()}
+        origin = {
+            "source": source,
+            "weights": weights_digest(model),
+            "data": recipe.data,
+            **splits,
+            "frozen": report.frozen,
+            "steps": steps,
+            "hardware": hardware(images.device),
+        }
         text = json.dumps(_json(report) | origin, indent=1)
         replace_file(out / REPORT, (text + "\n").encode())
         draw(report, f"{Path(source).name}: gates into constants", out / PICTURE)
@@ -111,8 +120,11 @@ def recovery(source: str, recipe: Recipe, steps: int, out: Path, names: list[str
     """
 
     def recover(network: Any) -> Any:
-        asked = dataclasses.replace(recipe, teacher=source, epochs=1, epoch_steps=steps)
+        asked = dataclasses.replace(
+            recipe, teacher=source, loss="ce", smoothing=0.0, epochs=1, epoch_steps=steps
+        )
         start_of = [network.pretrained_cfg["architecture"], network._model_args, dataclasses.asdict(asked)]
+        start_of.append(weights_digest(network))
         digest = hashlib.sha256(json.dumps(start_of, sort_keys=True).encode()).hexdigest()
         folder = out / f"recover-{digest[:12]}"
         run = folder / "run"
@@ -149,14 +161,15 @@ def _finite(value: Any) -> Any:
 @own_accelerate_state()
 def read_images(
     model: Any, recipe: Recipe, most: int, show: bool, source: str | Path | None = None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[str]]:
-    """Images and labels of the evaluation split, and for the means those of the training split."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[str], dict[str, str]]:
+    """Images and labels of the evaluation split, and for the means those of the training split.
+
+    Then the names of the classes, and the split that is evaluated (``split``) and that of the ``means``.
+    """
     accelerator, config, split = prepared(model, recipe, "no", source)
-    height, width = config["input_size"][1:]
     with accelerator.local_main_process_first():
         try:
-            options = split_options(recipe, (width, height))
-            means = load_split(recipe.data, "train", recipe.train_split, **options)
+            means = load_split(recipe.data, "train", recipe.train_split, **model_options(recipe, config))
             match_classes(means, split.label_names)
             if recipe.val_fraction:
                 means, _ = hold_out(means, recipe.val_fraction)
@@ -165,10 +178,10 @@ def read_images(
             means = None
 
     images, labels = split_tensors(split, recipe, config, most, show)
-    names = list(model.pretrained_cfg.get("label_names") or split.label_names)
+    names, named = split.label_names, {"split": split.name, "means": (means or split).name}
     if means is None:
-        return images, labels, None, None, names
-    return images, labels, *split_tensors(means, recipe, config, min(most, MEANS), show), names
+        return images, labels, None, None, names, named
+    return images, labels, *split_tensors(means, recipe, config, min(most, MEANS), show), names, named
 
 
 def draw(report: FreezeReport, title: str, path: Path) -> None:

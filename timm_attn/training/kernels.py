@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from .processes import device_of_process
 from .recipe import Recipe
 
 #: By instruction set, the input channels from which the kernel is right, and the pixels of an output map up
@@ -67,7 +68,7 @@ def check_kernels(network: nn.Module, size: tuple[int, ...], recipe: Recipe) -> 
 def _instructions() -> str:
     """Those that oneDNN's kernels use here, as far as they matter; '' too where training is on no CPU."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    if torch.accelerator.is_available() or limit == "SSE41" or not torch.cpu._is_avx2_supported():
+    if device_of_process().type != "cpu" or limit == "SSE41" or not torch.cpu._is_avx2_supported():
         return ""
     wide = torch.cpu._is_avx512_supported() and not limit.startswith("AVX2")
     return "AVX512" if wide else "AVX2"

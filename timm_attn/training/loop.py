@@ -16,7 +16,9 @@ from .run import (
     RECIPE,
     WEIGHTS,
     check_readable,
+    hardware,
     is_run,
+    machines,
     open_run,
     read_results,
     refuse_full_folder,
@@ -125,10 +127,16 @@ def resume(run: str | Path, on_step: OnStep | None = None, data: str | None = No
     check_model(model)
     recipe = run_recipe(run, data)
     accelerator = recipe_accelerator(recipe, run)
+    if recipe.compile:
+        check_compiler(accelerator.device)
     splits = load_splits(recipe, accelerator)
     _check_same_data(splits, environment, recipe.data, run)
-    if data is not None and accelerator.is_main_process:
-        write_json(run / ENVIRONMENT, environment | {"moved_to": recipe.data})
+    now = environment | ({} if data is None else {"moved_to": recipe.data})
+    where = hardware()
+    if where not in machines(environment):
+        now["continued_on"] = [*environment.get("continued_on", []), where]
+    if now != environment and accelerator.is_main_process:
+        write_json(run / ENVIRONMENT, now)
     if accelerator.num_processes != environment["processes"]:
         accelerator.print(
             f"warning: {run} was started with {environment['processes']} processes and is resumed with "

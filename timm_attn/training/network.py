@@ -58,8 +58,9 @@ def build(
         given = f" with {arguments}" if arguments else ""
         start = f" from {recipe.init}" if recipe.init else ""
         raise UserError(f"cannot build {model}{given}{start}: {type(error).__name__}: {error}") from None
+    drop = _OF_OTHER_WEIGHTS - ({"license"} if recipe.init else set())
     network.pretrained_cfg = network.default_cfg = {
-        **{k: v for k, v in network.pretrained_cfg.items() if k not in _OF_OTHER_WEIGHTS},
+        **{k: v for k, v in network.pretrained_cfg.items() if k not in drop},
         "tag": None,
         "input_size": (3, *size),
         "pool_size": _pool_size(network.pretrained_cfg, size),
@@ -107,6 +108,9 @@ _OF_OTHER_WEIGHTS = {
     "notes",
     "license",
     "description",
+    "test_input_size",
+    "test_pool_size",
+    "test_crop_pct",
 }
 
 
@@ -148,6 +152,8 @@ def _take_classes(
         whole: Makes it with the classes of its weights.
     """
     known = list(map(composed, network.pretrained_cfg.get("label_names") or []))
+    if not known and network.pretrained_cfg.get("num_classes") == len(names):
+        say(f"{source} names no classes: its classifier is kept for {some(names)}, in this order")
     if not known or known == names:
         return
     head = network.get_classifier()
@@ -165,7 +171,9 @@ def _take_classes(
     network.reset_classifier(len(names))
 
 
-def load_teacher(source: str, names: list[str], student: Any, recipe: Recipe) -> nn.Module:
+def load_teacher(
+    source: str, names: list[str], student: Any, recipe: Recipe, say: Callable[[str], None] = print
+) -> nn.Module:
     """The network that a run learns from, in eval mode.
 
     Raises:
@@ -178,6 +186,8 @@ def load_teacher(source: str, names: list[str], student: Any, recipe: Recipe) ->
             f"the teacher {source} has the classes {some(known) if known else teacher.num_classes}, not "
             f"{some(names)}: name one of the same classes"
         )
+    if not known:
+        say(f"the teacher {source} names no classes: they are taken for {some(names)}, in this order")
     for field in ("mean", "std"):
         theirs, ours = (tuple(net.pretrained_cfg[field]) for net in (teacher, student))
         if theirs != ours:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag_from_env
 
 from ..errors import UserError, install
 from .recipe import Recipe
@@ -34,7 +34,7 @@ def check_compiler(device: torch.device) -> None:
 
 def make_accelerator(precision: str, **kwargs: Any) -> Accelerator:
     """Accelerate's view of this process; several may be made in turn, with different precisions."""
-    if precision == "fp16" and not torch.cuda.is_available():
+    if precision == "fp16" and (not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")):
         raise UserError("precision fp16 needs a GPU: use bf16")
     # The state is a singleton that refuses another precision; the process group lives elsewhere and stays.
     AcceleratorState._reset_state()
@@ -54,6 +54,12 @@ def make_accelerator(precision: str, **kwargs: Any) -> Accelerator:
             "the whole network: start with `accelerate launch --multi_gpu`, or change `accelerate config`"
         )
     return accelerator
+
+
+def device_of_process() -> torch.device:
+    """Where this process computes: what Accelerate has settled, or else the accelerator, if there is one."""
+    settled = PartialState._shared_state.get("device")
+    return settled or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 @contextlib.contextmanager

@@ -237,6 +237,11 @@ class Recipe:
                 "decay_epochs are one number for sched step, some for multistep and none for the others, got "
                 f"{self.decay_epochs} with {self.sched}"
             )
+        self._check("decay_epochs", all(epoch > 0 for epoch in self.decay_epochs), "positive")
+        if self.teacher is not None and (self.loss != "ce" or self.smoothing):
+            raise UserError(
+                "loss and smoothing do nothing beside a teacher, whose outputs are learned: leave them out"
+            )
         if self.clip_mode != "norm" and self.clip_grad is None:
             raise UserError(f"clip_mode {self.clip_mode} needs a clip_grad")
         if self.aa:

@@ -12,6 +12,7 @@ model.safetensors    its weights: the last of the files, so a run that has it is
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ from typing import Any
 
 import timm
 import torch
+from accelerate import PartialState
 from timm.models import save_for_hf
 from timm.models._hub import save_config_for_hf
 from torch import nn
@@ -37,6 +39,7 @@ from ..load import ENVIRONMENT, RECIPE, is_run
 from ..version import __version__
 from ..weights import CONFIG, WEIGHTS, read_config
 from .checkpoint import sync
+from .processes import device_of_process
 from .recipe import Recipe
 from .recipe_file import load_recipe, save_recipe
 from .splits import Splits
@@ -236,11 +239,29 @@ def installed(package: str) -> str:
         return "not installed"
 
 
-def hardware() -> str:
-    """The GPUs by name, or the processor and the number of threads."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+def hardware(device: torch.device | None = None) -> str:
+    """What a device is, by default that of this process: GPUs by name, processors with their threads."""
+    processes = PartialState._shared_state.get("num_processes", 1) if device is None else 1
+    device = device or device_of_process()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return name if processes == 1 else f"{processes} × {name}"
     threads = torch.get_num_threads()
-    return ", ".join(gpus) or f"{_cpu()}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{_cpu()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def machines(environment: dict[str, Any]) -> list[str]:
+    """The hardware of a run: where it was started, then where it was continued."""
+    return [environment["hardware"], *environment.get("continued_on", [])]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 of a network's state dict."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _cpu() -> str:

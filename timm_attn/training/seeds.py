@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,12 @@ def train_seeds(model: str, recipe: Recipe, out: str | Path, seeds: Sequence[int
     recipe = resolve_folders(recipe)  # it is read again when the rest is trained, perhaps from another folder
     # When a run starts its input has been checked: until then nothing is left behind.
     announce = partial(_announce, model, recipe, out, seeds)
+    failed: list[str] = []
     for seed in seeds:
-        train(model, dataclasses.replace(recipe, seed=seed), out / f"seed-{seed}", on_start=announce)
-    return _summary(out, seeds)
+        run = out / f"seed-{seed}"
+        with _noted(run, failed):
+            train(model, dataclasses.replace(recipe, seed=seed), run, on_start=announce)
+    return _summary_or_failure(out, seeds, failed)
 
 
 def resume_seeds(out: str | Path, data: str | None = None) -> dict[str, Any]:
@@ -63,13 +67,32 @@ def resume_seeds(out: str | Path, data: str | None = None) -> dict[str, Any]:
     recipe = load_recipe(out / RECIPE)
     runs = seed_runs(out)
     like = next((run for run in runs if is_run(run)), None)
+    failed: list[str] = []
     for seed, run in zip(asked["seeds"], runs, strict=True):
-        if is_run(run):
-            resume(run, data=data)
-        else:
-            again = dataclasses.replace(recipe, seed=seed, data=data or recipe.data)
-            train(asked["model"], again, run, like=like)
-    return _summary(out, asked["seeds"])
+        with _noted(run, failed):
+            if is_run(run):
+                resume(run, data=data)
+            else:
+                again = dataclasses.replace(recipe, seed=seed, data=data or recipe.data)
+                train(asked["model"], again, run, like=like)
+    return _summary_or_failure(out, asked["seeds"], failed)
+
+
+@contextmanager
+def _noted(run: Path, failed: list[str]) -> Iterator[None]:
+    """Note that a run broke off, as one that diverges, and go on; what is wrong before it starts ends all."""
+    try:
+        yield
+    except UserError as error:
+        if not is_run(run):
+            raise
+        failed.append(f"{run}: {error}")
+
+
+def _summary_or_failure(out: Path, seeds: Sequence[int], failed: list[str]) -> dict[str, Any]:
+    if failed:
+        raise UserError("\n".join(failed))
+    return _summary(out, seeds)
 
 
 def gather_seeds(out: str | Path) -> dict[str, Any]:

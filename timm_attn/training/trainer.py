@@ -38,6 +38,8 @@ from .splits import Splits
 
 #: Steps on GPUs after which processes ask each other whether a signal came to one of them.
 _ASK_EVERY = 10
+#: fp16's scale of the loss after some 36 steps in a row without a finite gradient.
+_LEAST_SCALE = 1e-6
 OnStep = Callable[[int], None]
 
 
@@ -81,7 +83,8 @@ class Trainer:
         self.batches = Batches(splits.train, recipe, config, shard)
         self.eval_batches = Batches(splits.eval, recipe, config, shard)
         self.test_batches = Batches(splits.test, recipe, config, shard) if splits.test else None
-        self.steps = recipe.epoch_steps or self.batches.steps
+        whole = self.batches.steps  # asked for in any case: it refuses splits smaller than a batch
+        self.steps = recipe.epoch_steps or whole
         self.mixup = make_mixup(recipe, len(splits.train.label_names))
 
         if recipe.sync_bn:
@@ -109,7 +112,9 @@ class Trainer:
         self.criterion = make_criterion(recipe, mixed=self.mixup is not None).to(device)
         self.teacher = None
         if recipe.teacher is not None:
-            self.teacher = load_teacher(recipe.teacher, splits.train.label_names, network, recipe).to(device)
+            self.teacher = load_teacher(
+                recipe.teacher, splits.train.label_names, network, recipe, accelerator.print
+            ).to(device)
 
         self.step = 0
         self.saved: int | None = None  # step of the newest checkpoint
@@ -373,6 +378,12 @@ class Trainer:
         rows = self.accelerator.gather(self.trouble[None])
         assert torch.is_tensor(rows)
         step, loss, norm, rate = min(rows.tolist())
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() < _LEAST_SCALE:
+            raise UserError(
+                f"no gradient has been finite for dozens of steps before step {self.step}, however small the "
+                f"scale of fp16's loss: try --precision bf16 or no. {self._last_checkpoint()}"
+            )
         if step < math.inf:
             raise UserError(
                 f"the loss became {loss:.4g} at step {step:.0f}, with a gradient norm of {norm:.4g} and a "

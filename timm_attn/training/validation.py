@@ -1,5 +1,7 @@
 """Evaluates a model on a dataset."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +43,7 @@ def evaluation_split(
         UserError: The data cannot be used, or its classes are not the model's; or other images would be held
             out now than in the run.
     """
-    height, width = config["input_size"][1:]
-    options = split_options(recipe, (width, height))
+    options = model_options(recipe, config)
     try:
         split = own_evaluation_split(recipe, options)
     except NoSplit as error:
@@ -65,6 +66,14 @@ def evaluation_split(
             f"{len(split.label_names)}: choose data with the same classes"
         )
     return split
+
+
+def model_options(recipe: Recipe, config: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe and a model's data configuration say to ``load_split`` of any split."""
+    height, width = config["input_size"][1:]
+    # Small images are read whole and bilinearly: with another preparation they go the way of larger ones.
+    encoded = config["crop_pct"] < 1 or config["interpolation"] != "bilinear"
+    return {**split_options(recipe, (width, height)), "encoded": encoded}
 
 
 def _check_same_training_split(split: Split, source: str | Path | None) -> None:
@@ -143,8 +152,7 @@ def evaluation_images(
     _, config, split = prepared(model, recipe, "no", source)
     images, labels = split_tensors(split, recipe, config, most, show)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
-    names = list(model.pretrained_cfg.get("label_names") or split.label_names)
-    return images[order], labels[order], names
+    return images[order], labels[order], split.label_names
 
 
 @dataclass(frozen=True)
@@ -194,8 +202,18 @@ def evaluated(model: Any, recipe: Recipe, show: bool = False, source: str | Path
         with accelerator.autocast():
             logits.append(model(part.images).float().cpu())
         labels.append(part.labels.cpu())
-    names = list(model.pretrained_cfg.get("label_names") or split.label_names)
-    return Evaluated(torch.cat(logits), torch.cat(labels), names, split, config, recipe)
+    return Evaluated(torch.cat(logits), torch.cat(labels), split.label_names, split, config, recipe)
+
+
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    """Let GPUs compute convolutions of float32 in float32, which PyTorch does not by default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @own_accelerate_state()
@@ -216,6 +234,7 @@ def validate(
     accelerator, config, split = prepared(model, recipe, recipe.precision, source)
     model = model.to(accelerator.device)
     shard = Shard(accelerator.device, accelerator.process_index, accelerator.num_processes)
-    figures = evaluate(model, Batches(split, recipe, config, shard), accelerator, show)
+    with _no_tf32():
+        figures = evaluate(model, Batches(split, recipe, config, shard), accelerator, show)
     skipped = split.skipped + int(figures.get("skipped", 0))
     return {**figures, "skipped": skipped} if skipped else figures

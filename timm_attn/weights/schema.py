@@ -348,7 +348,8 @@ ENTRY = record(
         "frozen": record(
             {
                 **dict.fromkeys(("gates", "frozen", "steps", "images", "batch_size"), _COUNT),
-                "budget": number(0, 100),
+                "budget": either(NONE, number(0, 100)),
+                **dict.fromkeys(("means", "split"), TEXT),
                 **dict.fromkeys(("before", "after"), _FROZEN_FIGURES),
                 "hardware": TEXT,
             }

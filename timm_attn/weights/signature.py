@@ -25,6 +25,8 @@ SIGSTORE = "sigstore"
 def sign(folder: Path, key: str) -> Path:
     """Sign config.json and model.safetensors of a folder; the signature, ``model.sig`` beside them.
 
+    A signature of these files with the same key file is left as it is: a new one would have other bytes.
+
     Args:
         folder: With both.
         key: File of a private elliptic-curve key in PEM, which needs no network; or "sigstore", for the
@@ -35,6 +37,8 @@ def sign(folder: Path, key: str) -> Path:
         ModuleNotFoundError: The extra ``sign`` is not installed.
     """
     config = _package().signing.Config()
+    if key != SIGSTORE and _is_signed(folder, Path(key)):
+        return folder / SIGNATURE
     try:
         if key == SIGSTORE:
             config.use_sigstore_signer()
@@ -50,6 +54,27 @@ def sign(folder: Path, key: str) -> Path:
             f"PEM, or {SIGSTORE!r}"
         ) from None
     return folder / SIGNATURE
+
+
+def _is_signed(folder: Path, key: Path) -> bool:
+    """Whether a folder's signature is that of a private key."""
+    from cryptography.hazmat.primitives import serialization
+
+    if not (folder / SIGNATURE).is_file():
+        return False
+    try:
+        private: Any = serialization.load_pem_private_key(key.read_bytes(), None)
+        public = private.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        with tempfile.TemporaryDirectory() as scratch, _signed_files(folder) as copy:
+            (Path(scratch) / "key.pub").write_bytes(public)
+            config = _package().verifying.Config()
+            config.use_elliptic_key_verifier(public_key=Path(scratch) / "key.pub")
+            config.verify(copy, folder / SIGNATURE)
+    except Exception:  # another key or other files; what is wrong with the key, signing says
+        return False
+    return True
 
 
 def signer_wanted() -> bool:
