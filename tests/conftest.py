@@ -1,16 +1,19 @@
-"""Settings of all tests: scratch caches, no telemetry, one thread a worker, no network but loopback."""
+"""Settings of all tests: scratch caches, no telemetry, one thread a worker, no GPU, only loopback."""
 
 import os
+import random
 import shutil
 import tempfile
 
 # Before anything imports torch or huggingface_hub, which read these once.
 _HOME = tempfile.mkdtemp(prefix="timm_attn_tests_")
 os.environ.update(
+    CUDA_VISIBLE_DEVICES="",  # what is tested is what every machine computes
     HF_HOME=_HOME,
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_XET="1",  # the loopback server has no Xet storage
     HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HYPOTHESIS_STORAGE_DIRECTORY=f"{_HOME}/hypothesis",
     MPLCONFIGDIR=_HOME,
     TORCHINDUCTOR_CACHE_DIR=_HOME,
 )
@@ -50,6 +53,27 @@ def pytest_collection_modifyitems(items) -> None:
             item.add_marker(pytest.mark.xdist_group(stem))
         if stem not in NO_NUMBERS:
             item.add_marker(pytest.mark.numbers)
+
+
+def _seed(seed: int) -> None:
+    import numpy as np
+    import torch  # here, as below
+
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+@pytest.hookimpl(tryfirst=True)  # before any fixture
+def pytest_runtest_setup() -> None:
+    """What a file's fixtures draw does not depend on the tests before."""
+    _seed(0)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws does not depend on whether it was the one that made its file's fixtures."""
+    _seed(1)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -235,8 +235,6 @@ def check_groups(case: Case) -> None:
         groups = group_with_matcher(model.named_parameters(), model.group_matcher(coarse=coarse))
         assert len(groups) > 1
         assert sum(len(names) for names in groups.values()) == len(list(model.parameters()))
-    names = {name for name, _ in model.named_parameters()}
-    assert all(any(key in name for name in names) for key in getattr(model, "no_weight_decay", set)())
 
 
 def check_copy_in_training(case: Case) -> None:

@@ -2,15 +2,15 @@
 
 python distributed_runs.py '[[{"out": ..., "recipe": {...}, "kill": step or null}, {"script": path}, ...], ...]'
 
-Each launch does what torchrun does: it sets the variables that torch.distributed reads, waits, and ends the other
-process when one fails. The exit statuses of the launches, 0 or 1, are the last line printed.
+Each launch does what torchrun does: it serves the store at which the processes meet, sets the variables that
+torch.distributed reads, waits, and ends the other process when one fails. The exit statuses of the launches,
+0 or 1, are the last line printed.
 """
 
 import json
 import os
 import runpy
 import signal
-import socket
 import sys
 import traceback
 from pathlib import Path
@@ -19,6 +19,7 @@ import accelerate  # noqa: F401 (imported before the processes part)
 import datasets  # noqa: F401
 import sklearn.datasets  # noqa: F401
 from helpers import BLANK
+from torch.distributed import TCPStore
 
 from timm_attn.training import Recipe, curves, resume, train
 from timm_attn.training.run import is_run
@@ -46,9 +47,8 @@ def work(runs: list[dict]) -> None:
 
 def launch(runs: list[dict]) -> int:
     """Two processes; 0 if both come to their end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # Listens from now on: a port that was only looked up could be taken by somebody else.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = set()
     for rank in (0, 1):
         process = os.fork()
@@ -56,7 +56,8 @@ def launch(runs: list[dict]) -> int:
             processes.add(process)
             continue
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
+        os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
         status = 1
         try:
             work(runs)

@@ -1,9 +1,10 @@
-"""Fresh interpreters for snippets of code, forked from one that has imported PyTorch, which takes seconds.
+"""Fresh interpreters for snippets of code, forked from one that has imported PyTorch and timm, for seconds.
 
 Imports nothing of this project: what a snippet imports, it imports itself.
 """
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import subprocess
@@ -13,12 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torchvision"])
+_context.set_forkserver_preload(["torch", "torchvision", "timm"])
 
 
 def _run(code: str, arguments: tuple[str, ...], env: dict[str, str], cwd: str, output: str) -> None:
     os.environ.clear()
     os.environ.update(env)
+    # Imported with timm, when it read the environment of the process that forks.
+    hub = importlib.import_module("huggingface_hub.hf_api")
+    hub.api.endpoint = importlib.reload(hub.constants).ENDPOINT
     os.chdir(cwd)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{output}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)

@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import itertools
 import json
 import re
+import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.message import Message
@@ -669,6 +671,14 @@ class HubServer:
         item["note"] = {"text": spec["note"]} if spec.get("note") else None
         collection["items"].append(item)
         return collection
+
+
+@contextlib.contextmanager
+def nobody() -> Iterator[str]:
+    """An address at which nobody listens, nor begins to meanwhile."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 class _HttpServer(ThreadingHTTPServer):

@@ -126,6 +126,20 @@ def test_asr_keeps_the_stock_keys_and_folds_into_them(name, where):
     assert relative_difference(model, plain, x) > 1e-3
 
 
+def test_a_branch_that_takes_in_no_constant_gets_no_gate_with_a_warning():
+    model = build("test_convnext").double()
+    block = model.stages[1].blocks[0]
+    block.mlp, block.gamma = nn.Sequential(block.mlp, nn.Tanh()), None
+    count = sum(len(stage.blocks) for stage in model.stages)
+    message = rf"1 of {count} residual branches of ConvNeXt get no gate, .* stages\.1\.blocks\.0\.drop_path"
+    with pytest.warns(UserWarning, match=message):
+        timm_attn.attach(model, "asr")
+    assert sum(isinstance(m, ASR) for m in shaken(model).modules()) == count - 1
+    assert not any(".asr" in key for key in block.state_dict())
+    x = images(model)
+    assert relative_difference(model, timm_attn.fold(model, x), x) <= BOUNDS[torch.float64]
+
+
 @pytest.mark.parametrize("name", MAPS)
 def test_ssia_acts_in_training_only(name):
     stock = build(name)
@@ -256,9 +270,11 @@ def test_layer_scales_fold_into_the_layers_before_them(name, attention):
     own = {key for key in folded.state_dict() if ".dia" in key}
     assert gammas and set(folded.state_dict()) - own == set(build(name).state_dict()) - set(gammas)
     assert relative_difference(model, folded, x) <= BOUNDS[torch.float64]
-    assert set(timm_attn.fold(model, x).state_dict()) >= set(gammas) if attention == "asr" else True
-    with pytest.raises(timm_attn.NothingToFold):
-        timm_attn.fold(folded, x, layer_scale=True)
+    if attention == "asr":
+        assert set(timm_attn.fold(model, x).state_dict()) >= set(gammas)
+    for nothing, layer_scale in ((folded, True), *(() if attention == "asr" else ((model, False),))):
+        with pytest.raises(timm_attn.NothingToFold):
+            timm_attn.fold(nothing, x, layer_scale=layer_scale)
 
 
 # ------------------------------------------------------------------------------------------------ what it meets

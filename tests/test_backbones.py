@@ -35,7 +35,7 @@ SIZES = {
     "resnet18": {"layers": [2, 1, 1, 1], "channels": [16, 16, 24, 32]},
     "convnext_atto": {"depths": [2, 1, 1, 1], "dims": [8, 16, 24, 32]},
     "vit_tiny_patch16_224": {"img_size": 64, "embed_dim": 48},
-    "mobilenetv4_conv_small": {},
+    "mobilenetv3_small_050": {},
     "efficientnet_b0": {},
 }
 
@@ -47,7 +47,8 @@ def test_feature_maps_are_those_of_the_stock_network(name, indices):
     stock = timm.create_model(name, features_only=True, **options).eval()
     x = torch.randn(1, 3, 64, 64)
     for mechanism in ("dia", "ssia", "asr"):
-        model = timm.create_model(f"{name}_{mechanism}", features_only=True, **options).eval()
+        architecture = timm_attn.register(name, mechanism)
+        model = timm.create_model(architecture, features_only=True, **options).eval()
         assert model.feature_info.channels() == stock.feature_info.channels()
         assert model.feature_info.reduction() == stock.feature_info.reduction()
         assert set(model.state_dict()) >= set(stock.state_dict())

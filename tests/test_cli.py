@@ -1,6 +1,7 @@
 """The command line, as people type it."""
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,16 @@ def test_the_way_of_a_model(tmp_path, monkeypatch, capsys):
     message = fails(capsys, "fold", "hub/resnet20_asr.sgd_digits")  # which holds what its index says
     assert "name a folder for the folded hub/resnet20_asr.sgd_digits with --out" in message
     assert not Path("hub/resnet20_asr.sgd_digits/folded").exists()
+
+
+def test_a_mechanism_is_put_into_a_named_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = ["train", "resnet20", "--data", "digits", "--epochs", "1", *FAST, "--attention"]
+    run(*given, "asr")
+    model = timm.create_model("local-dir:runs/resnet20_asr_digits_s0", pretrained=True)
+    assert model.pretrained_cfg["architecture"] == "resnet20_asr"
+    assert any(".asr." in key for key in model.state_dict())
+    assert "nonsense" in fails(capsys, *given, "nonsense")
 
 
 def test_list(capsys):
@@ -119,7 +130,10 @@ def test_bad_input_is_one_message(tmp_path, capsys, monkeypatch):
         assert f"--dataset-license is {license_!r}" in fails(capsys, *export, "hub", *given)
     assert "is a file: name a folder" in fails(capsys, *export, "out/results.json")
     assert not (tmp_path / "hub").exists()
-    assert os.stat("out/model.safetensors").st_mode == os.stat("out/config.json").st_mode
+    umask = os.umask(0)
+    os.umask(umask)
+    for name in ("model.safetensors", "config.json"):
+        assert stat.S_IMODE(os.stat(f"out/{name}").st_mode) == 0o666 & ~umask
 
 
 def test_a_data_set_smaller_than_a_batch(tmp_path, capsys):
@@ -134,9 +148,8 @@ def test_the_installed_command_and_the_module_are_one(tmp_path):
     result = run_code(code, "list", "resnet20_dia", cwd=tmp_path)
     assert result.returncode == 0 and "resnet20_dia" in result.stdout, result.stderr
     command = os.path.join(os.path.dirname(os.sys.executable), "timm-attn")
-    if os.path.exists(command):
-        code = f"import runpy\nrunpy.run_path({command!r}, run_name='__main__')"
-        assert run_code(code, "list", "resnet20_dia", cwd=tmp_path).stdout == result.stdout
+    code = f"import runpy\nrunpy.run_path({command!r}, run_name='__main__')"
+    assert run_code(code, "list", "resnet20_dia", cwd=tmp_path).stdout == result.stdout
 
 
 def test_recipe_with_an_equals_sign(tmp_path, monkeypatch):

@@ -33,11 +33,12 @@ def label(value) -> str:
     return getattr(value, "__name__", str(value)).removeprefix("check_")
 
 
-#: Every backbone with some mechanisms, every mechanism on some backbones; `make test-all` has all pairs.
+#: Every backbone with DIA, every mechanism on some backbones; `make test-all` has all pairs.
 REGISTERED = [
     name
     for name in timm_attn.model_names()
-    if parse_name(name)[1] in ("", "se", "dia", "fmm")
+    if parse_name(name)[1] == "dia"
+    or name in PREACTIVATION
     or parse_name(name)[0] in ("resnet50", "resnext50_32x4d", "resnet20", "wrn52_4", "vit_tiny_patch16_224")
 ]
 

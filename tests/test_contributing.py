@@ -50,7 +50,8 @@ def test_the_mechanism_of_the_guide_passes_the_contract(tmp_path):
     kinds = "resnet20_scale and not (compile or export or onnx or script) or resnet50_scale and (gradients or features)"
     folds = "what_folds_leaves and scale or every_mechanism_is_on"
     selected = f"resnext50_32x4d_scale or ({kinds}) and not registered and not random or {folds}"
-    result = fresh(f"import pytest\nsys.exit(pytest.main({[*files, '-k', selected, '-rps']}))")
+    arguments = [*files, "-k", selected, "-rps", "--basetemp", str(tmp_path / "base")]
+    result = fresh(f"import pytest\nsys.exit(pytest.main({arguments}))")
     assert result.returncode == 0, result.stdout[-5000:]
     for test in (
         "contract.py::test_every_registered_model[resnext50_32x4d_scale]",

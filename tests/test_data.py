@@ -6,12 +6,13 @@ from itertools import islice
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
 from helpers import use_hub
 from hub_server import HubServer
 from PIL import Image
-from timm.data import create_transform
+from timm.data import create_transform, resolve_model_data_config
 
 from timm_attn.images import DataError
 from timm_attn.training import pixels
@@ -19,7 +20,8 @@ from timm_attn.training.augment import AutoAugment, crop_and_flip
 from timm_attn.training.batches import Batch, Batches, Shard
 from timm_attn.training.data import load_split
 from timm_attn.training.recipe import Recipe
-from timm_attn.training.splits import load_splits
+from timm_attn.training.splits import hold_out, load_splits
+from timm_attn.training.validation import evaluation_images
 
 CPU = torch.device("cpu")
 CONFIG = {
@@ -479,3 +481,30 @@ def test_datasets_does_not_ask_a_silent_hub_unless_the_cache_has_the_data(tmp_pa
         with pytest.raises(DataError, match="ZeroDivisionError"):
             load_split("cifar11", "train")
     assert len(asked) == 2
+
+
+def test_a_corrupt_image_of_a_part_is_named_by_its_row_in_the_whole(tmp_path):
+    images = [picture(i, (80, 80)) for i in range(10)]
+    images[7] = {"bytes": b"nothing", "path": None}
+    split = load_split(write(tmp_path / "d", images=images), "train")
+    kept, out = hold_out(split, 0.5)
+    part = next(part for part in (kept, out) if 7 in part.numbers)
+    part = part.select(torch.arange(len(part)).flip(0), "again")
+    with pytest.raises(DataError, match=r"image in row 7 of .* \(again\)"):
+        for i in range(len(part)):
+            part.image(i)
+
+
+def test_small_images_are_prepared_as_a_foreign_network_wants_them(tmp_path):
+    """Not read whole: those of a network that was trained on timm's crops."""
+    pictures = [picture(i, (40, 40)) for i in range(4)]
+    data = write(tmp_path / "d", split="test", images=pictures)
+    model = timm.create_model("resnet20", num_classes=3)
+    cfg = {"crop_pct": 0.875, "interpolation": "bicubic", "num_classes": 3, "label_names": ["a", "b", "c"]}
+    model.pretrained_cfg = {**model.pretrained_cfg, **cfg}
+    images, labels, _ = evaluation_images(model, Recipe(data=data, workers=0), 4)
+    wanted = create_transform(**resolve_model_data_config(model))
+    expected = torch.stack([wanted(image) for image in pictures])
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(images, expected[order])
+    assert labels.tolist() == [int(i) % 3 for i in order]

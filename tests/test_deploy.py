@@ -12,6 +12,8 @@ import torch
 from helpers import narrow, parse_name, randomise
 
 import timm_attn
+from timm_attn import cli
+from timm_attn.compare import BOUNDS, relative
 from timm_attn.errors import UserError
 from timm_attn.models import MECHANISMS, stock_model
 from timm_attn.publish import deploy, export
@@ -65,6 +67,20 @@ def test_an_fmmnet_is_exported_without_its_folded_form_where_rounding_forbids_it
     assert [c.name for c in read_index(tmp_path / "hub")] == ["fmmnet20.x"]
     with pytest.raises(UserError, match="tag 'graft_x' would stand for grafted weights"):
         export(tmp_path / "run", "graft_x", tmp_path / "hub")
+
+
+def test_a_network_without_layer_scales_is_a_program(tmp_path):
+    name = timm_attn.register("test_convnext", "asr")
+    overlay = {"input_size": (3, 64, 64)}
+    model = randomise(timm.create_model(name, num_classes=3, pretrained_cfg_overlay=overlay)).eval()
+    timm.models.save_for_hf(model, tmp_path / "net", safe_serialization=True)
+    cli.main(["fold", str(tmp_path / "net"), "--layer-scale", "--out", str(tmp_path / "out")])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.pt2"]
+    program = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    x = torch.randn(3, 3, 64, 64)
+    assert relative(model(x).detach(), program(x).detach()) <= BOUNDS[torch.float32]
+    keys = {key for key in model.state_dict() if "gamma" not in key and ".asr" not in key}
+    assert set(program.state_dict()) == keys < set(model.state_dict())
 
 
 def test_export_writes_them_beside_the_weights(tmp_path):

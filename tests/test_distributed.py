@@ -137,10 +137,11 @@ def test_two_processes_and_accumulation_compute_what_one_batch_computes(accumula
 
 def test_the_command_line_by_accelerate_launch(tmp_path):
     # --multi_gpu is what makes it start several processes; on a machine without GPUs they are CPU processes.
-    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --main_process_port 0"
+    log = ["--log_dir", str(tmp_path / "log")]
     train = "--dynamo_backend no -m timm_attn train resnet20_dia --data digits --img-size 8 --epochs 1"
     options = "--seeds 0 1 --track tensorboard --model-kwargs channels=[8,8,8] layers=[1,1,1]"
-    command = [*launch.split(), *train.split(), "--out", str(tmp_path / "a"), *options.split()]
+    command = [*launch.split(), *log, *train.split(), "--out", str(tmp_path / "a"), *options.split()]
     code = "import runpy\nrunpy.run_module('accelerate.commands.launch', run_name='__main__', alter_sys=True)"
     result = run_code(code, *command, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-3000:]

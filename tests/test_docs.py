@@ -6,7 +6,8 @@ import shlex
 
 import pytest
 import tyro
-from helpers import ROOT, python
+from forked import run_code
+from helpers import ROOT
 
 from timm_attn import cli
 from timm_attn.cli.console import app
@@ -44,7 +45,7 @@ def test_the_blocks_run_in_a_process_of_their_own():
     code = NO_NETWORK + "".join(
         f"exec(compile({block!r}, {name!r}, 'exec'), {{}})\n" for name, block in found
     )
-    done = python("-c", code)
+    done = run_code(code)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -94,8 +95,8 @@ def test_links_lead_somewhere(page):
         target, _, anchor = target.partition("#")
         if target.startswith(here):
             assert (ROOT / target.removeprefix(here)).exists(), target
-        elif target and not target.startswith("http"):
-            path = page.parent / target
+        elif not target.startswith("http"):
+            path = page.parent / target if target else page
             assert path.exists(), f"{page.name}: {target}"
             if anchor:
                 headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)

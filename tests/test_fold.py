@@ -23,16 +23,16 @@ FOLDABLE = [name for name in SMALL if MECHANISMS[parse_name(name)[1]].folds]
 GATED = [name for name in FOLDABLE if "_asr" in name]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "dtype"),
     [
-        {},
-        {"delta": 2},
-        {"generator": "ie"},
-        {"generator": "eca"},
-        {"generator": "srm"},
-        {"generator": "scale"},
+        ({}, torch.float32),
+        ({}, torch.float64),
+        ({"delta": 2}, torch.float64),
+        ({"generator": "ie"}, torch.float64),
+        ({"generator": "eca"}, torch.float64),
+        ({"generator": "srm"}, torch.float64),
+        ({"generator": "scale"}, torch.float64),
     ],
     ids=str,
 )
@@ -94,6 +94,8 @@ BACKBONES = (
     *("vit_tiny_patch16_224", "deit3_small_patch16_224", "swin_tiny_patch4_window7_224", "repvgg_a0"),
 )
 FOLDS = [n for n in model_names() if parse_name(n)[0] in BACKBONES and MECHANISMS[parse_name(n)[1]].folds]
+# SSIA is in no block.
+FOLDS = [n for n in FOLDS if "_ssia" not in n or n.startswith(("resnet18", "wrn52_4", "vit_tiny"))]
 
 
 @pytest.mark.parametrize("architecture", FOLDS)
@@ -134,10 +136,9 @@ def test_a_model_in_training_is_left_in_training():
     assert not any(m.training for m in folded.modules())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("architecture", GATED)
-def test_leaving_out_any_gate_breaks_the_bound(architecture, dtype, monkeypatch):
-    model = randomise(narrow(architecture).to(dtype)).eval()
+def test_leaving_out_any_gate_breaks_the_bound(architecture, monkeypatch):
+    model = randomise(narrow(architecture)).eval()  # in float32, whose bound is the wider one
     gates = sum(isinstance(m, ASR) for m in model.modules())
     scale = ends.scale_parameters
     for left_out in range(gates):
@@ -246,10 +247,9 @@ def test_norms_are_fused_exactly(architecture, dtype):
     model = randomise(narrow(architecture).to(dtype)).eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     x = example_input(model, 4)
-    error = relative_difference(model, fuse(model), x)
-    assert error <= BOUNDS[dtype]
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     folded = fuse(model)
+    assert relative_difference(model, folded, x) <= BOUNDS[dtype]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     again = narrow(architecture, folded=True).to(dtype).eval()
     again.load_state_dict(folded.state_dict(), strict=True)
     assert torch.equal(again(x), folded(x))
@@ -369,10 +369,9 @@ def test_the_command_writes_nothing_that_is_above_the_bound(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("architecture", FOLDABLE)
 def test_random_states_fold(architecture):
-    for seed in range(4):
-        model = randomise(narrow(architecture), seed).eval()
-        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 48, 48)}
-        timm_attn.fold(model, torch.randn(2, 3, 32, 32))
+    model = randomise(narrow(architecture), 1).eval()  # all others have 0
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 48, 48)}
+    timm_attn.fold(model, torch.randn(2, 3, 32, 32))
 
 
 def test_the_report_counts():

@@ -178,18 +178,24 @@ def test_errors_of_datasets_say_why(tmp_path, monkeypatch):
     assert error.value.__cause__ is not None
     with pytest.raises(DataError, match=r"train.zip is not a folder \(an archive is to be unpacked\)"):
         load_split(str(tmp_path / "z" / "train.zip"), "train")
-    latin = os.fsencode(tmp_path / "l" / "train") + b"/caf\xe9"
-    os.makedirs(latin)
-    shutil.copy(tmp_path / "d" / "train" / "a" / "1.png", latin + b"/1.png")
-    place(tmp_path / "l", "train/b/1.png", "test/b/2.png")
-    with pytest.raises(DataError, match=r"caf\\xe9/1.png' is not UTF-8: rename it"):
-        load_split(str(tmp_path / "l"), "train")
     strings(tmp_path / "p", "train", TRAIN)
     (tmp_path / "cache").write_text("a file where the cache should be")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     with pytest.raises(DataError, match="cache") as error:
         load_split(str(tmp_path / "p"), "train")
     assert isinstance(error.value.__cause__, OSError)
+
+
+def test_a_name_that_is_not_utf_8_is_named(tmp_path):
+    place(tmp_path, "train/b/1.png", "test/b/2.png")
+    latin = os.fsencode(tmp_path / "train") + b"/caf\xe9"
+    try:
+        os.mkdir(latin)
+    except OSError as error:
+        pytest.skip(f"no such name on this file system: {error}")
+    shutil.copy(tmp_path / "train" / "b" / "1.png", latin + b"/1.png")
+    with pytest.raises(DataError, match=r"caf\\xe9/1.png' is not UTF-8: rename it"):
+        load_split(str(tmp_path), "train")
 
 
 def test_a_configuration_is_chosen(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,21 @@ from timm_attn.freeze import _parts
 from timm_attn.gates import Gate, find_gates, gate_of
 from timm_attn.layers.frozen import FrozenGate
 from timm_attn.load import load_model
+from timm_attn.passes import Passes
 from timm_attn.publish import publish
 from timm_attn.record import held, record
 from timm_attn.search import GateSearch
 from timm_attn.training import Recipe
 from timm_attn.training.freezing import read_images
 from timm_attn.training.run import save_model
+
+
+@pytest.fixture(autouse=True)
+def equal_times(monkeypatch, request):
+    """What is chosen depends on how long gates take, which on a busy machine is another thing each time."""
+    if request.node.name != "test_times_are_measured":
+        monkeypatch.setattr(Passes, "gate_times", lambda self: dict.fromkeys(self.gates, 1.0))
+        monkeypatch.setattr(Passes, "times", lambda self, networks, rounds=9: [1.0] * len(networks))
 
 
 @torch.no_grad()
@@ -97,6 +107,9 @@ NETWORKS = {
     "eca": (lambda: narrow_timm("ecaresnet26t", layers=[1] * 4, channels=[8, 16, 16, 24]), 4, 4),
     "cbam": (lambda: narrow_timm("resnet18", block_args={"attn_layer": "cbam"}, layers=[1] * 4), 4, 4),
     "torchvision": (lambda: torchvision.models.mobilenet_v3_small(num_classes=10), 9, 9),
+    "ese": (lambda: Own(gate=timm.layers.EffectiveSEModule(8)), 1, 1),
+    "ceca": (lambda: Own(gate=timm.layers.CecaModule(8)), 1, 1),
+    "gather excite": (lambda: Own(gate=timm.layers.GatherExcite(8, use_mlp=False)), 1, 1),
     "one reader": (lambda: Own(), 1, 1),
     "two readers": (lambda: Own("two"), 1, 1),
     "a sum reads it": (lambda: Own("sum"), 1, 0),
@@ -130,10 +143,17 @@ def test_constants_are_absorbed_exactly(name):
 
 
 def test_what_is_no_channel_gate_is_left_alone_and_listed():
-    for attention, word in (("cbam", "CbamModule"), ("gc", "GlobalContext"), ("nl", "NonLocalAttn")):
+    ends = [f"layer{n}.0.se" for n in (1, 2, 3, 4)]
+    for attention, inner, word in (
+        ("cbam", ".channel", "CbamModule"),  # of which a part is a gate
+        ("gc", "", None),
+        ("nl", None, "NonLocalAttn"),
+    ):
         model = narrow_timm("resnet18", block_args={"attn_layer": attention}, layers=[1] * 4)
-        found, others = find_gates(lively(model), coloured(4))
-        assert any(f"{word} is no channel gate" in reason for reason in others.values()) or found
+        found, others = find_gates(lively(model), coloured(4, 64))
+        assert [gate.path for gate in found] == ([] if inner is None else [end + inner for end in ends])
+        reason = f"{word} is no channel gate: it does more than scale channels"
+        assert others == (dict.fromkeys(ends, reason) if word else {})
 
 
 def test_ones_own_gate_is_listed_until_it_is_named():
@@ -217,6 +237,19 @@ def test_a_gate_that_takes_long_does_not_use_up_the_budget():
     assert search.choose(1.0).chosen == [slow, *quick]
 
 
+def test_times_are_measured():
+    class Slow(timm.layers.SEModule):
+        def forward(self, x):
+            time.sleep(0.02)
+            return super().forward(x)
+
+    model = lively(Own(gate=Slow(8, rd_channels=4)))
+    gates, _ = find_gates(model, coloured(4))
+    passes = Passes(model, gates, [(coloured(4), None)], 4)
+    assert passes.gate_times()[gates[0]] >= 20 and passes.times([model], 1)[0] >= 20
+    assert not model.gate._forward_hooks and not model.gate._forward_pre_hooks
+
+
 def test_everything_within_a_large_budget_and_nothing_that_costs_more(trained):
     x = coloured(400)
     with torch.no_grad():
@@ -226,20 +259,22 @@ def test_everything_within_a_large_budget_and_nothing_that_costs_more(trained):
     assert whole.model.pretrained_cfg["architecture"] == "resnet18" and whole.loads
     stock = timm.create_model("resnet18", layers=[1] * 4, channels=[8, 16, 16, 24])
     assert set(whole.model.state_dict()) == set(stock.state_dict())
-    assert whole.before.top1 == 100 and whole.images == (160, 120, 120)
-    least = timm_attn.freeze(trained, x, labels, budget=1.0)
-    assert least.frozen < 4 and least.model is not trained
-    assert any(gate.frozen for gate in least.gates) or least.after.agreement == 100
+    one = 100 / 120 + 1e-6  # an image more or less, in batches of other sizes
+    assert whole.before.top1 == pytest.approx(100, abs=one) and whole.images == (160, 120, 120)
+    least = timm_attn.freeze(trained, x, labels, budget=5.0)
+    assert 0 < least.frozen < 4 and least.model is not trained
+    assert sum(gate.frozen for gate in least.gates) == least.frozen
     for gate in least.gates:
         assert gate.frozen == gate.where.startswith("in ")
         assert gate.frozen or "points with those before it" in gate.where
     # On the images for choosing, by the definition of the budget.
-    _, (choosing, theirs), (last, others) = _parts(x, labels, None, None, 1.0)
+    _, (choosing, theirs), (last, others) = _parts(x, labels, None, None, 5.0)
     right = least.model(choosing).argmax(1) == theirs
-    difference = 1 - right.double()
-    assert difference.mean() <= max(0.01, difference.std() / len(difference) ** 0.5)
+    difference = 100 * (1 - right.double())
+    assert difference.mean() <= max(5.0, difference.std() / len(difference) ** 0.5) + one
     # And the figures are of others.
-    assert least.after.top1 == 100 * (least.model(last).argmax(1) == others).double().mean()
+    top1 = 100 * (least.model(last).argmax(1) == others).double().mean().item()
+    assert least.after.top1 == pytest.approx(top1, abs=one)
 
 
 def test_kept_gates_stay_and_agreement_serves_without_labels(trained):
@@ -248,6 +283,19 @@ def test_kept_gates_stay_and_agreement_serves_without_labels(trained):
     assert report.gates[0].where == "named by keep"
     assert math.isnan(report.before.top1) and report.before.agreement == 100 > report.after.agreement
     assert report.model._model_args["kept"] == [0, 3] and report.model._model_args["backbone"] == "seresnet18"
+
+
+def test_a_regnet_without_its_gates_is_built_by_name():
+    """No other name of timm's is that network."""
+    model = lively(narrow_timm("regnety_002"))
+    report = timm_attn.freeze(model, coloured(340, 32), every=True)
+    assert report.loads and report.frozen == 13
+    assert report.model.pretrained_cfg["architecture"] == "regnety_002"
+    assert report.model._model_args["se_ratio"] == 0
+    again = timm.create_model("regnety_002", num_classes=10, se_ratio=0).eval()
+    again.load_state_dict(report.model.state_dict())
+    x = coloured(4)
+    assert torch.equal(again(x), report.model(x))
 
 
 def test_a_runs_tail_goes_first():
@@ -293,7 +341,7 @@ def test_recovery_is_asked_for_more_gates_until_the_budget_ends(trained):
 
     report = timm_attn.freeze(trained, x, labels, budget=1.0, recover=recover)
     plain = timm_attn.freeze(trained, x, labels, budget=1.0)
-    assert asked and report.frozen == plain.frozen
+    assert asked and report.frozen == plain.frozen < 4
     everything = timm_attn.freeze(trained, x, labels, every=True, recover=recover)
     assert everything.frozen == 4
 
@@ -444,13 +492,16 @@ def _exported_and_published(folders, hub, monkeypatch, capsys):
             assert f"{constants} channel gates are frozen" in card and "not used to choose" in card
             assert "base_model: alice/resnet20_se.d" in card and "(freeze.png)" in card
             assert "import timm_attn" in card and "- transformers" not in card
+            assert "over images of the train split, whatever the loss" in card
+            told = json.loads(server.files(f"alice/{name}")["freeze.json"])
+            assert (told["source"], told["data"], told["budget"]) == ("resnet20_se.d", "digits", None)
             again = timm.create_model(f"hf-hub:alice/{name}", pretrained=True).eval()
             assert torch.equal(again(images), model(images))
         features = timm.create_model("hf-hub:alice/frozen.d_frozen", pretrained=True, features_only=True)
         assert len(features(images)) == len(features.feature_info.channels())
     with pytest.raises(SystemExit):
         cli.main(["export", str(folders[0]), "--tag", "e", "--hub", str(hub.parent / "other")])
-    assert "lists no such checkpoint: export that one first" in capsys.readouterr().err
+    assert "export that one first" in capsys.readouterr().err
 
 
 CLASSES = ("airplane", "automobile", "bird")  # of those that a resnet20 has by default
@@ -459,7 +510,7 @@ CLASSES = ("airplane", "automobile", "bird")  # of those that a resnet20 has by 
 def test_only_a_training_split_that_is_not_there_is_done_without(tmp_path, capsys):
     model, recipe = narrow("resnet20_se"), Recipe(data=str(tmp_path / "d"), workers=0)
     write(tmp_path / "d", split="test", images=[picture(i) for i in range(6)], names=CLASSES)
-    images, labels, means, classes, _ = read_images(model, recipe, 10, show=False)
+    images, labels, means, classes, *_ = read_images(model, recipe, 10, show=False)
     assert len(images) == len(labels) == 6 and means is classes is None
     assert (
         "no split train, only test: the means of the gates are from evaluation images"

@@ -123,11 +123,10 @@ def test_a_scale_left_out_breaks_the_bound(name, monkeypatch):
 def test_every_kind_of_source(tmp_path):
     name = "resnet18_dia"
     stock, x = stock_of(name), images()
-    expected = stock(x)
     timm.models.save_for_hf(stock, tmp_path, safe_serialization=True)
     for source in (stock, stock.state_dict(), f"local-dir:{tmp_path}", torch.compile(stock, backend="eager")):
-        variant = timm_attn.graft(name, source, **sizes(name)).eval()
-        torch.testing.assert_close(variant(x), expected)
+        variant = timm_attn.graft(name, source, **sizes(name))
+        assert relative_difference(stock, variant, x) <= BOUNDS[torch.float32]
     shipped = timm_attn.graft("resnet20_asr", "resnet20.cpu_c10")
     assert (
         shipped.training and shipped.pretrained_cfg["std"] == timm.get_pretrained_cfg("resnet20.cpu_c10").std

@@ -5,7 +5,7 @@ import timm
 import torch
 from forked import run_code
 from helpers import IMAGENET, MECHANISMS, parse_name, randomise
-from hub_server import HubServer
+from hub_server import HubServer, nobody
 from safetensors.torch import save
 
 import timm_attn
@@ -42,7 +42,7 @@ for name in sys.argv[1:]:
     grey = timm.create_model(name, pretrained=True, in_chans=1, **SMALL).eval()
     assert (grey(x[:, :1]) - stock_grey(x[:, :1])).abs().max() <= 1e-5 * expected.abs().max()
     maps = timm.create_model(name, pretrained=True, features_only=True, **SMALL).eval()(x)
-    for a, b in zip(maps, stock.forward_intermediates(x, intermediates_only=True)):
+    for a, b in zip(maps, stock.forward_intermediates(x, intermediates_only=True), strict=True):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max()
 """
 
@@ -156,7 +156,8 @@ for make in (
         print(error)
 """
     home = {"HF_HOME": str(tmp_path / "home")}
-    gone = run_code(code, cwd=tmp_path, env={"HF_ENDPOINT": "http://127.0.0.1:9", **home})
+    with nobody() as nowhere:
+        gone = run_code(code, cwd=tmp_path, env={"HF_ENDPOINT": nowhere, **home})
     assert gone.returncode == 0, gone.stderr[-2000:]
     message, *others = gone.stdout.splitlines()
     assert len(others) == 2 and "Retrying" not in gone.stderr

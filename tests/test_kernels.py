@@ -64,7 +64,7 @@ def test_the_kernels_are_those_of_the_cpu_or_fewer(limit, widest, expected, monk
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     monkeypatch.setattr(kernels.torch.cpu, "_is_avx512_supported", lambda: widest == "AVX512")
     monkeypatch.setattr(kernels.torch.cpu, "_is_avx2_supported", lambda: bool(widest))
-    monkeypatch.setattr(kernels.torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(kernels, "device_of_process", lambda: kernels.torch.device("cpu"))
     assert kernels._instructions() == expected
-    monkeypatch.setattr(kernels.torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "device_of_process", lambda: kernels.torch.device("cuda"))
     assert not kernels._instructions()

@@ -19,7 +19,7 @@ from torch import nn
 
 from timm_attn.branches import Branch
 from timm_attn.ends import scale_parameters
-from timm_attn.layers import ASR, FMM, SSIA, ConAM, DIACell, SEGenerator
+from timm_attn.layers import ASR, FMM, SPEM, SSIA, ConAM, DIACell, SEGenerator
 from timm_attn.layers.asr import GENERATORS
 from timm_attn.layers.fmm import MODES
 from timm_attn.models.resnet_only import _FMMBlock, last_norm, put_conam, put_fmm
@@ -315,6 +315,24 @@ def test_ssia_loss_is_as_written(target):
     ours, theirs = (torch.autograd.grad(value, features[:2]) for value in (loss, expected))
     torch.testing.assert_close(ours, theirs)
     assert torch.autograd.grad(layer.loss(features), features[2], allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize(("training", "scale"), [(True, 1.0), (True, 3.0), (False, 1.0)])
+def test_spems_loss_is_in_the_gradient_of_its_weights(training, scale):
+    layer = SPEM(4, aux_weight=0.7).double().train(training)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    plain = deepcopy(layer)
+    plain.aux_weight = 0.0
+    layer.aux_scale.fill_(scale)
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    outputs = [network(x) for network in (layer, plain)]
+    assert torch.equal(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    for (name, p), q in zip(layer.named_parameters(), plain.parameters(), strict=True):
+        loss = scale * 0.7 * 2 * p.detach() if name == "p" and training else torch.zeros_like(p)
+        torch.testing.assert_close(p.grad - q.grad, loss, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize(

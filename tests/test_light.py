@@ -6,8 +6,9 @@ import tomllib
 from helpers import ROOT, python
 
 #: Import names of everything that an extra of pyproject.toml brings, and of what comes with it.
-_NAMES = {"pyyaml": None, "scikit-learn": "sklearn"}  # timm itself needs PyYAML
+_NAMES = {"pyyaml": None, "scikit-learn": "sklearn", "pyopenssl": "OpenSSL"}  # timm itself needs PyYAML
 _ALSO = ("scipy", "pandas", "pyarrow", "multiprocess", "dill", "docstring_parser", "typeguard", "shtab")
+_ALSO += ("sigstore", "cryptography")
 
 BLOCK = """
 import sys
@@ -63,6 +64,8 @@ try:
         pass
 except ModuleNotFoundError as error:
     assert str(error) == "matplotlib is not installed: pip install 'timm-attn[train] @ git+https://github.com/timm-attn/timm_attn'", error
+else:
+    raise SystemExit("it was there")
 """
 
 COMMAND = """
@@ -78,7 +81,7 @@ def absent() -> list[str]:
     assert len(project["dependencies"]) == 4, "the light set has grown: " + ", ".join(project["dependencies"])
     asked = [
         re.split(r"[>\[]", what)[0]
-        for name in ("train", "export", "track")
+        for name in ("train", "export", "track", "sign")
         for what in project["optional-dependencies"][name]
     ]
     names = [_NAMES.get(name, name.replace("-", "_")) for name in asked]

@@ -22,6 +22,12 @@ OTHERS = [
     *("repvgg_a0", "repvgg_a2", "repvgg_b0", "mobileone_s0", "mobileone_s1", "starnet_s1", "mambaout_femto"),
 ]
 COUNTS = {
+    # Two ends in each of 12 blocks, of 192 channels: ASR's 192 + 193 · 12 + 13 · 192 for each, one DIA cell.
+    ("vit_tiny_patch16_224_asr", 1000): 5_717_416 + 24 * 5_004,
+    ("vit_tiny_patch16_224_dia", 1000): 5_717_416 + 2 * (193 * 9 + 10 * 4 * 192),
+    # 2, 2, 6 and 2 blocks of 40, 80, 160 and 320 channels; one DIA cell for each stage.
+    ("convnext_atto_asr", 1000): 3_695_520 + 2 * 242 + 2 * 965 + 6 * 3_530 + 2 * 13_460,
+    ("convnext_atto_dia", 1000): 3_695_520 + 1_124 + 3_848 + 14_096 + 53_792,
     ("resnext101_8x32d_dia", 100): 33_006_020,
     ("preresnet164", 100): 1_726_388,
     ("preresnet164_dia", 100): 1_961_364,
@@ -167,6 +173,15 @@ def test_pinned_biases_stay_where_they_are():
     pinned = [p for p in model.parameters() if not p.requires_grad]
     assert len(pinned) == 2 * sum(len(stage) for stage in (model.layer1, model.layer2, model.layer3))
     assert all((p == 1).all() for p in pinned)
+
+
+def test_what_folds_what_fuses_and_what_is_grafted():
+    """Written out, as other tests ask the table which mechanisms they have to look at."""
+    found = {key: (row.folds, row.fuses, not row.graft) for key, row in MECHANISMS.items()}
+    expected = {"": (False, False, False), "fmm": (False, True, False)}
+    expected |= dict.fromkeys(("asr", "asr_se", "ssia"), (True, False, True))
+    expected |= dict.fromkeys(("se", "dia", "conam", "sem", "spem"), (False, True, True))
+    assert found | expected == found
 
 
 def test_every_mechanism_is_on_every_backbone():

@@ -1,6 +1,7 @@
 """Whole networks against the reference forward pass, and wrong networks that must be told apart."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from helpers import narrow, randomise, small_names
@@ -148,6 +149,35 @@ def test_wrong_states_of_dia_are_told_apart(wrong, monkeypatch):
         check_network("resnet20_dia")
 
 
+def test_a_norm_before_dias_cell():
+    """A new norm, whose affine can be that of the norm before it."""
+    plain = randomise(narrow("resnet20_dia").double()).eval()
+    model = narrow("resnet20_dia", norm=True).double().eval()
+    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+    assert missing and all(".dia_norm." in key for key in missing) and not unexpected
+    new = {path: module for path, module in model.named_modules() if path.endswith("dia_norm")}
+    assert len(new) == 5
+    for path, norm in new.items():
+        before = plain.get_submodule(path.replace("dia_norm", "bn2"))
+        norm.eps = 0.0  # of fresh statistics it is then 2 x + 1
+        norm.weight.data.fill_(2.0)
+        norm.bias.data.fill_(1.0)
+        before.weight.data.mul_(2.0)
+        before.bias.data.mul_(2.0).add_(1.0)
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-9, atol=1e-9)
+
+
+def test_where_dia_has_a_norm_by_itself():
+    def norms(name, **kwargs):
+        return sum("dia_norm.weight" in key for key in narrow(name, **kwargs).state_dict())
+
+    assert norms("preresnet164_dia") == 5  # where a branch would end in a convolution
+    assert norms("preresnet164_dia", norm=False) == norms("resnet20_dia") == 0
+    with pytest.raises(ValueError, match=r"DIA norm=True needs maps B × C × H × W"):
+        timm.create_model("vit_tiny_patch16_224_dia", norm=True, depth=1, device="meta")
+
+
 def psi_per_image(self, x, axis):
     v = torch.ones((), dtype=x.dtype)
     for generator in self.generators:
@@ -165,8 +195,8 @@ def test_psi_per_image_is_told_apart(monkeypatch):
 
 def test_what_saves_memory_gives_way_to_transforms_and_tracers():
     """Without gradients DIA writes in place, and its mean has a gradient of its own: not in there."""
-    model = randomise(narrow("resnet20_dia")).eval().to(memory_format=torch.channels_last)
-    x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    model = randomise(narrow("resnet20_dia")).double().eval().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 32, 32).double().to(memory_format=torch.channels_last)
     with torch.no_grad():
         expected = model(x)
         torch.testing.assert_close(torch.vmap(lambda image: model(image[None])[0])(x), expected)

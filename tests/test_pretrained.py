@@ -1,12 +1,13 @@
 """Pretrained weights as timm's users take them: whole, for other classes, other inputs, or features only."""
 
 import json
+from functools import cache
 
 import pytest
 import timm
 import torch
 from forked import run_code
-from helpers import SMALL, narrow, randomise
+from helpers import SMALL, narrow, randomise, same
 from safetensors.torch import load_file, save_file
 
 from timm_attn.weights import Checkpoint, sha256, write_index
@@ -32,12 +33,19 @@ for name in names:
 """
 
 
+@cache
+def small(name, seed):
+    """Arguments of a small network, and random weights."""
+    model = narrow(name)
+    return model._model_args, randomise(model, seed).state_dict()
+
+
 def write_hub(folder, names, damage=lambda name, state: state, states=None):
     """A hub folder with a small network of every architecture, with random weights or those given."""
     checkpoints = []
     for seed, name in enumerate(names):
-        model = narrow(name)
-        state = (states or {}).get(name) or randomise(model, seed).state_dict()
+        arguments, state = small(name, seed)
+        state = (states or {}).get(name) or state
         place = folder / f"{name}.x"
         place.mkdir(parents=True)
         path = place / "model.safetensors"
@@ -49,7 +57,7 @@ def write_hub(folder, names, damage=lambda name, state: state, states=None):
             name,
             "x",
             pretrained_cfg={**cfg, "num_classes": 10, "label_names": None, "tag": "x"},
-            model_args={k: v for k, v in model._model_args.items() if k != "num_classes"},
+            model_args={k: v for k, v in arguments.items() if k != "num_classes"},
             files={path.name: {"sha256": sha256(path), "size": path.stat().st_size}},
         )
         checkpoints.append(checkpoint)
@@ -95,6 +103,19 @@ def test_every_way_takes_the_same_weights(name, loaded):
     assert torch.equal(states["whole"]["fc.weight"], own["fc.weight"])
     assert states["classes"]["fc.weight"].shape[0] == 3
     assert not any(k.startswith("fc.") for way in ("features", "pooled") for k in states[way])
+
+
+def test_weights_of_the_first_releases_are_taken(tmp_path):
+    """ASR was in the place where a ResNet has SE."""
+    arguments, state = small("resnet20_asr", 0)
+    old = {key.replace(".asr.generators.", ".se.generators."): tensor for key, tensor in state.items()}
+    assert old.keys() != state.keys()
+    save_file(old, tmp_path / "w.safetensors")
+    overlay = {"file": str(tmp_path / "w.safetensors"), "num_classes": 10}
+    model = timm.create_model(
+        "resnet20_asr", pretrained=True, pretrained_cfg_overlay=overlay, **{**arguments, "num_classes": 10}
+    )
+    assert same(model.state_dict(), state)
 
 
 def without_last_weight(name, state):

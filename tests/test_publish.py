@@ -35,7 +35,7 @@ def server(monkeypatch):
 @pytest.fixture
 def hub(tmp_path):
     """A copy of the hub folder that ships."""
-    return shutil.copytree(ROOT / "hub", tmp_path / "hub")
+    return shutil.copytree(ROOT / "hub", tmp_path / "hub", ignore=shutil.ignore_patterns("results"))
 
 
 def entry(hub, name=NAME):
@@ -95,10 +95,12 @@ def test_publishing_again_sends_nothing_and_a_change_is_the_next_version(hub, se
     again = publish(hub / NAME, "my-org")[0]
     assert (again.revision, again.tag, again.sent) == (first.revision, "v1", False)
     assert len(writes(server, "/commit/")) == sent
-    server.put_files(f"my-org/{NAME}", {"README.md": b"---\nlicense: mit\n---\nolder", "model.onnx": b"old"})
+    server.put_files(f"my-org/{NAME}", {"README.md": b"---\nlicense: mit\n---\nolder"})
+    stale = ("model.onnx", "model.sig", ".eval_results/other.yaml")  # of other weights, perhaps
+    server.put_files(f"my-org/{NAME}", dict.fromkeys(stale, b"old"))
     third = publish(hub / NAME, "my-org")[0]
     assert (third.tag, third.sent) == ("v2", True)
-    assert "model.onnx" not in server.files(f"my-org/{NAME}")  # of other weights, perhaps
+    assert not {*stale} & server.files(f"my-org/{NAME}").keys()
     assert entry(hub).revision == third.revision
 
 

@@ -2,6 +2,8 @@
 
 import re
 from collections import Counter
+from copy import deepcopy
+from functools import cache
 
 import pytest
 import timm
@@ -62,8 +64,13 @@ def copy_weights(model: nn.Module, reference: nn.Module) -> None:
 
 def build_pair(architecture, kwargs, build_reference, size):
     """Our random network, pytorchcv's with its weights, both in eval mode, and a batch of images (float64)."""
+    return deepcopy(built(architecture, tuple(kwargs.items()), build_reference, size))
+
+
+@cache
+def built(architecture, kwargs, build_reference, size):
     torch.manual_seed(0)
-    model = randomise(timm.create_model(architecture, pretrained=False, **kwargs)).eval()
+    model = randomise(timm.create_model(architecture, pretrained=False, **dict(kwargs))).eval()
     reference = build_reference(pretrained=False).eval()
     copy_weights(model, reference)
     # Its last pooling has a fixed kernel, made for 32 and 224 pixels.

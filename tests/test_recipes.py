@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.state import GradientState
 from accelerate.utils import DistributedType
 from forked import started
-from helpers import Stopped, flip_last_bit, same, stop_at, timeless
+from helpers import ONE_IMAGE, Stopped, flip_last_bit, same, stop_at, timeless
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_data import encode, picture, write
@@ -107,7 +107,8 @@ def test_the_average_is_what_is_evaluated_and_saved(tmp_path):
     average = load_file(tmp_path / "a" / "step-10" / "ema.safetensors")
     assert same(weights(tmp_path / "a"), average) and not same(average, state)
     assert result["weights"] == "average"
-    assert validate(load_model(str(tmp_path / "a")), Recipe(data="digits"))["top1"] == result["top1"]
+    top1 = validate(load_model(str(tmp_path / "a")), Recipe(data="digits"))["top1"]
+    assert top1 == pytest.approx(result["top1"], abs=ONE_IMAGE)
     # The average of the weights after each step, by hand.
     recipe, states = Recipe(**FAST, checkpoint_every=1, keep_checkpoints=20), []
     train("resnet20_dia", recipe, tmp_path / "b")
@@ -133,7 +134,8 @@ def test_a_part_is_held_out_and_the_test_split_evaluated_once(tmp_path, monkeypa
     held_out = ("train, held out", 359)
     assert evaluated == [held_out, held_out, ("test", 360)]
     assert result["split"] == "test" and result["best_epoch"]["split"] == "train, held out"
-    assert validate(load_model(str(tmp_path / "a")), Recipe(data="digits"))["top1"] == result["top1"]
+    top1 = validate(load_model(str(tmp_path / "a")), Recipe(data="digits"))["top1"]
+    assert top1 == pytest.approx(result["top1"], abs=ONE_IMAGE)
     about = json.loads((tmp_path / "a" / "environment.json").read_text())
     assert about["images"] == {"train": 1437 - 359, "train, held out": 359, "test": 360}
     with pytest.raises(UserError, match="holds out 0 of 1437 images"):
@@ -320,11 +322,12 @@ def test_a_signal_writes_a_checkpoint(number, tmp_path):
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
     whole = train("resnet20", recipe, tmp_path / "whole")
     # At the end of an epoch the checkpoint comes before the evaluation, which may take long.
-    for run, last in (("b", 5), ("c", 10)):
+    ends = [("b", 5), ("c", 10)] if number == signal.SIGINT else []
+    for run, last in ends:
         with pytest.raises(Interrupted, match=f"after step {last}"):
             train("resnet20", recipe, tmp_path / run, partial(raise_at, {last: number}))
         assert len(read_metrics(tmp_path / run)) == last // 5 - 1
-    for run in ("a", "b", "c"):
+    for run in ("a", *(run for run, _ in ends)):
         assert resume(tmp_path / run) == whole
         assert timeless(tmp_path / run / "metrics.jsonl") == timeless(tmp_path / "whole" / "metrics.jsonl")
 
@@ -433,6 +436,30 @@ def test_settings_of_accelerate_that_would_break_a_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="Accelerate is configured for FSDP, where no process has the whole"):
         train("resnet20", Recipe(**FAST), tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(("model", "losses"), [("resnet20_ssia", 1), ("resnet20_spem", 3)])
+def test_a_loss_in_the_network_counts_once_in_several_parts_of_a_batch(model, losses, tmp_path, monkeypatch):
+    seen = []
+
+    def update(self, batches, original=trainers.Trainer._update):
+        done = original(self, batches)
+        seen.append([b.item() for key, b in self.network.named_buffers() if key.endswith("aux_scale")])
+        return done
+
+    monkeypatch.setattr(trainers.Trainer, "_update", update)
+    with pytest.raises(Stopped):
+        train(model, Recipe(**FAST, accumulation=4), tmp_path / "a", on_step=stop_at(1))
+    assert seen == [[0.25] * losses]
+
+
+@pytest.mark.parametrize(("generator", "decay"), [("scale", 0.0), ("se", 0.1)])
+def test_a_scale_has_no_weight_decay_as_norms_have_none(generator, decay):
+    model = timm.create_model("resnet20_asr", generator=generator, layers=[1, 1, 1])
+    optimizer = make_optimizer(model, Recipe(data="x", weight_decay=0.1))
+    constants = {id(p) for key, p in model.named_parameters() if key.endswith(".psi")}
+    groups = [g for g in optimizer.param_groups for p in g["params"] if id(p) in constants]
+    assert [group["weight_decay"] for group in groups] == [decay] * 3
 
 
 def test_lines_at_chosen_steps(tmp_path):
@@ -649,6 +676,9 @@ def test_an_unknown_recipe_lists_those_there_are():
         ({"lr": math.inf}, "lr must be positive, got inf"),
         ({"weight_decay": math.nan}, "weight_decay must be finite and not negative"),
         ({"opt_args": ("lr=1",)}, "opt_args cannot set lr: it follows from --lr"),
+        ({"sched": "step", "decay_epochs": (0,)}, "decay_epochs must be positive"),
+        ({"teacher": "resnet20", "loss": "bce"}, "loss and smoothing do nothing beside a teacher"),
+        ({"teacher": "resnet20", "smoothing": 0.1}, "loss and smoothing do nothing beside a teacher"),
         ({"sched": "step", "decay_epochs": (1, 2)}, "decay_epochs are one number for sched step"),
     ],
 )

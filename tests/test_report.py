@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import timm_attn
 from timm_attn import cli
+from timm_attn.cli.look import check_same_input
 from timm_attn.errors import UserError
 from timm_attn.gates import Gate
 from timm_attn.images import DataError
@@ -237,7 +239,7 @@ def test_stiffness_is_what_a_walk_through_the_blocks_gives():
     assert len(stiffness_of(two, images)) == len(two.blocks) - 1
     assert OBSERVATIONS["stiffness"]({"vit": two}, images).draw().axes
     with pytest.raises(UserError, match="has no two neighbouring residual blocks"):
-        OBSERVATIONS["stiffness"]({"vgg": timm.create_model("vgg11", num_classes=3).eval()}, images)
+        OBSERVATIONS["stiffness"]({"linear": nn.Sequential(nn.Flatten(), nn.Linear(76800, 3))}, images)
 
 
 def test_the_landscape_of_a_linear_network_is_known():
@@ -381,10 +383,15 @@ def test_look_says_what_is_wrong_in_one_line(run, tmp_path, capsys):
     assert not (tmp_path / "o").exists()
 
 
-def test_the_report_stands_alone_and_renders(run, tmp_path):
-    out = tmp_path / "report.html"
+@pytest.fixture(scope="module")
+def report(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report") / "report.html"
     cli.main(["report", str(run), "--data", "digits", "--out", str(out)])
-    page = out.read_text(encoding="utf-8")
+    return out
+
+
+def test_the_report_stands_alone(run, report):
+    page = report.read_text(encoding="utf-8")
     results = json.loads((run / "results.json").read_text())
     assert f"{results['top1']:.2f} %" in page
     titles = ["Training", "Accuracy by class", "Confusion matrix", "Calibration", "Worst mistakes", "Speed"]
@@ -392,6 +399,9 @@ def test_the_report_stands_alone_and_renders(run, tmp_path):
         assert f"<h2>{title}</h2>" in page
     links = re.findall(r'(?:src|href|srcset)="([^"]{0,12})', page)
     assert links and all(link.startswith(("data:", "#")) for link in links)
+
+
+def test_the_report_renders(report, tmp_path):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium here")
@@ -404,12 +414,31 @@ def test_the_report_stands_alone_and_renders(run, tmp_path):
     ]
     flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
     seen = subprocess.run(
-        [chromium, *flags, "--enable-logging=stderr", "--window-size=400,900", "--dump-dom", out.as_uri()],
+        [chromium, *flags, "--enable-logging=stderr", "--window-size=400,900", "--dump-dom", report.as_uri()],
+        env={**os.environ, **dict.fromkeys(("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"), str(tmp_path))},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert "<h2>Speed</h2>" in seen.stdout and "CONSOLE" not in seen.stderr
+
+
+def test_what_was_held_out_is_looked_at_and_reported(run, tmp_path, capsys, monkeypatch):
+    out = str(tmp_path / "run")
+    recipe = ["--data", "digits", "--img-size", "8", "--epochs", "1", "--val-fraction", "0.2"]
+    recipe += ["--model-kwargs", "channels=[8,8,8]", "layers=[2,1,1]"]
+    cli.main(["train", "resnet20", *recipe, "--out", out])
+    capsys.readouterr()
+    given = ["--data", "digits", "--split", "held out", "--out"]
+    cli.main(["look", "stiffness", out, *given, str(tmp_path / "look")])
+    assert "287 images of digits" in capsys.readouterr().out  # a fifth of 1437; the test split has 360
+    recipes = []
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(page, "write_report", lambda model, recipe, *_: recipes.append(recipe) or 1 / 0)
+        cli.main(["report", out, *given, str(tmp_path / "report.html")])
+    assert (recipes[0].eval_split, recipes[0].val_fraction) == ("held out", 0.2)
+    message = fails(capsys, "look", "stiffness", str(run), *given, str(tmp_path / "other"))
+    assert "'held out' of digits needs --val-fraction" in message
 
 
 def test_names_of_classes_cannot_break_the_page(tmp_path):
@@ -654,3 +683,13 @@ def test_a_bad_tag_of_a_frozen_network_is_refused_first(tmp_path):
         with pytest.raises(UserError, match="tag"):
             export_frozen(tmp_path / "none", tag, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_networks_with_other_classes_than_the_first_are_not_compared():
+    model = timm.create_model("resnet20", pretrained=True)
+    names, cfg = list(model.pretrained_cfg["label_names"]), model.pretrained_cfg
+    sample = Sample(torch.zeros(2, 3, 32, 32), torch.zeros(2).long(), names, cfg["mean"], cfg["std"])
+    check_same_input("again", model, sample)
+    other = Sample(sample.images, sample.labels, names[::-1], cfg["mean"], cfg["std"])
+    with pytest.raises(UserError, match="again has other classes than the first model"):
+        check_same_input("again", model, other)

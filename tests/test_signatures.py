@@ -2,6 +2,7 @@
 
 import shutil
 
+import huggingface_hub
 import pytest
 import timm
 from cryptography.hazmat.primitives import serialization
@@ -43,8 +44,9 @@ def test_a_folder_with_the_right_signature_loads_and_no_other(tmp_path, keys, mo
     monkeypatch.setenv(SIGNER, str(public))
     with pytest.raises(WeightsError, match=f"has no {SIGNATURE}, and {SIGNER} asks for one"):
         load_model(str(folder))
-    sign(folder, str(private))
+    signature = sign(folder, str(private)).read_bytes()
     load_model(str(folder))
+    assert sign(folder, str(private)).read_bytes() == signature  # another would be another version
     monkeypatch.setenv(SIGNER, str(stranger))
     with pytest.raises(WeightsError, match="does not carry the signature of"):
         load_model(str(folder))
@@ -75,6 +77,11 @@ def test_published_with_a_signature_and_loaded_by_name_and_repository(tmp_path, 
         assert SIGNATURE in server.files(f"alice/{NAME}")
         (entry,) = (c for c in read_index(hub) if c.name == NAME)
         assert SIGNATURE in entry.files and entry.revision
+        (hub / NAME / SIGNATURE).write_bytes(b"of a run that broke off")
+        cli.main(["publish", str(hub / NAME), "--to", "alice", "--sign", str(private)])
+        cli.main(["publish", str(hub / NAME), "--to", "alice", "--sign", str(private)])
+        refs = huggingface_hub.HfApi().list_repo_refs(f"alice/{NAME}")
+        assert sorted(tag.name for tag in refs.tags) == ["v1", "v2"]
         shutil.rmtree(hub / NAME)  # as the index travels without weights
         code = f"""
 import sys, timm, timm_attn

@@ -40,6 +40,8 @@ main(["export", "run", "--tag", "pictures", "--hub", "hub", "--dataset-license",
 
 def test_no_command_warns_of_what_is_right(tmp_path):
     """Neither does a hub folder which the first export makes, nor does any library."""
+    import matplotlib.font_manager  # noqa: F401 (writes a list of fonts, and warns where that takes long)
+
     for folder in ("train/up", "train/down", "val/up", "val/down"):
         (tmp_path / "pictures" / folder).mkdir(parents=True)
         gradient = Image.linear_gradient("L").resize((16, 16)).rotate(180 * folder.endswith("up"))
@@ -133,7 +135,10 @@ def test_a_run_is_described_whole_or_not_at_all(tmp_path, monkeypatch):
     assert '"a": 1' in (tmp_path / "environment.json").read_text()
 
 
-def test_a_closed_pipe_is_no_error(run):
-    command = f"{sys.executable} -m timm_attn list | head -1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=300)
-    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+def test_a_closed_pipe_is_no_error():
+    read, write = os.pipe()
+    os.close(read)  # before anything is written: `| head -1` may close it later than that
+    command = [sys.executable, "-m", "timm_attn", "list"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(write)
+    assert done.returncode in (1, 141) and not done.stderr  # rich ends with 1, others as a signal would

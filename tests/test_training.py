@@ -6,23 +6,26 @@ import os
 import platform
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 import yaml
 from forked import run_code, started
-from helpers import Stopped, flip_last_bit, found, same, stop_at, timeless
+from helpers import ONE_IMAGE, Stopped, flip_last_bit, found, same, stop_at, timeless
 from safetensors.torch import load_file
 
 from timm_attn.errors import UserError
 from timm_attn.load import load_model
-from timm_attn.training import Recipe, resume, train, validate
+from timm_attn.training import Recipe, resume, seeds, train, validate
 from timm_attn.training import checkpoint as checkpoints
 from timm_attn.training import trainer as trainers
+from timm_attn.training.data import load_split
 from timm_attn.training.evaluation import evaluate
+from timm_attn.training.network import build
 from timm_attn.training.recipe_file import load_recipe, save_recipe
-from timm_attn.training.run import METRICS, read_metrics, read_results
+from timm_attn.training.run import METRICS, machines, read_metrics, read_results, save_model
 from timm_attn.weights import WeightsError
 
 TINY = ("channels=[8,8,8]", "layers=[1,1,1]", "drop_path_rate=0.2")
@@ -81,7 +84,7 @@ def test_a_finished_run_is_a_model(run):
     folder, result = run
     model = load_model(str(folder))
     figures = validate(model, Recipe(data="digits"))
-    assert figures["top1"] == pytest.approx(result["top1"]) and figures["images"] == 360
+    assert figures["top1"] == pytest.approx(result["top1"], abs=ONE_IMAGE) and figures["images"] == 360
     by_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(by_timm(x), model(x))
@@ -95,17 +98,17 @@ def test_resuming_a_finished_run_changes_nothing(run):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("stopped", [3, 7])
-def test_a_stopped_run_ends_in_the_same_bits(stopped, precision, tmp_path):
+def test_a_stopped_run_ends_in_the_same_bits(precision, tmp_path):
     recipe = Recipe(**FAST, epochs=2, seed=1, precision=precision, checkpoint_every=2)
     train("resnet20_dia", recipe, tmp_path / "whole")
-    with pytest.raises(Stopped):
-        train("resnet20_dia", recipe, tmp_path / "stopped", on_step=stop_at(stopped))
-    steps = []
-    resume(tmp_path / "stopped", on_step=steps.append)
-    assert stopped - steps[0] < 2  # no more than one checkpoint interval is replayed
-    assert same_weights(tmp_path / "whole", tmp_path / "stopped")
-    assert timeless(tmp_path / "whole" / METRICS) == timeless(tmp_path / "stopped" / METRICS)
+    for stopped in (3, 7):
+        run, steps = tmp_path / str(stopped), []
+        with pytest.raises(Stopped):
+            train("resnet20_dia", recipe, run, on_step=stop_at(stopped))
+        resume(run, on_step=steps.append)
+        assert stopped - steps[0] < 2  # no more than one checkpoint interval is replayed
+        assert same_weights(tmp_path / "whole", run)
+        assert timeless(tmp_path / "whole" / METRICS) == timeless(run / METRICS)
 
 
 def test_a_killed_run_goes_on(tmp_path):
@@ -199,8 +202,9 @@ def test_evaluation_is_that_of_a_loop(run):
     mean, std = (torch.tensor(config[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
     logits = model((split.pixels.permute(0, 3, 1, 2) / 255 - mean) / std).double()
     top5 = [int(split.labels[i]) in logits[i].argsort(descending=True)[:5].tolist() for i in range(360)]
-    assert figures["top1"] == pytest.approx(100 * (logits.argmax(1) == split.labels).double().mean().item())
-    assert figures["top5"] == pytest.approx(100 * sum(top5) / 360)
+    top1 = (logits.argmax(1) == split.labels).double().mean().item()
+    assert figures["top1"] == pytest.approx(100 * top1, abs=ONE_IMAGE)
+    assert figures["top5"] == pytest.approx(100 * sum(top5) / 360, abs=ONE_IMAGE)
     assert figures["loss"] == pytest.approx(
         torch.nn.functional.cross_entropy(logits, split.labels).item(), rel=1e-5
     )
@@ -447,3 +451,67 @@ def test_numbered_classes_may_be_missing_from_the_evaluated_split(tmp_path):
     recipe = Recipe(data=str(tmp_path / "d"), batch_size=2, epochs=1, model_kwargs=TINY)
     train("resnet20", recipe, tmp_path / "a")
     assert validate(load_model(str(tmp_path / "a")), recipe)["images"] == 2
+
+
+def test_a_seed_that_diverges_does_not_keep_the_others_from_training(tmp_path, monkeypatch):
+    done = []
+
+    def train_or_diverge(model, recipe, run, on_start=None, like=None):
+        if recipe.seed == 0:
+            run.mkdir(parents=True)
+            on_start()
+            for name in ("recipe.yaml", "environment.json"):
+                (run / name).write_text("{}")
+            raise UserError("the loss became nan")
+        done.append(recipe.seed)
+        run.mkdir(exist_ok=True)
+        (run / "results.json").write_text('{"split": "test", "epoch": 1, "top1": 1, "top5": 1, "loss": 1}')
+
+    monkeypatch.setattr(seeds, "train", train_or_diverge)
+    with pytest.raises(UserError, match="seed-0: the loss became nan$"):
+        seeds.train_seeds("resnet20", Recipe(**FAST), tmp_path / "runs", [0, 1, 2])
+    assert done == [1, 2]
+
+    def diverge(run, data=None):
+        raise UserError("the loss became nan")
+
+    monkeypatch.setattr(seeds, "resume", diverge)
+    with pytest.raises(UserError, match="seed-0: the loss became nan$"):
+        seeds.resume_seeds(tmp_path / "runs")
+    assert done == [1, 2, 1, 2]
+
+
+def test_fp16_that_never_has_a_finite_gradient_is_stopped(run, monkeypatch):
+    """The scaler passes over every step and halves its scale; here is no GPU to do so on."""
+    scaler = SimpleNamespace(get_scale=lambda: 65536 * 0.5**40)
+    accelerator = SimpleNamespace(scaler=scaler, gather=lambda rows: rows)
+    some = SimpleNamespace(
+        accelerator=accelerator, trouble=torch.full((4,), math.inf), step=50, _last_checkpoint=lambda: ""
+    )
+    with pytest.raises(UserError, match="no gradient has been finite for dozens of steps before step 50"):
+        trainers.Trainer._check_trouble(some)
+    scaler.get_scale = lambda: 1.0
+    trainers.Trainer._check_trouble(some)
+
+
+def test_a_run_says_where_it_was_continued(tmp_path):
+    recipe = Recipe(**FAST, epochs=2)
+    with pytest.raises(Stopped):
+        train("resnet20", recipe, tmp_path / "a", on_step=stop_at(7))
+    about = json.loads((tmp_path / "a" / "environment.json").read_text())
+    (tmp_path / "a" / "environment.json").write_text(json.dumps({**about, "hardware": "a Cray-1"}))
+    resume(tmp_path / "a")
+    after = json.loads((tmp_path / "a" / "environment.json").read_text())
+    assert machines(after) == ["a Cray-1", about["hardware"]]
+
+
+def test_new_weights_have_none_of_the_fields_of_others_but_a_licence_that_they_inherit(tmp_path):
+    split = load_split("digits", "train", size=(32, 32))
+    network, _ = build("resnet18", Recipe(data="digits"), split)
+    old = timm.get_pretrained_cfg("resnet18")
+    assert old.test_input_size and "test_input_size" not in network.pretrained_cfg
+    start = timm.create_model("resnet20", channels=[8, 8, 8], layers=[1, 1, 1])
+    start.pretrained_cfg = {**start.pretrained_cfg, "license": "cc-by-nc-4.0"}
+    save_model(start, tmp_path, [str(i) for i in range(10)])
+    network, _ = build("resnet20", Recipe(data="digits", init=str(tmp_path)), split)
+    assert network.pretrained_cfg["license"] == "cc-by-nc-4.0"

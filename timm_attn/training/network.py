@@ -152,8 +152,14 @@ def _take_classes(
         whole: Makes it with the classes of its weights.
     """
     known = list(map(composed, network.pretrained_cfg.get("label_names") or []))
-    if not known and network.pretrained_cfg.get("num_classes") == len(names):
-        say(f"{source} names no classes: its classifier is kept for {some(names)}, in this order")
+    if not known:
+        kept = network.pretrained_cfg.get("num_classes") == len(names)
+        what = (
+            f"its classifier is kept for {some(names)}, in this order"
+            if kept
+            else "a new classifier is trained"
+        )
+        say(f"{source} names no classes: {what}")
     if not known or known == names:
         return
     head = network.get_classifier()
