@@ -67,7 +67,9 @@ def test_list(capsys):
     assert "resnet152_dia" in out and "asr" not in out
     assert "nothing matches 'nothing*' and the filters: quote" in fails(capsys, "list", "nothing*")
     assert "choose one of plain, se, dia" in fails(capsys, "list", "--mechanism", "foo")
-    assert "choose one of Tiny-ImageNet-200 at 32 pixels, uoft-cs/cifar10" in fails(capsys, "list", "--data", "foo", "--weights")
+    assert "choose one of Tiny-ImageNet-200 at 32 pixels, uoft-cs/cifar10" in fails(
+        capsys, "list", "--data", "foo", "--weights"
+    )
     run("list", "resnet20_asr", "--weights")  # the name that create_model takes, without a tag
     assert capsys.readouterr().out.count("uoft-cs/cifar10") == 1
 
