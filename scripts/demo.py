@@ -146,7 +146,7 @@ Done in {seconds:.0f} s.
 timm.create_model("resnet20_dia", pretrained=True) gives {model.pretrained_cfg["file"]}
 
 What next:
-  open {DEMO}/report.html in a browser; {DEMO}/frozen/freeze.png shows accuracy against time
+  open {DEMO}/report.html in a browser; {DEMO}/frozen/freeze.png shows the accuracy lost against time
   timm-attn look stripes resnet20_se --data CIFAR10_FOLDER      see what gates do
   timm-attn train resnet50_asr --data YOUR_PHOTOS --init graft:resnet50.a1_in1k --recipe photos
   README.md and docs/ say the rest""")

@@ -73,7 +73,7 @@ Weights: {license}. Images of {dataset}: {dataset_license}.
 ```
 """
 _PICTURE = "![loss, accuracy and learning rate by epoch](curves.png)"
-_FROZEN_PICTURE = "![accuracy against time as gates are frozen one by one](freeze.png)"
+_FROZEN_PICTURE = "![accuracy lost against time as gates are frozen one by one](freeze.png)"
 RUNTIMES = {"model.onnx": "ONNX runtimes", "model.pt2": "`torch.export.load`"}
 SETTINGS = ("opt", "lr", "momentum", "weight_decay", "batch_size", "sched", "warmup_epochs", "smoothing")
 _LICENSES = {
