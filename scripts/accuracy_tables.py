@@ -39,7 +39,7 @@ def comparison() -> str:
     rows = []
     for c in sorted(trained, key=lambda c: (c.mechanism != "resnet", c.architecture)):
         top1, times = c.over_seeds["top1"], zoo["checkpoints"]
-        difference, half = top1["mean"] - plain["mean"], half_width(top1, plain)
+        apart, half = top1["mean"] - plain["mean"], half_width(top1, plain)
         folded = shipped[c.folded] if c.folded else None
         seed = c.over_seeds["seeds"][0]
         again = RESULTS / "zoo" / c.architecture / f"xeon-seed-{seed}"
@@ -48,7 +48,7 @@ def comparison() -> str:
             [
                 f"`{c.architecture}`",
                 figure(top1),
-                f"{difference:+.2f} ± {half:.2f}" if c.mechanism != "resnet" else "",
+                f"{apart:+.2f} ± {half:.2f}" if c.mechanism != "resnet" else "",
                 f"{read_metrics(again)[-1]['top1'] - first:+.2f}" if again.is_dir() else "",
                 ratio(times[c.name]),
                 ratio(times[folded.name] if folded else zoo["resnet20, norms fused"]),

@@ -160,7 +160,8 @@ def _take_classes(
             else "a new classifier is trained"
         )
         say(f"{source} names no classes: {what}")
-    if not known or known == names:
+        return
+    if known == names:
         return
     head = network.get_classifier()
     if len({*known}) == len(known) and {*names} <= {*known} and isinstance(head, nn.Linear):
