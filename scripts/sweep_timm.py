@@ -72,9 +72,9 @@ def survey(architecture: str) -> dict[str, Any]:
 
     def look() -> str:
         images = example_input(model, 1)
-        found = branches(model, images, repeated=True)
+        found = branches(model, images)
         row["branches"], row["folding"] = len(found), sum(bool(branch.affine) for branch in found)
-        row["once"] = len(branches(model, images)) if found else 0
+        row["once"] = sum(branch.calls == 1 for branch in found)
         return "yes"
 
     return row | {"found": attempt(look)}

@@ -328,6 +328,34 @@ def test_timm_merges_branches_after_their_gates(name):
         reparameterize_model(attached)
 
 
+def test_a_network_that_merges_itself_takes_gates_first():
+    model = shaken(timm_attn.attach(build("iformer_t").double(), "asr"))
+    x = images(model, 1)
+    expected = model(x)
+    for merged in (reparameterize_model(model), deepcopy(model).fuse()):
+        assert not any(isinstance(m, ASR | BranchEnd) for m in merged.modules())
+        torch.testing.assert_close(merged(x), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model(x), expected)  # and is as it was
+
+
+def test_what_depends_on_the_image_stays_where_only_norms_are_merged():
+    model = shaken(timm_attn.attach(build("nextvit_small").double(), "sem"))
+    x = images(model, 1)
+    merged = reparameterize_model(model)
+    ends = [sum(isinstance(m, BranchEnd) for m in network.modules()) for network in (model, merged)]
+    assert ends[0] == ends[1] > 0
+    torch.testing.assert_close(merged(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+def test_a_whole_block_that_is_merged_does_not_take_attention_with_it():
+    model = timm_attn.attach(build("iformer_t"), "sem").eval()
+    before = model.state_dict().keys()
+    for merge in (reparameterize_model, lambda model: model.fuse()):
+        with pytest.raises(ValueError, match="cannot merge its branches: SEM stands where they meet"):
+            merge(model)
+    assert model.state_dict().keys() == before
+
+
 def test_no_state_of_dia_outlives_its_graph():
     model = timm_attn.attach(build("test_convnext"), "dia").train()
     alive = weakref.WeakSet()
@@ -507,6 +535,15 @@ def test_parameters_are_set_anew():
 def test_ssia_refuses_what_its_maps_do_not_survive():
     with pytest.raises(ValueError, match="patch_drop_rate=0, not 0.5"):
         timm_attn.attach(build("test_vit", patch_drop_rate=0.5), "ssia")
+    with pytest.raises(ValueError, match="patch_drop_rate=0, not 0.5"):
+        timm_attn.attach(timm.create_model("hiera_tiny_224", patch_drop_rate=0.5, device="meta"), "ssia")
+    own = build("resnet18")
+    own.__class__ = type(
+        "Own", (type(own),), {"forward": lambda self, x: 2 * timm.models.ResNet.forward(self, x)}
+    )
+    with pytest.raises(ValueError, match="ssia does not go with Own: in training its forward gives"):
+        timm_attn.attach(own, "ssia")
+    assert type(own).__name__ == "Own" and not hasattr(own, "ssia")
     model = timm_attn.attach(build("test_vit"), "ssia").train()
     x = images(model)
     mask = torch.ones(1, 1, 17, 17, dtype=torch.bool)
@@ -717,14 +754,19 @@ def test_se_in_timms_own_place_starts_constant_in_every_way(tmp_path):
         assert model.layer1[0].se is not None
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("order", ["two losses", "evaluation between"])
-def test_checkpointed_passes_do_not_mix(order):
+def test_checkpointed_passes_do_not_mix(order, frozen):
     torch.manual_seed(0)
     model = timm_attn.attach(build("test_vit").double(), "dia").train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "dia" in name:
                 parameter.mul_(5)
+    if frozen:  # what comes before the third block has no graph that could own its state
+        model.requires_grad_(False)
+        for layers in (model.blocks[-1], model.norm, model.head):
+            layers.requires_grad_(True)
     a = images(model, 2)
     b = 3 + a.flip(0)
     gradients = []
@@ -738,7 +780,7 @@ def test_checkpointed_passes_do_not_mix(order):
             with torch.no_grad():
                 net(b)
         loss.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad]))
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
 
 
@@ -820,6 +862,8 @@ def test_ssia_keeps_what_a_network_gives_and_takes():
     sum(y.square().sum() for y in outputs).backward()
     vit = timm_attn.attach(build("test_vit"), "ssia").eval()
     assert torch.equal(vit(images(vit), attn_mask=None), vit(images(vit)))
+    with pytest.raises(TypeError, match="not on a dict of patches"):
+        vit.train()({"patches": images(vit)})
     with pytest.raises(ValueError, match="aux_logits=False"):
         timm_attn.attach(timm.create_model("inception_v3", aux_logits=True), "ssia")
 
@@ -830,3 +874,83 @@ def test_nothing_is_attached_twice_in_timms_own_place():
         timm_attn.attach(model, "dia")
     with pytest.raises(ValueError, match="asr_se is asr in a network that has se"):
         timm_attn.attach(timm.create_model("resnet18"), "asr_se")
+
+
+class Doubled(nn.Module):
+    """What libraries put around a module, and leave in its place."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, *args):
+        return 2 * self.inner(x, *args)
+
+
+@pytest.mark.parametrize(
+    ("name", "mechanism"), [("resnet18", "asr"), ("resnet18", "sem"), ("test_vit", "asr")]
+)
+def test_what_is_put_in_place_of_a_mechanism_acts(name, mechanism):
+    model = shaken(timm_attn.attach(build(name), mechanism))
+    end = next(m for m in model.modules() if isinstance(m, BranchEnd))
+    outputs = []
+    end.block.register_forward_hook(lambda module, args, y: outputs.append(y))
+    x = images(model)
+    model(x)
+    setattr(end.block, end.key, Doubled(end.mechanism))
+    model(x)
+    assert not torch.allclose(outputs[0], outputs[1])
+    end.mechanism.inner.compile(backend="eager")
+    model(x)
+    torch.testing.assert_close(outputs[1], outputs[2])
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("mechanism", ["asr", "dia", "se", "sem"])
+def test_branches_that_are_lists_of_layers_take_a_mechanism(mechanism):
+    stock = timm.create_model("vit_small_patch16_18x2_224", **SMALL)
+    keys = stock.state_dict().keys()
+    model = shaken(timm_attn.attach(deepcopy(stock), mechanism))
+    ends = [m for m in model.modules() if isinstance(m, BranchEnd)]
+    assert len(ends) == 2 * 2 * SMALL["depth"] and keys < model.state_dict().keys()
+    x = images(model)
+    expected = model(x)
+    torch.testing.assert_close(deepcopy(model)(x), expected)
+    assert all(f".{mechanism}" in key for key in model.state_dict().keys() - keys)
+    model.train()(x).square().mean().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if f".{mechanism}" in n)
+    if mechanism == "asr":
+        folded = timm_attn.fold(model, x)
+        assert folded.state_dict().keys() == keys
+        torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_slots_that_several_branches_pass_are_named():
+    with pytest.warns(UserWarning, match="8 of 15 slots for stochastic depth of Visformer get nothing"):
+        model = timm_attn.attach(timm.create_model("visformer_tiny", device="meta"), "dia")
+    assert sum(isinstance(m, BranchEnd) for m in model.modules()) == 7
+    with pytest.raises(ValueError, match="of Cait share their slots .*such as blocks.0.drop_path"):
+        timm_attn.attach(build("cait_xxs24_224"), "se")
+
+
+def test_example_images_may_be_on_another_device():
+    for x in (torch.randn(1, 3, 64, 64), torch.randn(1, 3, 160, 160)):
+        model = timm_attn.attach(timm.create_model("test_convnext", device="meta"), "dia", images=x)
+        assert any(isinstance(m, DIAEnd) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "tiny_vit_5m_224"])
+def test_networks_that_keep_tensors_between_calls_are_copied(name):
+    model = build(name).eval()
+    x = images(model)
+    model(x)  # which keeps a tensor with a graph
+    timm_attn.attach(model, "asr")
+    shaken(model)(x)
+    timm_attn.fold(model, x)
+
+
+def test_a_layer_that_needs_more_than_channels_is_not_blamed_on_images():
+    with pytest.raises(
+        ValueError, match="bottleneck cannot stand at the ends of branches: A concrete feature"
+    ):
+        timm_attn.attach(build("resnet18"), "bottleneck")

@@ -164,7 +164,9 @@ def test_an_unscaled_bias_breaks_the_bound(monkeypatch):
 
 def test_a_gate_per_image_breaks_the_bound(monkeypatch):
     monkeypatch.setattr(
-        ends.GateEnd, "attend", lambda self, x: self.scale(x, self.mechanism.gate() * (1 + x.mean((2, 3))))
+        ends.GateEnd,
+        "attend",
+        lambda self, x: x * (self.mechanism.gate() * (1 + x.mean((2, 3))))[:, :, None, None],
     )
     with pytest.raises(timm_attn.FoldError, match=r"max\|Δlogit\|"):
         timm_attn.fold(randomise(narrow("resnet20_asr")))

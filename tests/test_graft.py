@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from helpers import BACKBONES, MECHANISMS, SMALL, parse_name, randomise
 from timm.models.resnet import BasicBlock, Bottleneck
+from timm.utils import ModelEmaV3
 
 import timm_attn
 from timm_attn.compare import BOUNDS, relative_difference
@@ -131,6 +132,12 @@ def test_every_kind_of_source(tmp_path):
     assert (
         shipped.training and shipped.pretrained_cfg["std"] == timm.get_pretrained_cfg("resnet20.cpu_c10").std
     )
+
+
+def test_averaged_weights_are_a_source():
+    stock = randomise(timm.create_model("resnet20", **sizes("resnet20_dia"))).eval()
+    model = timm_attn.graft("resnet20_dia", ModelEmaV3(stock), **sizes("resnet20_dia"))
+    assert relative_difference(stock, model, torch.randn(2, 3, 32, 32)) < BOUNDS[torch.float32]
 
 
 def test_a_deep_stem_and_another_attention():

@@ -27,7 +27,7 @@ from timm_attn.cli import main
 from timm_attn.errors import UserError
 from timm_attn.load import load_model
 from timm_attn.publish import export
-from timm_attn.training import Interrupted, Recipe, resume, train, train_seeds, validate
+from timm_attn.training import Interrupted, Recipe, batches, resume, train, train_seeds, validate
 from timm_attn.training import checkpoint as checkpoints
 from timm_attn.training import loop as loops
 from timm_attn.training import trainer as trainers
@@ -346,6 +346,33 @@ def test_a_signal_to_all_processes_leaves_the_workers_alone(tmp_path):
         os.killpg(process.pid, signal.SIGTERM)  # as torchrun, `timeout` and schedulers do
     result = process.result
     assert result.returncode == 130 and "a checkpoint is written" in result.stderr, result.stderr
+
+
+def _a_signal_while_it_starts(worker):
+    os.kill(os.getpid(), signal.SIGTERM)
+    ignoring_signals(worker)
+
+
+ignoring_signals = batches._init_worker
+
+
+def test_a_worker_that_starts_does_not_get_signals(tmp_path, monkeypatch):
+    images = [encode(picture(i, (80, 80))) for i in range(8)]
+    data = write(tmp_path / "d", images=images)
+    write(tmp_path / "d", split="test", images=images)
+    monkeypatch.setattr(batches, "_init_worker", _a_signal_while_it_starts)
+    recipe = Recipe(
+        **{
+            **FAST,
+            "data": data,
+            "batch_size": 4,
+            "workers": 1,
+            "img_size": 72,
+            "epochs": 1,
+            "model_kwargs": WIDER,
+        }
+    )
+    train("resnet20", recipe, tmp_path / "a")
 
 
 def test_an_infinite_evaluation_stops_a_run_whose_training_is_finite(tmp_path, monkeypatch):

@@ -489,7 +489,10 @@ def test_predict_prepares_images_as_evaluation_does(run, pictures):
         assert prediction.probabilities == pytest.approx(values.tolist(), abs=1e-5)
         assert prediction.classes == tuple(str(i) for i in indices.tolist())
     batch = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
+    model.train()
+    model.layer1.eval()  # such as norms that stay frozen
     by_tensor = timm_attn.predict(model, batch, topk=3, batch_size=2)
+    assert model.training and not model.layer1.training
     assert [p.classes for p in by_tensor] == [p.classes for p in predictions]
     with pytest.raises(DataError, match=r"broken.jpg"):
         timm_attn.predict(model, [pictures / "broken.jpg"])

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from .affine import consumers, reading_weights, scaling_parameters
 from .branches import for_autograd, leaves_of
-from .compare import BOUNDS, FoldError, relative_difference
+from .compare import BOUNDS, FoldError, double, relative_difference
 from .ends import scale
 from .gates import Gate, gate_modules
 from .layers.frozen import FrozenGate
@@ -111,8 +111,8 @@ def _plan(model: nn.Module, gates: list[Gate], images: Tensor) -> dict[Gate, tup
 
 def _scale_inputs(weight: Tensor, v: Tensor, groups: int) -> None:
     """Multiply a weight, O × C / groups (× kernel), by v along its C inputs, in place."""
-    parts = weight.detach().double().unflatten(0, (groups, -1))
-    factor = v.double().to(weight.device).view(groups, 1, -1, *[1] * (weight.dim() - 2))
+    parts = double(weight.detach()).unflatten(0, (groups, -1))
+    factor = double(v).to(parts.device).view(groups, 1, -1, *[1] * (weight.dim() - 2))
     weight.copy_((parts * factor).flatten(0, 1))
 
 

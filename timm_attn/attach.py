@@ -1,7 +1,6 @@
 """Puts a mechanism into a network of timm, or another one, without changing the keys of its state dict."""
 
 import warnings
-from copy import deepcopy
 from typing import Any
 
 import timm
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .branches import example_input
+from .branches import copied, example_input
 from .compare import FoldError
 from .ends import BranchEnd, GatedInput, GatedNorm, GateEnd, tensor_at
 from .fold import fold
@@ -18,7 +17,7 @@ from .layers.fmm import FMM
 from .models import GRAFT, register
 from .models.mechanisms import mechanism as row_of
 from .models.mechanisms import options_of
-from .models.ssia import SSIANetwork
+from .models.ssia import SSIANetwork, check_forward
 
 _ATTACHED = (BranchEnd, GatedInput, GatedNorm, SSIANetwork, ConAM, FMM)
 
@@ -59,17 +58,24 @@ def attach(model: nn.Module, mechanism: str, images: Tensor | None = None, **opt
             f"{mechanism} takes no {sorted(unknown)[0]}: its options are {', '.join(known) or 'none'}"
         )
     given = example_input(model, 1) if images is None else images
-    if row.folds and not given.is_meta and mechanism != "ssia":
-        trial = deepcopy(model)
+    if row.folds and not given.is_meta:
+        trial: Any = copied(model)
         with warnings.catch_warnings(action="ignore"):
-            _put(trial, row, given, options)
-        _tell_channels_apart(trial)
-        try:
-            fold(trial, given)
-        except FoldError as error:
-            raise ValueError(f"{mechanism} would not fold out of {type(model).__name__}: {error}") from None
-    _put(model, row, given, options)
+            row.put(trial, given, **options)
+        if isinstance(trial, SSIANetwork):
+            check_forward(trial, given)
+        else:
+            _check_fold(trial, given, mechanism)
+    row.put(model, given, **options)
     return model
+
+
+def _check_fold(trial: nn.Module, images: Tensor, mechanism: str) -> None:
+    _tell_channels_apart(trial)
+    try:
+        fold(trial, images)
+    except FoldError as error:
+        raise ValueError(f"{mechanism} would not fold out of {type(trial).__name__}: {error}") from None
 
 
 @torch.no_grad()
@@ -85,18 +91,6 @@ def _tell_channels_apart(model: nn.Module) -> None:
                 scale = tensor_at(module.block, name)
                 if scale.dim() == 1 and not name.endswith("bias"):
                     scale.copy_(torch.where(scale.abs() < 0.01, 0.1, scale))
-
-
-def _put(model: nn.Module, row: Any, images: Tensor, options: dict[str, Any]) -> None:
-    try:
-        row.put(model, images, **options)
-    except (ValueError, TypeError):
-        raise
-    except Exception as error:  # whatever a network raises on images that it was not made for
-        raise ValueError(
-            f"{type(model).__name__} does not take images {tuple(images.shape)} "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}): give what it takes as images="
-        ) from error
 
 
 def _check(model: Any) -> None:

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -42,6 +43,7 @@ class Branch:
             are none.
         scaled: If ``affine`` is a LayerScale, what could absorb the factor if the LayerScale were removed.
         attention: Name of the attention module that ends the branch, after ``affine``.
+        calls: How often the slot is passed in a forward pass.
     """
 
     block: str
@@ -55,6 +57,7 @@ class Branch:
     affine: tuple[str, ...] = field(default=(), compare=False)
     scaled: tuple[str, ...] = field(default=(), compare=False)
     attention: str = ""
+    calls: int = field(default=1, compare=False)
 
     @property
     def suffix(self) -> str:
@@ -81,19 +84,41 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def branches(model: nn.Module, images: Any, repeated: bool = False) -> list[Branch]:
+def copied(model: Any) -> Any:
+    """A deep copy. What some networks keep between calls in eval mode may have a graph, and has no copy."""
+    with evaluating(model):
+        pass  # and drop it
+    return deepcopy(model)
+
+
+def branches(model: nn.Module, images: Any) -> list[Branch]:
     """The ends of a network's residual branches in running order, by one pass in eval mode.
 
     The pass runs on the meta device, without arithmetic, unless images are small or the network cannot.
 
     Args:
         model: Left as it is.
-        images: What it is called with: B × C × H × W.
+        images: What it is called with: B × C × H × W, on any device.
 
-        repeated: Whether slots that are passed more than once in a forward pass are among them.
+    Raises:
+        ValueError: The network does not take them.
     """
-    found = _probe(model, images)
-    return [branch for branch, calls in found.values() if branch and (calls == 1 or repeated)]
+    device = next(p for p in model.parameters() if p.is_floating_point()).device
+    with taking(model, images):
+        return _probe(model, images if images.is_meta else images.to(device))
+
+
+@contextmanager
+def taking(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Raise a ValueError that names the images for whatever a network raises on them."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"{type(model).__name__} does not take images {tuple(images.shape)} "
+            f"({type(error).__name__}: {reason}): give what it takes as images="
+        ) from error
 
 
 def runs(found: list[Branch]) -> list[list[Branch]]:
@@ -160,9 +185,9 @@ def for_autograd(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _probe(model: nn.Module, images: Any) -> dict[Any, tuple[Branch | None, int]]:
-    def run(device: torch.device | None) -> dict[Any, tuple[Branch | None, int]]:
-        found: dict[Any, tuple[Branch | None, int]] = {}
+def _probe(model: nn.Module, images: Any) -> list[Branch]:
+    def run(device: torch.device | None) -> list[Branch]:
+        found: dict[tuple[str, str], Branch] = {}
         with (
             standing(model) as places,
             evaluating(model),
@@ -180,12 +205,12 @@ def _probe(model: nn.Module, images: Any) -> dict[Any, tuple[Branch | None, int]
             finally:
                 for hook in hooks:
                     hook.remove()
-        inputs = {path: (name, found.pop((path, name))[0]) for path, name in list(found) if name in ATTENTION}
-        for (path, name), (branch, calls) in found.items():
+        inputs = {path: (name, found.pop((path, name))) for path, name in list(found) if name in ATTENTION}
+        for (path, name), branch in found.items():
             attention, given = inputs.get(path, ("", None))
-            if branch and not branch.affine and given and given.affine and given.channels == branch.channels:
-                found[path, name] = replace(branch, affine=given.affine, attention=attention), calls
-        return found
+            if not branch.affine and given and given.affine and given.channels == branch.channels:
+                found[path, name] = replace(branch, affine=given.affine, attention=attention)
+        return list(found.values())
 
     if images.device.type == "cpu" and images.shape[-1] <= 64:  # arithmetic takes less time than its absence
         return run(None)
@@ -202,7 +227,7 @@ def _watch(
     path: str,
     name: str,
     names: dict[int, str],
-    found: dict,
+    found: dict[tuple[str, str], Branch],
     holders: Counter[int],
     readers: Readers,
 ) -> Any:
@@ -210,25 +235,24 @@ def _watch(
 
     def hook(slot: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]
-        before, calls = found.get((path, name), (None, 0))
-        branch = None
-        if isinstance(x, Tensor) and x.dim() in (3, 4):
-            consumers([x.grad_fn] if x.grad_fn else [], readers)
-            axis, leaves = scaling_parameters(x, names, readers)
-            whole = _within(prefix, leaves)
-            if _shared(model.get_submodule(path), whole, holders):
-                whole = ()
-            channels, size = x.shape[axis], x[0].numel()
-            tokens = _tokens(model, path, x.shape[1]) if x.dim() == 3 and axis == -1 else (0, None)
-            scaled = scaling_parameters(x, names, readers, leaves[0])[1] if len(leaves) == 1 else []
-            inner = _within(prefix, scaled)
-            branch = Branch(path, name, channels, axis, size // channels, x.shape[0], *tokens, whole, inner)
-            if calls and branch == before:  # one gate serves both if both take it in
-                affine = {*whole, *before.affine} if whole and before.affine else ()
-                branch = replace(branch, affine=tuple(sorted(affine)))
-            elif calls:
-                branch = None
-        found[path, name] = branch, calls + 1
+        if not isinstance(x, Tensor) or x.dim() not in (3, 4):
+            return
+        consumers([x.grad_fn] if x.grad_fn else [], readers)
+        axis, leaves = scaling_parameters(x, names, readers)
+        whole = _within(prefix, leaves)
+        if _shared(model.get_submodule(path), whole, holders):
+            whole = ()
+        channels, size = x.shape[axis], x[0].numel()
+        tokens = _tokens(model, path, x.shape[1]) if x.dim() == 3 and axis == -1 else (0, None)
+        scaled = scaling_parameters(x, names, readers, leaves[0])[1] if len(leaves) == 1 else []
+        inner = _within(prefix, scaled)
+        branch = Branch(path, name, channels, axis, size // channels, x.shape[0], *tokens, whole, inner)
+        before = found.get((path, name))
+        if before:  # one gate serves both if they are alike, and both take it in
+            both = branch == before and whole and before.affine
+            affine = tuple(sorted({*whole, *before.affine})) if both else ()
+            branch = replace(branch, affine=affine, calls=before.calls + 1)
+        found[path, name] = branch
 
     return hook
 

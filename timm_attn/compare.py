@@ -35,6 +35,11 @@ def unwrapped(model: Any) -> Any:
             return model
 
 
+def double(x: Tensor) -> Tensor:
+    """x in float64; on the CPU if it is on one of Apple's GPUs, which have none."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 class FoldError(RuntimeError):
     """The outputs of a folded model differ from those of the original."""
 

@@ -14,8 +14,8 @@ from .layers import DIACell
 from .layers.eager import eager
 from .layers.pooling import channel_mean
 
-#: Where a node of a graph keeps the state that belongs to it.
-_STATE = "timm_attn.dia"
+#: Where a node of a graph keeps the state that it gives, and one that it was given and no other node keeps.
+_STATE, _GIVEN = "timm_attn.dia", "timm_attn.dia.given"
 
 
 class _State:
@@ -24,6 +24,7 @@ class _State:
     def __init__(self, state: tuple[Tensor, Tensor]) -> None:
         self.state = state
         self.read: Tensor | None = None
+        self.taken = False
 
 
 class DIARun:
@@ -40,7 +41,8 @@ class DIARun:
         self.steps = steps
         # Owned by the graphs of passes, by step and thread.
         self._owned: dict[int, dict[int, list[weakref.ref[_State]]]] = {}
-        self._passing: dict[Any, _State] = {}  # of a pass without a graph
+        # Of a pass without a graph, by step and thread (None: compiled).
+        self._passing: dict[tuple[int, int | None], _State] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DIARun":
         return DIARun(self.steps)
@@ -57,29 +59,38 @@ class DIARun:
         if step == 0:
             self._forget()
             return torch.zeros_like(g), torch.zeros_like(g)
-        entry = self._passing.get(self._key(step)) or self._of_a_graph(step, g) or self._of_another(step)
+        entry = passing = self._passing.get(self._key(step))
+        if passing is None or passing.taken:  # in this pass, or in one whose block is run again now
+            entry = self._of_a_graph(step, g) or passing or self._of_another(step)
         if entry is None:
             raise RuntimeError(
                 f"DIA's step {step} of {self.steps} has no state of the step before: call the whole network, "
                 "compile the whole of it or nothing, and checkpoint gradients with use_reentrant=False"
             )
         if eager(g):
-            entry.read = g.detach()
+            entry.read, entry.taken = g.detach(), True
         return entry.state
 
     def after(self, step: int, state: tuple[Tensor, Tensor], x: Tensor) -> None:
         """Keep the state for the next step; ``x`` is computed from it."""
         last, entry = step == self.steps - 1, _State(state)
         if eager(x) and x.grad_fn is not None:
+            given = self._passing.get(self._key(step))
+            if given is not None:  # by a frozen block: when this one is run again, others may have passed
+                self._own(step, given, x.grad_fn, _GIVEN)
             if not last:
-                x.grad_fn.metadata[_STATE] = entry  # pyright: ignore[reportIndexIssue]
-                mine, thread = self._owned.setdefault(step + 1, {}), threading.get_ident()
-                alive = [ref for ref in mine.get(thread, ()) if ref() is not None]
-                mine[thread] = [*alive, weakref.ref(entry)]
+                self._own(step + 1, entry, x.grad_fn, _STATE)
         elif last:
             self._forget()
         else:
             self._passing[self._key(step + 1)] = entry
+
+    def _own(self, step: int, entry: _State, node: Any, name: str) -> None:
+        """Let a node of the graph own what a step reads."""
+        node.metadata[name] = entry
+        mine, thread = self._owned.setdefault(step, {}), threading.get_ident()
+        alive = [ref for ref in mine.get(thread, ()) if ref() is not None]
+        mine[thread] = [*alive, weakref.ref(entry)]
 
     def _of_a_graph(self, step: int, g: Tensor) -> _State | None:
         """The state that the pass of g has left, of those whose graphs are there.
@@ -87,7 +98,7 @@ class DIARun:
         A block may be run again by another thread, as autograd does on GPUs.
         """
         refs = [ref for by_thread in list(self._owned.get(step, {}).values()) for ref in by_thread]
-        known = [state for ref in refs if (state := ref()) is not None]
+        known = [*dict.fromkeys(state for ref in refs if (state := ref()) is not None)]
         if len(known) < 2:
             return known[0] if known else None
         found = _nearest(g.grad_fn, {*known})
@@ -100,17 +111,17 @@ class DIARun:
     def _of_another(self, step: int) -> _State | None:
         """A state without a graph, of a block that is compiled alone, or of another thread."""
         for key, state in [*self._passing.items()]:
-            if step == (key[0] if isinstance(key, tuple) else key):
+            if step == key[0]:
                 return state
         return None
 
     def _forget(self) -> None:
         for step in range(1, self.steps):
             self._passing.pop(self._key(step), None)
-            self._passing.pop(step, None)
+            self._passing.pop((step, None), None)
 
-    def _key(self, step: int) -> Any:
-        return step if torch.compiler.is_compiling() else (step, threading.get_ident())
+    def _key(self, step: int) -> tuple[int, int | None]:
+        return step, None if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _nearest(node: Any, wanted: set[_State]) -> _State | None:
@@ -127,9 +138,10 @@ def _nearest(node: Any, wanted: set[_State]) -> _State | None:
 
 
 class DIAEnd(BranchEnd):
-    """One step of a cell that a run of branches shares.
+    """One step of a cell that a run of branches shares, which the first of them owns.
 
     Args:
+        block, branch, key, mechanism, home: Of ``BranchEnd``.
         run: Hands the state from step to step.
         step: Which one of them, from 0.
         new_norm: The branch's affine is that of a norm which is applied here, before the cell reads the map.
@@ -141,12 +153,14 @@ class DIAEnd(BranchEnd):
         self,
         block: nn.Module,
         branch: Branch,
-        mechanism: DIACell,
+        key: str,
+        mechanism: DIACell | None,
+        home: nn.Module | None,
         run: DIARun,
         step: int,
         new_norm: bool = False,
     ) -> None:
-        super().__init__(block, branch, mechanism)
+        super().__init__(block, branch, key, mechanism, home)
         self.run = run
         self.step = step
         self.new_norm = new_norm
@@ -156,24 +170,26 @@ class DIAEnd(BranchEnd):
 
     def may_overwrite(self, x: Tensor) -> bool:
         """Whether x can take the product, which saves memory: only the slot has what the norm has made."""
-        if type(self._held[0]).__module__ != "timm.models.resnet":  # whose blocks read it nowhere else
+        if type(self.block).__module__ != "timm.models.resnet":  # whose blocks read it nowhere else
             return False
-        norm = self._held[0].get_submodule(self.norm)
+        norm = self.block.get_submodule(self.norm)
         if torch.is_grad_enabled() or not isinstance(norm, nn.BatchNorm2d) or hooked(norm) or hooked(self):
             return False
         return eager(x)
 
     def attend(self, x: Tensor) -> Tensor:
         if self.new_norm:
-            x = self._held[0].get_submodule(self.norm)(x)
+            x = self.block.get_submodule(self.norm)(x)
         if self.branch.axis == 1:
             g = channel_mean(x)
         else:
             g = x[:, self.branch.prefix :].mean(1) if x.dim() == 3 else x.mean((1, 2))
-        state = self._held[1](g, *self.run.before(self.step, g))
+        state = self.mechanism(g, *self.run.before(self.step, g))
         if self.may_overwrite(x) and x.dtype == state[0].dtype:
             x = x.mul_(state[0][:, :, None, None])
+        elif self.branch.axis == 1:
+            x = x * state[0][:, :, None, None]
         else:
-            x = self.scale(x, state[0])
+            x = x * (state[0][:, None] if x.dim() == 3 else state[0][:, None, None])
         self.run.after(self.step, state, x)
         return x

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cache, partial
 from typing import Any
 
@@ -10,54 +11,66 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .branches import Branch, slots
+from .branches import Branch
+from .compare import double
+from .layers import ConstantGate
 from .layers.eager import eager
 
 
 class BranchEnd(nn.Module):
     """Stands in the slot of a residual branch: a mechanism, and after it what stood there.
 
-    The mechanism is registered in the block, so that its keys carry its name; here it is only held.
+    The mechanism is registered in the block, so that its keys carry its name, and found there at each call.
 
     Args:
         block: The block.
         branch: Where in it.
-        mechanism: Called with what the branch gives.
+        key: Name of the mechanism.
+        mechanism: Called with what the branch gives. An ``nn.Sequential``, which would run it after its own
+            layers, has it in its end instead. None if it is registered already.
+        home: Where that is, if not in the block.
     """
 
     #: Whether tokens that are no patches are scaled like the others.
     all_tokens = False
 
-    def __init__(self, block: Any, branch: Branch, mechanism: nn.Module) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        branch: Branch,
+        key: str,
+        mechanism: nn.Module | None = None,
+        home: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.branch = branch
         self.inner = getattr(block, branch.slot)
-        self._held = (block, mechanism)
-        # RepVGG and its like merge their branches, others their norms: what stands here must come first.
-        if isinstance(self, GateEnd) or hasattr(block, "reparameterize"):
-            block.reparameterize = partial(merge, block)
+        self.key = key
+        # In a tuple, modules are no children.
+        self._held = (block, home or (self if isinstance(block, nn.Sequential) else block))
+        if mechanism is not None:
+            setattr(self.home, key, mechanism)
 
     @property
     def block(self) -> nn.Module:
         return self._held[0]
 
     @property
-    def mechanism(self) -> Any:
+    def home(self) -> nn.Module:
+        """Where the mechanism is registered."""
         return self._held[1]
 
-    def key(self) -> str:
-        """Name of the mechanism in the block."""
-        return next(name for name, module in self.block.named_children() if module is self.mechanism)
+    @property
+    def mechanism(self) -> Any:
+        return getattr(self._held[1], self.key)
 
     def replace(self, mechanism: nn.Module | None) -> None:
         """Put another mechanism here, or leave what stood in the slot."""
-        block, key = self.block, self.key()
         if mechanism is None:
-            delattr(block, key)
-            setattr(block, self.branch.slot, self.inner)
+            delattr(self.home, self.key)
+            setattr(self.block, self.branch.slot, self.inner)
         else:
-            setattr(block, key, mechanism)
-            self._held = (block, mechanism)
+            setattr(self.home, self.key, mechanism)
 
     def forward(self, x: Tensor) -> Tensor:
         """What leaves a branch, B × C × H × W, B × H × W × C or B × N × C, to the same."""
@@ -66,7 +79,7 @@ class BranchEnd(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         """The mechanism on what leaves the branch."""
-        return self.on_map(self._held[1], x)
+        return self.on_map(self.mechanism, x)
 
     def on_map(self, module: nn.Module, x: Tensor) -> Tensor:
         """A module on a map B × C × H × W; of tokens, on the patches.
@@ -87,12 +100,6 @@ class BranchEnd(nn.Module):
         patches = module(patches.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)
         return torch.cat([others, patches], 1) if others.shape[1] else patches
 
-    def scale(self, x: Tensor, gate: Tensor) -> Tensor:
-        """x times a gate, 1 × C or B × C."""
-        if self.branch.axis == 1:
-            return x * gate[:, :, None, None]
-        return x * (gate[:, None] if x.dim() == 3 else gate[:, None, None])
-
 
 class GateEnd(BranchEnd):
     """A gate that does not depend on the image; ``timm_attn.fold`` multiplies it into the branch.
@@ -103,8 +110,8 @@ class GateEnd(BranchEnd):
 
     all_tokens = True
 
-    def __init__(self, block: nn.Module, branch: Branch, mechanism: nn.Module) -> None:
-        super().__init__(block, branch, mechanism)
+    def __init__(self, block: nn.Module, branch: Branch, key: str, mechanism: nn.Module) -> None:
+        super().__init__(block, branch, key, mechanism)
         self.norm = next(iter({name.rpartition(".")[0] for name in branch.affine}), "")
         norm: Any = block.get_submodule(self.norm)
         if type(norm) is nn.BatchNorm2d and len(branch.affine) == 2 and norm.track_running_stats:
@@ -114,7 +121,7 @@ class GateEnd(BranchEnd):
     def attend(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
             self.ungate()
-        return x if self.in_norm(x) else self._held[1](x, self.branch.axis)
+        return x if self.in_norm(x) else self.mechanism(x, self.branch.axis)
 
     def ungate(self) -> None:
         """Make the norm a plain one for good, as tracers must see it, and apply the gate here."""
@@ -126,14 +133,14 @@ class GateEnd(BranchEnd):
     def in_norm(self, x: Tensor) -> bool:
         """Whether the norm multiplies by the gate, so that nothing is left to do at the end of the branch.
 
-        It does not if it was replaced, is hooked, is traced, or has lost its running statistics.
+        It does not if it or the gate was replaced, is hooked, is traced, or has lost its running statistics.
         """
         norm = self._held[0].get_submodule(self.norm)
-        if type(norm) is not GatedBatchNorm2d:
+        if type(norm) is not GatedBatchNorm2d or not isinstance(self.mechanism, ConstantGate):
             return False
         if norm.momentum is None or not norm.track_running_stats or norm.running_mean is None:
             return False
-        if hooked(norm) or hooked(self) or hooked(self._held[1]):
+        if hooked(norm) or hooked(self) or hooked(self.mechanism):
             return False
         return torch.compiler.is_compiling() or eager(x)
 
@@ -217,26 +224,74 @@ def hooked(module: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module) or bool(_has_any_global_hook())
 
 
-def merge(block: Any) -> None:
-    """Fold the gates of a block, then let it do what timm's ``reparameterize_model`` asks of it.
+#: What ``timm.utils.reparameterize_model`` calls, and some networks of timm themselves.
+_MERGING = ("fuse", "reparameterize", "switch_to_deploy")
+
+
+def gates_first(model: nn.Module) -> None:
+    """Have whatever merges branches, or norms, fold the gates in there before: they stand after those."""
+    for path, end in list(model.named_modules()):
+        if not isinstance(end, BranchEnd | GatedInput):
+            continue
+        parts = path.split(".")
+        for depth in range(len(parts)):
+            module = model.get_submodule(".".join(parts[:depth]))
+            methods = [name for name in _MERGING if hasattr(module, name)]
+            if depth == len(parts) - 1 and not methods and not isinstance(module, BranchEnd):
+                methods = ["reparameterize"]
+            for name in methods:
+                vars(module)[name] = partial(merge, module, name)
+
+
+def merge(module: nn.Module, method: str) -> Any:
+    """Fold the gates in a module, then let it do what timm asks of it.
 
     Raises:
-        ValueError: What stands there depends on the image.
+        ValueError: It would drop what depends on the image.
     """
-    for name in slots(block):
-        end = getattr(block, name)
-        if isinstance(end, GateEnd):
-            key = end.key()
-            setattr(block, name, end.fuse())
-            delattr(block, key)
-        elif isinstance(end, BranchEnd):
-            kind = type(end.mechanism).__name__
+    dependent = [
+        m for m in module.modules() if isinstance(m, BranchEnd) and not isinstance(m.mechanism, ConstantGate)
+    ]
+    if dependent:
+        trial = deepcopy(module)
+        left = _merged(trial, method) or trial
+        if sum(isinstance(m, BranchEnd) for m in left.modules()) < len(dependent):
+            kind = type(dependent[0].mechanism).__name__
             raise ValueError(
-                f"{type(block).__name__} cannot merge its branches: {kind} stands where they meet"
+                f"{type(module).__name__} cannot merge its branches: {kind} stands where they meet"
             )
-    del block.reparameterize
-    if hasattr(block, "reparameterize"):
-        block.reparameterize()
+    return _merged(module, method)
+
+
+def _merged(module: nn.Module, method: str) -> Any:
+    fuse_ends(module)
+    vars(module).pop(method, None)
+    own = getattr(module, method, None)
+    return own() if own else None
+
+
+def fuse_ends(model: nn.Module) -> None:
+    """Multiply every gate that does not depend on the image into the parameters before it, in place.
+
+    Raises:
+        ValueError: There are no parameters to multiply one of the gates into.
+    """
+    for module in model.modules():
+        for name in _MERGING:
+            if getattr(vars(module).get(name), "func", None) is merge:
+                del vars(module)[name]
+    for path, module in list(model.named_modules()):
+        if isinstance(module, GateEnd | GatedInput | GatedNorm):
+            end = module.gate_end[0] if isinstance(module, GatedInput) else module
+            try:
+                left = module.fuse()
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, left)
+            if isinstance(end, GateEnd):
+                delattr(end.home, end.key)
+    gates_first(model)  # of what is left
 
 
 def scale_parameters(block: nn.Module, branch: Branch, gate: Tensor) -> None:
@@ -260,13 +315,14 @@ def tensor_at(module: nn.Module, name: str) -> Any:
 
 def scale(block: nn.Module, names: Sequence[str], gate: Tensor, channels: int) -> None:
     """Multiply parameters, or buffers, of a block along their first axis, in place."""
-    v = gate.detach().double().flatten()
+    v = double(gate.detach()).flatten()
     with torch.no_grad():
         for name in names:
             tensor = tensor_at(block, name)
             shape = tensor.shape if tensor.numel() == v.numel() else (-1, *[1] * (tensor.dim() - 1))
             # The parameters keep their identity, so that optimisers and EMA copies that hold them stay valid.
-            tensor.copy_(tensor.double() * v.to(tensor.device).expand(channels).reshape(shape))
+            was = double(tensor)
+            tensor.copy_(was * v.to(was.device).expand(channels).reshape(shape))
 
 
 class GatedNorm:
@@ -311,7 +367,7 @@ class GatedNorm:
         for name in ("weight", "bias"):
             parameter = self._parameters.get(name)
             if parameter is not None:
-                parameter.copy_(parameter.double() * gate.double())
+                parameter.copy_(double(parameter) * double(gate))
 
     def fuse(self) -> Any:
         """The norm layer alone, with the gate in its parameters."""

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from .branches import branches, example_input
+from .branches import branches, copied, evaluating, example_input
 from .compare import FoldError, Inputs, above_bound, call, compared, relative, relative_difference, unwrapped
-from .ends import GatedInput, GatedNorm, GateEnd, scale, tensor_at, without_mixin
+from .ends import fuse_ends, scale, tensor_at, without_mixin
 from .layers import SSIA, ConstantGate
 from .models import mechanism as row_of
 from .models import model_names, parse_name
@@ -109,7 +109,7 @@ def _fold(
         raise ValueError("a model on the meta device has no weights to fold")
     gates = foldable(model)
     try:
-        original: Any = deepcopy(model).cpu().eval()
+        original: Any = copied(model).cpu().eval()
     except (
         RuntimeError
     ) as error:  # torch.nn.utils.prune and the old weight_norm put results beside parameters
@@ -156,6 +156,8 @@ def fuse_layer_scales(model: nn.Module, images: Tensor) -> int:
     """
     count = 0
     for branch in branches(model, images):
+        if branch.calls > 1:
+            continue
         block: Any = model.get_submodule(branch.block)
         path, _, name = branch.affine[0].rpartition(".") if len(branch.affine) == 1 else ("", "", "")
         if not branch.scaled or name not in _LAYER_SCALES:
@@ -201,21 +203,14 @@ def fuse_gates(model: nn.Module) -> nn.Module:
     Raises:
         FoldError: There are no parameters to multiply one of the gates into.
     """
-    for path, module in list(model.named_modules()):
+    for module in list(model.modules()):
         if isinstance(module, SSIANetwork):
             del module.ssia  # pyright: ignore[reportAttributeAccessIssue]
             without_mixin(module)
-        elif isinstance(module, GateEnd | GatedInput | GatedNorm):
-            end = module.gate_end[0] if isinstance(module, GatedInput) else module
-            try:
-                left = module.fuse()
-            except ValueError as error:
-                raise FoldError(f"{path}: {error}") from None
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, left)
-            if isinstance(end, GateEnd):
-                delattr(end.block, end.key())
-                vars(end.block).pop("reparameterize", None)
+    try:
+        fuse_ends(model)
+    except ValueError as error:
+        raise FoldError(str(error)) from None
     return model
 
 
@@ -237,13 +232,9 @@ def verify_fold(model: nn.Module, folded: nn.Module, inputs: Inputs) -> FoldRepo
     model, folded = unwrapped(model), unwrapped(folded)
     for m in (model, folded):
         _check_inputs(m, inputs)
-    modes = {module: module.training for m in (model, folded) for module in m.modules()}
-    try:
+    with evaluating(model), evaluating(folded):
         pairs = compared(model, folded, inputs)
         costs = [_costs(m, tree_map_only(Tensor, lambda t: t[:1], inputs)) for m in (model, folded)]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     parameters, multiply_adds, size = zip(*costs, strict=True)
     (a, b), *others = pairs
     same = (a.argmax(1) == b.argmax(1)).double().mean().item() if a.ndim == 2 and not others else torch.nan

@@ -7,7 +7,6 @@ into the layer before or after it.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from itertools import pairwise
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .branches import copied
 from .compare import unwrapped
 from .fold import fold, foldable
 from .gates import Gate, find_gates
@@ -239,7 +239,7 @@ def _plain(model: Any, images: Tensor) -> Any:
     """A copy, without what folds anyway."""
     model = unwrapped(model)
     if not foldable(model):
-        return deepcopy(model).eval()
+        return copied(model).eval()
     return fold(model, images[:2].to(next(model.parameters()))).eval()
 
 

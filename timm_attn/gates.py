@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
 from .branches import evaluating
+from .compare import double
 from .dia_end import DIAEnd
 from .ends import BranchEnd
 from .layers import SEM, SPEM
@@ -239,7 +240,7 @@ def gate_of(x: Tensor, y: Tensor, axis: int) -> tuple[Tensor, float]:
 
     Also the greatest share of a channel of y, as a sum of squares, that is no multiple of x.
     """
-    x, y = (t.detach().movedim(axis, 1).flatten(2).double() for t in (x, y))
+    x, y = (double(t.detach()).movedim(axis, 1).flatten(2) for t in (x, y))
     largest = [t.abs().amax(2, keepdim=True) for t in (x, y)]  # squares of small numbers would vanish
     x, y = x / largest[0], y / largest[1]
     xy, xx, yy = (x * y).sum(2), x.square().sum(2), y.square().sum(2)

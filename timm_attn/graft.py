@@ -7,8 +7,8 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from .branches import example_input
-from .compare import FoldError, above_bound, relative_difference
+from .branches import copied, example_input
+from .compare import FoldError, above_bound, relative_difference, unwrapped
 from .load import create_pretrained
 from .models import mechanism as row_of
 from .models import model_names, parse_name
@@ -99,7 +99,7 @@ def graft(
     try:
         load_stock(variant, {key: tensor.cpu() for key, tensor in state.items()}, plain.state_dict())
         start_constant(variant, plain.state_dict())
-        error = relative_difference(deepcopy(stock).cpu(), deepcopy(variant), example_input(variant))
+        error = relative_difference(copied(stock).cpu(), deepcopy(variant), example_input(variant))
     except GraftError as problem:
         given = (getattr(stock, "pretrained_cfg", None) or {}).get("architecture", name)
         reason = problem if given == name else f"they are those of a {given}, and it is made from a {name}"
@@ -154,7 +154,7 @@ def _stock(
     if isinstance(source, str):
         return create_pretrained(source)
     if isinstance(source, nn.Module):
-        return getattr(source, "_orig_mod", source)  # of a compiled network
+        return unwrapped(source)
     if not isinstance(source, Mapping):
         raise TypeError(f"source must be a name, a network or a state dict, got {source!r}")
     classes, stem = _ends(source, architecture, backbone)

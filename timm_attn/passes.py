@@ -63,7 +63,7 @@ class Passes:
     @torch.no_grad()
     def logits(self, network: nn.Module, part: int, most: int | None = None) -> Tensor:
         """B × classes in float64 on the CPU."""
-        return torch.cat([network(x).double().cpu() for x, _ in self.batches(part, most)])
+        return torch.cat([network(x).cpu().double() for x, _ in self.batches(part, most)])
 
     def original(self, part: int, most: int | None = None) -> Tensor:
         """Those of the original."""

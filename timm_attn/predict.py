@@ -11,6 +11,7 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import Tensor, nn
 
+from .branches import evaluating
 from .errors import UserError
 from .images import DataError, decode, plain
 
@@ -84,10 +85,8 @@ def predict(
             f"a tensor of images is B × C × H × W, got shape {tuple(images.shape)}: one has B = 1"
         )
     like = next(model.parameters())
-    training = model.training
     predictions: list[Prediction] = []
-    try:
-        model.eval()
+    with evaluating(model):
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
             if isinstance(part, Tensor):
@@ -103,8 +102,6 @@ def predict(
                     Prediction(source, tuple(names[i] for i in row), tuple(v))
                     for source, row, v in zip(sources, indices.tolist(), values.tolist(), strict=True)
                 ]
-    finally:
-        model.train(training)
     return predictions
 
 

@@ -3,7 +3,6 @@
 import csv
 import io
 import warnings
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from tyro.conf import OmitArgPrefixes, Positional
 
+from ..branches import copied
 from ..errors import UserError
 from ..files import replace_file
 from ..images import DataError
@@ -124,7 +124,7 @@ def _checkpoints(run: Path, loaded: dict[str, Any]) -> dict[str, Any]:
     ((_, model),) = loaded.items()
     found = {}
     for step, folder in folders(run)[:-1] if run.is_dir() else ():
-        network = deepcopy(model)
+        network = copied(model)
         network.load_state_dict(load_file(folder / "model.safetensors"))
         found[f"step {step}"] = network
     return found

@@ -9,6 +9,7 @@ paper's code, T is SE; how the other modules take a constant is this package's i
 """
 
 import math
+from functools import reduce
 from typing import Any
 
 import torch
@@ -187,4 +188,4 @@ class ASR(ConstantGate):
 
     def gate(self) -> Tensor:
         """The gate v, 1 × C: the product over the generators."""
-        return torch.stack([generator() for generator in self.generators]).prod(0)
+        return reduce(torch.mul, [generator() for generator in self.generators])

@@ -67,10 +67,10 @@ class SPEM(nn.Module):
         p = self.p / self.p.detach().abs().amax().clamp_min(1e-7)
         q = p.square() / p.square().sum()
         z = (q[0] * high + q[1] * low) * self.weight1 + self.bias1
-        x = x * ((high + low).sigmoid() * z.sigmoid()).to(x.dtype)[:, :, None, None]
+        gate = (high + low).sigmoid() * z.sigmoid()
         if self.training and self.aux_weight:
-            x = attach_loss(x, self.aux_weight * self.p.square().sum(), self.aux_scale)
-        return x
+            gate = attach_loss(gate, self.aux_weight * self.p.square().sum(), self.aux_scale)
+        return x * gate.to(x.dtype)[:, :, None, None]
 
     @torch.no_grad()
     def start_constant(self) -> Tensor:

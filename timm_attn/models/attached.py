@@ -17,7 +17,6 @@ The classes of the layers document the options. timm lists a model under the las
 
 import warnings
 from contextlib import suppress
-from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookN
 from torch import Tensor, nn
 
 from .. import weights
-from ..branches import example_input
+from ..branches import copied, example_input
 from ..compare import above_bound, relative_difference
 from .backbones import BACKBONES, spec_of, stock_network
 from .deployed import folded, fuse_state, has_norms
@@ -236,7 +235,7 @@ def _network(
         model.stock_keys &= set(stock_network(backbone, **{**plain, "device": "meta"}).state_dict())
     if not key or (key == "se" and name != backbone):
         return model
-    stock = deepcopy(model) if stock_tag is not None else None
+    stock = copied(model) if stock_tag is not None else None
     row.put(model, example_input(model, 1), **{k: v for k, v in kwargs.items() if k in options_of(row.put)})
     if stock is not None:
         start_constant(model, model.stock_keys)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
+from ..compare import double
+
 #: Exactly these: a subclass, such as timm's norms with an activation, may do more.
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 _NORM_TENSORS = ("running_mean", "running_var", "weight", "bias")
@@ -75,7 +77,7 @@ def fuse_state(state: dict[str, Tensor], pairs: list[tuple[str, str, float]]) ->
         tensors = [kernel, state.get(f"{conv}.bias")]
         tensors += [state.pop(f"{norm}.{name}", None) for name in _NORM_TENSORS]
         # In float64, and rounded once to the dtype that came in.
-        weight, bias, mean, var, gamma, beta = (t if t is None else t.double() for t in tensors)
+        weight, bias, mean, var, gamma, beta = (t if t is None else double(t) for t in tensors)
         assert weight is not None and mean is not None and var is not None
         fused = fuse_conv_bn_weights(weight, bias, mean, var, eps, gamma, beta)
         for name, tensor in zip(("weight", "bias"), fused, strict=True):

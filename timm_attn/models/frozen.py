@@ -33,7 +33,7 @@ def remove_gate(model: nn.Module, path: str, constant: FrozenGate | None = None)
         setattr(gate.block, name, left)
         gate.run.steps -= 1
         if not gate.run.steps:
-            delattr(gate.block, gate.key())
+            delattr(gate.home, gate.key)
         return
     for end in model.modules():
         if isinstance(end, BranchEnd) and end.mechanism is gate:

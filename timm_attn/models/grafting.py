@@ -12,6 +12,7 @@ from timm.layers import EcaModule, SEModule
 from torch import Tensor, nn
 
 from ..branches import ATTENTION, branches, example_input
+from ..compare import double
 from ..dia_end import DIAEnd
 from ..ends import BranchEnd, GatedInput, GatedNorm, GateEnd, scale_parameters
 from ..layers import ConAM
@@ -37,11 +38,11 @@ def start_constant(model: nn.Module, stock: Iterable[str]) -> None:
     new = [path for path in new if not any(key.startswith(f"{path}.") for key in stock)]
     for branch in branches(model, example_input(model, 1)) if new else ():
         place = f"{branch.block}.{branch.attention}"
-        if not branch.attention or place not in new:
+        if not branch.attention or branch.calls > 1 or place not in new:
             continue
-        block, attention = model.get_submodule(branch.block), model.get_submodule(place)
-        if not isinstance(attention, GatedInput):
-            _undo(place, BranchEnd(block, replace(branch, attention=""), attention))
+        if not isinstance(model.get_submodule(place), GatedInput):
+            block = model.get_submodule(branch.block)
+            _undo(place, BranchEnd(block, replace(branch, attention=""), branch.attention))
     for path, module in model.named_modules():
         if isinstance(module, BranchEnd):
             _undo(path, module)
@@ -51,7 +52,7 @@ def start_constant(model: nn.Module, stock: Iterable[str]) -> None:
             module.scale(1 / module.gate())
         elif isinstance(module, ConAM):
             block = model.get_submodule(path.rpartition(".")[0])
-            block.conv1.weight.copy_(block.conv1.weight.double() / _equal_patches(module))  # pyright: ignore
+            block.conv1.weight.copy_(double(block.conv1.weight) / _equal_patches(module))  # pyright: ignore
 
 
 def _undo(path: str, end: BranchEnd) -> None:
@@ -77,7 +78,7 @@ def _undo(path: str, end: BranchEnd) -> None:
             f"{path} cannot be grafted: {end.branch.attention} ends the branch, and lets no scale through"
         )
     try:
-        scale_parameters(end.block, end.branch, 1 / torch.as_tensor(gate).double())
+        scale_parameters(end.block, end.branch, 1 / double(torch.as_tensor(gate)))
     except ValueError as error:
         raise GraftError(f"{path} cannot be grafted: {error}") from None
 

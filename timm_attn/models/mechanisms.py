@@ -18,7 +18,7 @@ from torch import nn
 
 from ..branches import Branch, branches, runs
 from ..dia_end import DIAEnd, DIARun
-from ..ends import BranchEnd, GatedInput, GatedNorm, GateEnd, mixed
+from ..ends import BranchEnd, GatedInput, GatedNorm, GateEnd, gates_first, mixed
 from ..layers import ASR, SEM, SPEM, ConAM, ConstantGate, DIACell
 from ..layers.options import check_choice, check_flag, check_whole
 from ..papers import PAPERS, TIMM, Paper
@@ -103,8 +103,8 @@ def _like(model: nn.Module) -> dict[str, Any]:
     return {"device": parameter.device, "dtype": parameter.dtype}
 
 
-def _found(model: nn.Module, images: Any, repeated: bool = False) -> list[Branch]:
-    found = branches(model, images, repeated)
+def _found(model: nn.Module, images: Any) -> list[Branch]:
+    found = branches(model, images)
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no residual branch that ends in a slot for stochastic depth "
@@ -113,25 +113,47 @@ def _found(model: nn.Module, images: Any, repeated: bool = False) -> list[Branch
     return found
 
 
+def _passed_once(model: nn.Module, images: Any) -> list[Branch]:
+    """The branches that have a slot of their own, where a mechanism can read what leaves them.
+
+    Raises:
+        ValueError: There are none.
+    """
+    found = _found(model, images)
+    several = [f"{branch.block}.{branch.slot}" for branch in found if branch.calls > 1]
+    name = type(model).__name__
+    if len(several) == len(found):
+        raise ValueError(
+            f"the residual branches of {name} share their slots for stochastic depth (such as {several[0]}), "
+            "so that only a constant gate can stand there: try asr"
+        )
+    if several:
+        warnings.warn(
+            f"{len(several)} of {len(found)} slots for stochastic depth of {name} get nothing, as several "
+            f"residual branches pass them, such as {several[0]}",
+            stacklevel=4,
+        )
+    return [branch for branch in found if branch.calls == 1]
+
+
 def _stand(model: nn.Module, ends: Sequence[tuple[Branch, str, nn.Module]], make: Any = BranchEnd) -> None:
     """Put modules at the ends of branches, registered in the block under the mechanism's name."""
     for branch, key, module in ends:
         block = model.get_submodule(branch.block)
+        module.train(block.training)
         # timm's own place: ``se`` in the block of a ResNet. Elsewhere it may be in the middle of the branch.
-        in_slot = isinstance(block, BasicBlock | Bottleneck) and getattr(block, key, model) is None
-        setattr(
-            block, key if in_slot else _free_name(block, key + branch.suffix), module.train(block.training)
-        )
-        if in_slot:
+        if isinstance(block, BasicBlock | Bottleneck) and getattr(block, key, model) is None:
+            setattr(block, key, module)
             model.attached = key  # pyright: ignore[reportArgumentType]
             continue
-        end = make(block, branch, module)
+        end = make(block, branch, _free_name(block, key + branch.suffix), module)
         if make is GateEnd and branch.attention:
             attention: Any = block.get_submodule(branch.attention)
             attention.__class__ = mixed(GatedInput, type(attention))
             attention.gate_end, end.inner = (end,), None
         else:
             setattr(block, branch.slot, end.train(block.training))
+    gates_first(model)
 
 
 def _free_name(block: nn.Module, name: str) -> str:
@@ -151,8 +173,11 @@ def on_branches(key: str, layer: Callable[..., nn.Module]) -> Put:
 
     def put(model: nn.Module, images: Any, **given: Any) -> None:
         constant = isinstance(layer, type) and issubclass(layer, ConstantGate)
-        found = _taking_gates(model, images) if constant else _found(model, images)
-        ends = [(b, key, layer(b.channels, **given, **_like(model))) for b in found]
+        found = _taking_gates(model, images) if constant else _passed_once(model, images)
+        try:
+            ends = [(b, key, layer(b.channels, **given, **_like(model))) for b in found]
+        except AssertionError as error:  # of some of timm's
+            raise ValueError(f"{key} cannot stand at the ends of branches: {error}") from None
         _stand(model, ends, GateEnd if constant else BranchEnd)
 
     keyword_only = [p.replace(kind=p.KEYWORD_ONLY) for p in options]
@@ -166,7 +191,7 @@ def _taking_gates(model: nn.Module, images: Any) -> list[Branch]:
     Raises:
         ValueError: There are none.
     """
-    found = _found(model, images, repeated=True)
+    found = _found(model, images)
     taking = [branch for branch in found if branch.affine]
     stuck = [f"{branch.block}.{branch.slot}" for branch in found if not branch.affine]
     name = type(model).__name__
@@ -250,22 +275,25 @@ def _dia(
     if norm is None:
         norm = isinstance(model, CifarResNetV2)  # where the authors' branches would end in a convolution
     check_flag("DIA norm", norm)
-    found = _found(model, images)
+    found = _passed_once(model, images)
     if norm and any(branch.axis != 1 for branch in found):
         raise ValueError(f"DIA norm=True needs maps B × C × H × W, and {type(model).__name__} has others")
     made = [(run, DIACell(run[0].channels, reduction, **_like(model))) for run in runs(found)]
     for run, cell in made:
         first = model.get_submodule(run[0].block)
-        setattr(first, _free_name(first, "dia" + run[0].suffix), cell.train(first.training))
-        shared = DIARun(len(run))
+        cell.train(first.training)
+        key = _free_name(first, "dia" + run[0].suffix)
+        shared, home = DIARun(len(run)), None
         for step, branch in enumerate(run):
             block = model.get_submodule(branch.block)
             if norm:
                 name = _free_name(block, "dia_norm" + branch.suffix)
                 setattr(block, name, nn.BatchNorm2d(branch.channels, **_like(model)).train(block.training))
                 branch = replace(branch, affine=(f"{name}.weight", f"{name}.bias"), attention="")
-            end = DIAEnd(block, branch, cell, shared, step, norm)
+            end = DIAEnd(block, branch, key, None if home else cell, home, shared, step, norm)
+            home = end.home
             setattr(block, branch.slot, end.train(block.training))
+    gates_first(model)
 
 
 def _conam(

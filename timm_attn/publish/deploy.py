@@ -1,16 +1,15 @@
 """Files for other runtimes, kept only if they compute what the network computes."""
 
 import warnings
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..branches import copied, example_input
 from ..compare import FoldError
 from ..errors import UserError, install
-from ..fold import example_input
 
 ONNX = "model.onnx"
 PROGRAM = "model.pt2"
@@ -29,7 +28,7 @@ def write_onnx(model: nn.Module, path: Path) -> float:
         UserError: The packages of the extra ``export`` are not installed.
         FoldError: The difference is above ``BOUND``; the file is removed.
     """
-    model = deepcopy(model).cpu().eval()
+    model = copied(model).cpu().eval()
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 (what PyTorch's exporter needs)
@@ -66,7 +65,7 @@ def write_program(model: nn.Module, path: Path) -> float:
     Raises:
         FoldError: The difference is above ``BOUND``; the file is removed.
     """
-    model = deepcopy(model).cpu().eval()  # a program names the device of its constants
+    model = copied(model).cpu().eval()  # a program names the device of its constants
     program = torch.export.export(model, (example_input(model),), dynamic_shapes=_dynamic_batch())
     torch.export.save(program, path)
     return _compare(model, path, torch.export.load(path).module())

@@ -24,7 +24,7 @@ def stiffness_of(model: nn.Module, sample: Sample) -> dict[str, Tensor]:
     branches. A block is left out if its shapes differ from those of the next.
     """
     x, _ = next(sample.batches(model, 2))
-    ends = branches(model, x, repeated=True)
+    ends = branches(model, x)
     slots: dict[str, list[str]] = {}
     for end in ends:
         slots.setdefault(end.block, []).append(end.slot)

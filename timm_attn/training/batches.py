@@ -21,6 +21,7 @@ from ..images import DataError
 from .augment import AutoAugment, crop_and_flip, erase, generator, seed_everything
 from .data import Split
 from .recipe import Recipe
+from .signals import blocked
 
 
 class Batch(NamedTuple):
@@ -168,7 +169,10 @@ class Batches:
             pin_memory=device.type == "cuda",
             worker_init_fn=_init_worker,
         )
-        for item in loader:
+        # Launchers send signals to all processes, also to one that starts and does not yet ignore them.
+        with blocked():
+            items = iter(loader)
+        for item in items:
             if isinstance(item, DataError):
                 raise item
             images, labels, skipped = item

@@ -11,6 +11,19 @@ class Interrupted(KeyboardInterrupt):
     """A signal stopped the run, after a checkpoint was written."""
 
 
+@contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """Hold back SIGINT and SIGTERM; processes that are started meanwhile never get them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Signals:
     """The signal that came last, or 0."""
 
