@@ -24,6 +24,8 @@ from timm_attn.compare import BOUNDS, relative_difference
 from timm_attn.dia_end import DIAEnd
 from timm_attn.ends import BranchEnd, GatedBatchNorm2d, mixed
 from timm_attn.layers import ASR, DIACell
+from timm_attn.layers.frozen import FrozenGate
+from timm_attn.models.frozen import remove_gate
 from timm_attn.models.grafting import GraftError, start_constant
 from timm_attn.models.mechanisms import MECHANISMS
 
@@ -541,7 +543,7 @@ def test_ssia_refuses_what_its_maps_do_not_survive():
     own.__class__ = type(
         "Own", (type(own),), {"forward": lambda self, x: 2 * timm.models.ResNet.forward(self, x)}
     )
-    with pytest.raises(ValueError, match="ssia does not go with Own: in training its forward gives"):
+    with pytest.raises(ValueError, match="ssia cannot be used with Own: in training its forward gives"):
         timm_attn.attach(own, "ssia")
     assert type(own).__name__ == "Own" and not hasattr(own, "ssia")
     model = timm_attn.attach(build("test_vit"), "ssia").train()
@@ -754,18 +756,19 @@ def test_se_in_timms_own_place_starts_constant_in_every_way(tmp_path):
         assert model.layer1[0].se is not None
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("order", ["two losses", "evaluation between"])
-def test_checkpointed_passes_do_not_mix(order, frozen):
+@pytest.mark.parametrize("trained", ["all", "last block", "last mlp"])
+@pytest.mark.parametrize("order", ["two losses", "evaluation between", "unfinished pass between"])
+def test_checkpointed_passes_do_not_mix(order, trained):
     torch.manual_seed(0)
     model = timm_attn.attach(build("test_vit").double(), "dia").train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "dia" in name:
                 parameter.mul_(5)
-    if frozen:  # what comes before the third block has no graph that could own its state
+    if trained != "all":  # what comes before has no graph that could keep its state
         model.requires_grad_(False)
-        for layers in (model.blocks[-1], model.norm, model.head):
+        last = model.blocks[-1]
+        for layers in (last if trained == "last block" else last.mlp, model.norm, model.head):
             layers.requires_grad_(True)
     a = images(model, 2)
     b = 3 + a.flip(0)
@@ -778,7 +781,10 @@ def test_checkpointed_passes_do_not_mix(order, frozen):
             loss = loss + net(b).square().sum()
         else:
             with torch.no_grad():
-                net(b)
+                if order == "evaluation between":
+                    net(b)
+                else:
+                    net.forward_intermediates(b, indices=[-2], stop_early=True, intermediates_only=True)
         loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad]))
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
@@ -900,9 +906,17 @@ def test_what_is_put_in_place_of_a_mechanism_acts(name, mechanism):
     setattr(end.block, end.key, Doubled(end.mechanism))
     model(x)
     assert not torch.allclose(outputs[0], outputs[1])
-    end.mechanism.inner.compile(backend="eager")
+    if mechanism == "asr":
+        with pytest.raises(timm_attn.FoldError, match="Doubled stands in place of the gate"):
+            timm_attn.fold(model)
+        setattr(end.block, end.key, torch.compile(end.mechanism.inner, backend="eager"))
+        torch.testing.assert_close(reparameterize_model(model)(x), model(x), rtol=1e-4, atol=1e-4)
+    setattr(end.block, end.key, nn.Identity())
     model(x)
-    torch.testing.assert_close(outputs[1], outputs[2])
+    assert not torch.allclose(outputs[0], outputs[-1])
+    delattr(end.block, end.key)
+    with pytest.raises(RuntimeError, match=f"has lost its {end.key}: put a module there"):
+        model(x)
     torch.compiler.reset()
 
 
@@ -934,9 +948,11 @@ def test_slots_that_several_branches_pass_are_named():
 
 
 def test_example_images_may_be_on_another_device():
-    for x in (torch.randn(1, 3, 64, 64), torch.randn(1, 3, 160, 160)):
-        model = timm_attn.attach(timm.create_model("test_convnext", device="meta"), "dia", images=x)
-        assert any(isinstance(m, DIAEnd) for m in model.modules())
+    for mechanism in ("asr", "dia", "ssia"):
+        for x in (torch.randn(1, 3, 64, 64), torch.randn(1, 3, 160, 160)):
+            model = timm.create_model("test_convnext", device="meta")
+            keys = model.state_dict().keys()
+            assert keys < timm_attn.attach(model, mechanism, images=x).state_dict().keys()
 
 
 @pytest.mark.parametrize("name", ["levit_128s", "tiny_vit_5m_224"])
@@ -954,3 +970,63 @@ def test_a_layer_that_needs_more_than_channels_is_not_blamed_on_images():
         ValueError, match="bottleneck cannot stand at the ends of branches: A concrete feature"
     ):
         timm_attn.attach(build("resnet18"), "bottleneck")
+
+
+def test_dia_trains_where_branches_run_side_by_side():
+    model = timm_attn.attach(timm.create_model("vit_small_patch16_18x2_224", **SMALL).double(), "dia").train()
+    x, y = images(model, 4).chunk(2)
+    alone = [deepcopy(model)(batch) for batch in (x, y)]
+    both = [model(batch) for batch in (x, y)]  # the graph of the first lives during the second
+    torch.testing.assert_close(both, alone)
+    (both[0] + both[1]).sum().backward()
+
+
+class Own(nn.Module):
+    """What is called ``fuse`` in it is a layer or a flag; or it takes and returns what timm's does not."""
+
+    def __init__(self, fuse: nn.Module | bool) -> None:
+        super().__init__()
+        self.body = timm.create_model("resnet18", num_classes=7)
+        self.fuse = fuse
+
+    def forward(self, x):
+        return self.fuse(self.body(x)) if self.fuse else self.body(x)
+
+
+class Merging(nn.Sequential):
+    merged = ""
+
+    def fuse(self, how: str = "all") -> bool:
+        self.merged = how
+        return True
+
+
+@pytest.mark.parametrize("mechanism", ["asr", "sem"])
+def test_what_only_has_the_name_of_merging_is_left_alone(mechanism):
+    x = torch.randn(2, 3, 64, 64)
+    layer = nn.Linear(7, 3)
+    for fuse in (layer, False):
+        model = timm_attn.attach(Own(fuse), mechanism, images=x)
+        assert model(x).shape == (2, 3 if fuse else 7) and model.fuse is fuse
+        reparameterize_model(model.eval())
+    model = shaken(timm_attn.attach(Merging(build("resnet18")), mechanism, images=x))
+    expected = model(x)
+    assert model.fuse(how="some") is True and model.merged == "some"
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert any(isinstance(m, BranchEnd) for m in model.modules()) == (mechanism == "sem")
+
+
+def test_merging_in_place_takes_networks_that_keep_tensors():
+    model = timm_attn.attach(build("levit_128s"), "sem").eval()
+    x = images(model)
+    expected = model(x)
+    torch.testing.assert_close(reparameterize_model(model, inplace=True)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_constant_that_nothing_absorbed_is_not_merged_away():
+    model = timm_attn.attach(build("repvgg_a0"), "dia").eval()
+    path = [path for path, m in model.named_modules() if isinstance(m, DIAEnd)][-1]
+    end = model.get_submodule(path)
+    remove_gate(model, path, FrozenGate(end.branch.channels))
+    with pytest.raises(ValueError, match="cannot merge its branches"):
+        reparameterize_model(model)

@@ -131,12 +131,14 @@ def test_a_sum_is_told_from_a_product(monkeypatch):
 
 
 def reset_at_every_block(self, step, g):
-    return torch.zeros_like(g), torch.zeros_like(g)
+    return before(self, 0, g)
 
 
 def hidden_only(self, step, g):
-    h, c = before(self, step, g)
-    return h, torch.zeros_like(c)
+    given = before(self, step, g)
+    h, c = given.state
+    given.state = h, torch.zeros_like(c)
+    return given
 
 
 before = DIARun.before

@@ -58,7 +58,7 @@ def attach(model: nn.Module, mechanism: str, images: Tensor | None = None, **opt
             f"{mechanism} takes no {sorted(unknown)[0]}: its options are {', '.join(known) or 'none'}"
         )
     given = example_input(model, 1) if images is None else images
-    if row.folds and not given.is_meta:
+    if row.folds and not given.is_meta and not any(p.is_meta for p in model.parameters()):
         trial: Any = copied(model)
         with warnings.catch_warnings(action="ignore"):
             row.put(trial, given, **options)

@@ -85,9 +85,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def copied(model: Any) -> Any:
-    """A deep copy. What some networks keep between calls in eval mode may have a graph, and has no copy."""
+    """A deep copy, without the tensors that some networks keep between calls, which may have a graph."""
     with evaluating(model):
-        pass  # and drop it
+        pass
     return deepcopy(model)
 
 

@@ -3,6 +3,7 @@
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,24 +15,28 @@ from .layers import DIACell
 from .layers.eager import eager
 from .layers.pooling import channel_mean
 
-#: Where a node of a graph keeps the state that it gives, and one that it was given and no other node keeps.
+#: Where a node of a graph keeps the state that it leaves, and the one that it has read if no node keeps that.
 _STATE, _GIVEN = "timm_attn.dia", "timm_attn.dia.given"
 
 
 class _State:
-    """(h, c) of DIA, each B × C, and the channel means that the next step has read beside it."""
+    """(h, c) of DIA, each B × C, and the channel means that the next step has read beside it.
 
-    def __init__(self, state: tuple[Tensor, Tensor]) -> None:
+    What steps without a graph have left is kept by the states that came of it.
+    """
+
+    def __init__(self, state: tuple[Tensor, Tensor], before: "_State | None" = None) -> None:
         self.state = state
+        self.before = before
         self.read: Tensor | None = None
-        self.taken = False
+        self.taken = self.owned = False
 
 
 class DIARun:
     """Hands DIA's state along a run of branches, within one forward pass.
 
-    Every step has an entry for each pass whose graph is there, so that a block which is run again, as under
-    gradient checkpointing, reads the same state again. The graph owns the entries, and they go when it goes.
+    In a forward pass, a step takes what its thread has left for it last. A block that is run again, as under
+    gradient checkpointing, finds what it read then: the graph of its pass keeps that, as long as it lives.
 
     Args:
         steps: Number of branches of the run.
@@ -39,10 +44,12 @@ class DIARun:
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        # Owned by the graphs of passes, by step and thread.
-        self._owned: dict[int, dict[int, list[weakref.ref[_State]]]] = {}
-        # Of a pass without a graph, by step and thread (None: compiled).
-        self._passing: dict[tuple[int, int | None], _State] = {}
+        # Left for a step by a thread, in a forward pass (-1) or a backward pass; weak if a graph keeps it.
+        self._left: dict[tuple[int, int, int], list[Callable[[], _State | None]]] = {}
+        # What a step may read again, by step and thread.
+        self._alive: dict[int, dict[int, list[weakref.ref[_State]]]] = {}
+        # Of tracers and compilers, by step and thread (None: compiled).
+        self._traced: dict[tuple[int, int | None], _State] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DIARun":
         return DIARun(self.steps)
@@ -50,78 +57,114 @@ class DIARun:
     def __reduce__(self) -> Any:
         return DIARun, (self.steps,)
 
-    def before(self, step: int, g: Tensor) -> tuple[Tensor, Tensor]:
+    def before(self, step: int, g: Tensor) -> _State:
         """The state that the step before has left; zeros for the first.
 
         Raises:
             RuntimeError: There is none.
         """
+        plain = eager(g)
         if step == 0:
-            self._forget()
-            return torch.zeros_like(g), torch.zeros_like(g)
-        entry = passing = self._passing.get(self._key(step))
-        if passing is None or passing.taken:  # in this pass, or in one whose block is run again now
-            entry = self._of_a_graph(step, g) or passing or self._of_another(step)
+            self._forget(plain)
+            return _State((torch.zeros_like(g), torch.zeros_like(g)))
+        entry = self._traced.get(_traced_key(step)) if not plain else None
+        entry = entry or self._find(step, g) or self._of_another(step)
         if entry is None:
             raise RuntimeError(
                 f"DIA's step {step} of {self.steps} has no state of the step before: call the whole network, "
                 "compile the whole of it or nothing, and checkpoint gradients with use_reentrant=False"
             )
-        if eager(g):
+        if plain:
             entry.read, entry.taken = g.detach(), True
-        return entry.state
+        return entry
 
-    def after(self, step: int, state: tuple[Tensor, Tensor], x: Tensor) -> None:
-        """Keep the state for the next step; ``x`` is computed from it."""
-        last, entry = step == self.steps - 1, _State(state)
-        if eager(x) and x.grad_fn is not None:
-            given = self._passing.get(self._key(step))
-            if given is not None:  # by a frozen block: when this one is run again, others may have passed
-                self._own(step, given, x.grad_fn, _GIVEN)
+    def after(self, step: int, state: tuple[Tensor, Tensor], x: Tensor, given: _State) -> None:
+        """Keep the state for the next step; ``x`` is computed from it, and it from what ``before`` gave."""
+        last = step == self.steps - 1
+        if not eager(x):
+            if last:
+                self._forget(plain=False)
+            else:
+                self._traced[_traced_key(step + 1)] = _State(state)
+            return
+        if x.grad_fn is not None:
+            entry = _State(state)
+            entry.owned = True
+            if not given.owned:
+                x.grad_fn.metadata[_GIVEN] = given  # pyright: ignore[reportIndexIssue]
             if not last:
-                self._own(step + 1, entry, x.grad_fn, _STATE)
+                x.grad_fn.metadata[_STATE] = entry  # pyright: ignore[reportIndexIssue]
+                self._leave(step + 1, weakref.ref(entry), again=True)
         elif last:
-            self._forget()
+            self._forget(plain=True)
         else:
-            self._passing[self._key(step + 1)] = entry
+            # Without a graph there is nothing to run again, unless later steps have one. Reentrant
+            # checkpointing comes without, too: it would lose the gradient of the state.
+            again = torch.is_grad_enabled()
+            entry = _State(state, given if again else None)
+            self._leave(step + 1, lambda: entry, again)
 
-    def _own(self, step: int, entry: _State, node: Any, name: str) -> None:
-        """Let a node of the graph own what a step reads."""
-        node.metadata[name] = entry
-        mine, thread = self._owned.setdefault(step, {}), threading.get_ident()
-        alive = [ref for ref in mine.get(thread, ()) if ref() is not None]
-        mine[thread] = [*alive, weakref.ref(entry)]
+    def _leave(self, step: int, ref: Callable[[], _State | None], again: bool) -> None:
+        thread, task = threading.get_ident(), _task()
+        waiting = [r for r in self._left.get((step, thread, task), ()) if (s := r()) and not s.taken]
+        self._left[step, thread, task] = [*waiting, ref]
+        if again:
+            mine, entry = self._alive.setdefault(step, {}), ref()
+            assert entry is not None
+            mine[thread] = [*(r for r in mine.get(thread, ()) if r()), weakref.ref(entry)]
 
-    def _of_a_graph(self, step: int, g: Tensor) -> _State | None:
-        """The state that the pass of g has left, of those whose graphs are there.
+    def _find(self, step: int, g: Tensor) -> _State | None:
+        thread, task = threading.get_ident(), _task()
+        left = [s for ref in self._left.get((step, thread, task), ()) if (s := ref()) and not s.taken]
+        if task >= 0 or not left:
+            return self._read_before(step, g, left, trusted=task >= 0)
+        if len(left) > 1:  # of passes in step, or of one that was not finished
+            return _nearest(g.grad_fn, {*left}) or left[-1]
+        return left[0]
 
-        A block may be run again by another thread, as autograd does on GPUs.
+    def _read_before(self, step: int, g: Tensor, left: list[_State], trusted: bool) -> _State | None:
+        """What a step read beside g when it ran before, maybe in another thread.
+
+        Args:
+            left: What was left for it since, in the same backward pass: by the step before, which was run
+                again with it, or by one that was run again for another pass.
+            trusted: Whether the step is known to be run again.
         """
-        refs = [ref for by_thread in list(self._owned.get(step, {}).values()) for ref in by_thread]
-        known = [*dict.fromkeys(state for ref in refs if (state := ref()) is not None)]
-        if len(known) < 2:
-            return known[0] if known else None
-        found = _nearest(g.grad_fn, {*known})
-        if found is not None:
-            return found
-        # What is run again may be cut from the graph: by what was read then.
-        same = [s for s in known if s.read is not None and s.read.shape == g.shape]
-        return next((s for s in same if torch.equal(s.read, g)), None)  # pyright: ignore[reportArgumentType]
+        refs = [ref for by_thread in [*self._alive.get(step, {}).values()] for ref in by_thread]
+        known = [s for ref in refs if (s := ref()) and s.read is not None and s.read.shape == g.shape]
+        if trusted and len(known) < 2:
+            return [*known, *left][-1] if known or left else None
+        same = next((s for s in known if torch.equal(s.read, g)), None)  # pyright: ignore[reportArgumentType]
+        return same or (left[-1] if left else None)
 
     def _of_another(self, step: int) -> _State | None:
-        """A state without a graph, of a block that is compiled alone, or of another thread."""
-        for key, state in [*self._passing.items()]:
-            if step == key[0]:
-                return state
-        return None
+        """What another thread has left, or a block that is compiled alone."""
+        traced = [state for key, state in [*self._traced.items()] if key[0] == step]
+        left = [s for key, refs in [*self._left.items()] if key[0] == step for ref in refs if (s := ref())]
+        return next((s for s in reversed([*traced, *left]) if not s.taken), None)
 
-    def _forget(self) -> None:
+    def _forget(self, plain: bool) -> None:
+        """Drop what was left by passes without a graph that were not finished."""
         for step in range(1, self.steps):
-            self._passing.pop(self._key(step), None)
-            self._passing.pop((step, None), None)
+            self._traced.pop(_traced_key(step), None)
+            self._traced.pop((step, None), None)
+        if not plain:
+            return
+        mine = threading.get_ident(), _task()
+        for key, refs in [*self._left.items()]:
+            if key[1:] == mine:
+                self._left[key] = [ref for ref in refs if isinstance(ref, weakref.ref) and ref()]
+            elif mine[1] < 0 <= key[2]:  # a backward pass that is over
+                self._left.pop(key, None)
 
-    def _key(self, step: int) -> tuple[int, int | None]:
-        return step, None if torch.compiler.is_compiling() else threading.get_ident()
+
+def _traced_key(step: int) -> tuple[int, int | None]:
+    return step, None if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _task() -> int:
+    """Number of the backward pass that is running in this thread, or -1."""
+    return torch._C._current_graph_task_id()
 
 
 def _nearest(node: Any, wanted: set[_State]) -> _State | None:
@@ -184,12 +227,13 @@ class DIAEnd(BranchEnd):
             g = channel_mean(x)
         else:
             g = x[:, self.branch.prefix :].mean(1) if x.dim() == 3 else x.mean((1, 2))
-        state = self.mechanism(g, *self.run.before(self.step, g))
+        given = self.run.before(self.step, g)
+        state = self.mechanism(g, *given.state)
         if self.may_overwrite(x) and x.dtype == state[0].dtype:
             x = x.mul_(state[0][:, :, None, None])
         elif self.branch.axis == 1:
             x = x * state[0][:, :, None, None]
         else:
             x = x * (state[0][:, None] if x.dim() == 3 else state[0][:, None, None])
-        self.run.after(self.step, state, x)
+        self.run.after(self.step, state, x, given)
         return x

@@ -1,8 +1,8 @@
 """What stands at the end of a residual branch, or in place of a norm layer, without touching their keys."""
 
+import inspect
 import math
 from collections.abc import Sequence
-from copy import deepcopy
 from functools import cache, partial
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .branches import Branch
-from .compare import double
+from .branches import Branch, copied
+from .compare import double, unwrapped
 from .layers import ConstantGate
 from .layers.eager import eager
+from .layers.frozen import FrozenGate
 
 
 class BranchEnd(nn.Module):
@@ -62,7 +63,10 @@ class BranchEnd(nn.Module):
 
     @property
     def mechanism(self) -> Any:
-        return getattr(self._held[1], self.key)
+        found = self.home._modules.get(self.key)
+        if found is None:  # an AttributeError would speak of this property
+            raise RuntimeError(f"{type(self.home).__name__} has lost its {self.key}: put a module there")
+        return found
 
     def replace(self, mechanism: nn.Module | None) -> None:
         """Put another mechanism here, or leave what stood in the slot."""
@@ -121,7 +125,13 @@ class GateEnd(BranchEnd):
     def attend(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
             self.ungate()
-        return x if self.in_norm(x) else self.mechanism(x, self.branch.axis)
+        if self.in_norm(x):
+            return x
+        gate, axis = self.mechanism, self.branch.axis
+        if axis == 1 or isinstance(unwrapped(gate), ConstantGate):
+            return gate(x, axis) if isinstance(unwrapped(gate), ConstantGate) else gate(x)
+        maps = x.movedim(-1, 1)  # what somebody has put in place of the gate takes B × C × H × W
+        return (gate(maps) if x.dim() == 4 else gate(maps[..., None])[..., 0]).movedim(1, -1)
 
     def ungate(self) -> None:
         """Make the norm a plain one for good, as tracers must see it, and apply the gate here."""
@@ -148,9 +158,15 @@ class GateEnd(BranchEnd):
         """Multiply the gate into the branch; what stood in the slot. ``reparameterize_model`` calls it.
 
         Raises:
-            ValueError: No parameters of the branch scale its channels.
+            ValueError: No parameters of the branch scale its channels, or another module stands in place of
+                the gate.
         """
-        scale_parameters(self.block, self.branch, self.mechanism.gate())
+        gate = unwrapped(self.mechanism)
+        if not isinstance(gate, ConstantGate):
+            raise ValueError(
+                f"{type(gate).__name__} stands in place of the gate: merge or unload what has put it there"
+            )
+        scale_parameters(self.block, self.branch, gate.gate())
         self.ungate()
         return self.inner
 
@@ -229,45 +245,54 @@ _MERGING = ("fuse", "reparameterize", "switch_to_deploy")
 
 
 def gates_first(model: nn.Module) -> None:
-    """Have whatever merges branches, or norms, fold the gates in there before: they stand after those."""
+    """Make every method that merges branches or norms fold the gates first, which stand after those."""
     for path, end in list(model.named_modules()):
         if not isinstance(end, BranchEnd | GatedInput):
             continue
         parts = path.split(".")
         for depth in range(len(parts)):
             module = model.get_submodule(".".join(parts[:depth]))
-            methods = [name for name in _MERGING if hasattr(module, name)]
-            if depth == len(parts) - 1 and not methods and not isinstance(module, BranchEnd):
+            methods = [name for name in _MERGING if inspect.isfunction(getattr(type(module), name, None))]
+            if depth == len(parts) - 1 and not any(hasattr(module, name) for name in _MERGING):
                 methods = ["reparameterize"]
             for name in methods:
-                vars(module)[name] = partial(merge, module, name)
+                vars(module).setdefault(name, partial(merge, module, name))
 
 
-def merge(module: nn.Module, method: str) -> Any:
+def merge(module: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
     """Fold the gates in a module, then let it do what timm asks of it.
 
     Raises:
-        ValueError: It would drop what depends on the image.
+        ValueError: It would drop what stays, such as what depends on the image.
     """
-    dependent = [
-        m for m in module.modules() if isinstance(m, BranchEnd) and not isinstance(m.mechanism, ConstantGate)
-    ]
-    if dependent:
-        trial = deepcopy(module)
-        left = _merged(trial, method) or trial
-        if sum(isinstance(m, BranchEnd) for m in left.modules()) < len(dependent):
-            kind = type(dependent[0].mechanism).__name__
+    staying = _staying(module)
+    if staying and hasattr(type(module), method):
+        trial = copied(module)
+        made = _merged(trial, method, *args, **kwargs)
+        if len(_staying(made if isinstance(made, nn.Module) else trial)) < len(staying):
+            kind = type(getattr(staying[0], "mechanism", staying[0])).__name__
             raise ValueError(
                 f"{type(module).__name__} cannot merge its branches: {kind} stands where they meet"
             )
-    return _merged(module, method)
+    return _merged(module, method, *args, **kwargs)
 
 
-def _merged(module: nn.Module, method: str) -> Any:
+def _staying(module: nn.Module) -> list[nn.Module]:
+    """What stands at the ends of branches and is folded by nobody."""
+    ends = (m for m in module.modules() if isinstance(m, BranchEnd | FrozenGate))
+    return [m for m in ends if not isinstance(m, GateEnd)]
+
+
+def _merged(module: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
     fuse_ends(module)
-    vars(module).pop(method, None)
+    if _is_ours(module, method):
+        del vars(module)[method]
     own = getattr(module, method, None)
-    return own() if own else None
+    return own(*args, **kwargs) if own else None
+
+
+def _is_ours(module: nn.Module, method: str) -> bool:
+    return getattr(vars(module).get(method), "func", None) is merge
 
 
 def fuse_ends(model: nn.Module) -> None:
@@ -278,7 +303,7 @@ def fuse_ends(model: nn.Module) -> None:
     """
     for module in model.modules():
         for name in _MERGING:
-            if getattr(vars(module).get(name), "func", None) is merge:
+            if _is_ours(module, name):
                 del vars(module)[name]
     for path, module in list(model.named_modules()):
         if isinstance(module, GateEnd | GatedInput | GatedNorm):

@@ -68,17 +68,17 @@ def check_forward(model: Any, images: Tensor) -> None:
         ValueError: Its ``forward`` does more than its parts.
     """
     images = images.to(next(model.parameters()).device)
-    outputs = []
-    with taking(model, images), evaluating(model), torch.random.fork_rng():
+    outputs, devices = [], [images.device] if images.device.type == "cuda" else []
+    with taking(model, images), evaluating(model), torch.random.fork_rng(devices):
         model.training = True  # its modules stay as they are
         for call in (super(SSIANetwork, model).forward, lambda x: model.logits_and_features(x)[0]):
             torch.manual_seed(0)
             outputs.append([double(y) for y in tree_leaves(call(images)) if torch.is_tensor(y)])
     shapes = [[y.shape for y in ys] for ys in outputs]
     name = type(model).__mro__[2].__name__
-    if shapes[0] != shapes[1] or max(map(relative, *outputs)) > BOUNDS[images.dtype]:
+    if shapes[0] != shapes[1] or not max(map(relative, *outputs)) <= BOUNDS[images.dtype]:
         raise ValueError(
-            f"ssia does not go with {name}: in training its forward gives something else than "
+            f"ssia cannot be used with {name}: in training its forward gives something else than "
             "forward_head(forward_intermediates(images)): choose asr, dia or se"
         )
 

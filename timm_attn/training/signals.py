@@ -4,6 +4,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 
@@ -13,10 +14,11 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
-    """Hold back SIGINT and SIGTERM; processes that are started meanwhile never get them."""
+    """Hold back SIGINT and SIGTERM; processes that are forked or spawned meanwhile never get them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    resource_tracker.ensure_running()  # which unblocks them where it is started by the first process
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
