@@ -128,9 +128,11 @@ class GateEnd(BranchEnd):
         if self.in_norm(x):
             return x
         gate, axis = self.mechanism, self.branch.axis
-        if axis == 1 or isinstance(unwrapped(gate), ConstantGate):
-            return gate(x, axis) if isinstance(unwrapped(gate), ConstantGate) else gate(x)
-        maps = x.movedim(-1, 1)  # what somebody has put in place of the gate takes B × C × H × W
+        if isinstance(unwrapped(gate), ConstantGate):
+            return gate(x, axis)
+        if axis == 1:  # what somebody has put in its place takes B × C × H × W
+            return gate(x)
+        maps = x.movedim(-1, 1)
         return (gate(maps) if x.dim() == 4 else gate(maps[..., None])[..., 0]).movedim(1, -1)
 
     def ungate(self) -> None:
