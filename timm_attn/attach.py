@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .branches import copied, example_input
+from .branches import copied, example_input, first_parameter
 from .compare import FoldError
 from .ends import BranchEnd, GatedInput, GatedNorm, GateEnd, tensor_at
 from .fold import fold
@@ -58,7 +58,8 @@ def attach(model: nn.Module, mechanism: str, images: Tensor | None = None, **opt
             f"{mechanism} takes no {sorted(unknown)[0]}: its options are {', '.join(known) or 'none'}"
         )
     given = example_input(model, 1) if images is None else images
-    if row.folds and not given.is_meta and not any(p.is_meta for p in model.parameters()):
+    given = given if given.is_meta else given.to(first_parameter(model).device)
+    if row.folds and not given.is_meta:
         trial: Any = copied(model)
         with warnings.catch_warnings(action="ignore"):
             row.put(trial, given, **options)

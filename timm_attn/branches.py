@@ -98,14 +98,13 @@ def branches(model: nn.Module, images: Any) -> list[Branch]:
 
     Args:
         model: Left as it is.
-        images: What it is called with: B × C × H × W, on any device.
+        images: What it is called with: B × C × H × W, on its device or the meta device.
 
     Raises:
         ValueError: The network does not take them.
     """
-    device = next(p for p in model.parameters() if p.is_floating_point()).device
     with taking(model, images):
-        return _probe(model, images if images.is_meta else images.to(device))
+        return _probe(model, images)
 
 
 @contextmanager
@@ -299,12 +298,17 @@ def _tokens(model: nn.Module, path: str, tokens: int) -> tuple[int, tuple[int, i
     return 0, None
 
 
+def first_parameter(model: nn.Module) -> Tensor:
+    """The one whose device and dtype are taken for the network's."""
+    return next(p for p in model.parameters() if p.is_floating_point())
+
+
 def example_input(model: nn.Module, batch_size: int = 2) -> Tensor:
     """Fixed standard normal images for a timm model, on its device and in its dtype.
 
     A model that is no network of timm gets those for the first network in it that is one.
     """
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    parameter = first_parameter(model)
     network = next((m for m in model.modules() if getattr(m, "pretrained_cfg", None)), model)
     channels, *size = getattr(network, "pretrained_cfg", {}).get("input_size") or (3, 224, 224)
     size = get_model_traits(network).get("img_size") or size

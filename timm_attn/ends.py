@@ -1,9 +1,8 @@
 """What stands at the end of a residual branch, or in place of a norm layer, without touching their keys."""
 
-import inspect
 import math
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .branches import Branch, copied
+from .branches import Branch
 from .compare import double, unwrapped
 from .layers import ConstantGate
 from .layers.eager import eager
-from .layers.frozen import FrozenGate
 
 
 class BranchEnd(nn.Module):
@@ -137,7 +135,7 @@ class GateEnd(BranchEnd):
 
     def ungate(self) -> None:
         """Make the norm a plain one for good, as tracers must see it, and apply the gate here."""
-        norm: Any = self._held[0].get_submodule(self.norm)
+        norm: Any = self.block.get_submodule(self.norm)
         if type(norm) is GatedBatchNorm2d:
             norm.__class__ = nn.BatchNorm2d  # pyright: ignore[reportAttributeAccessIssue]
             del norm.end
@@ -147,7 +145,7 @@ class GateEnd(BranchEnd):
 
         It does not if it or the gate was replaced, is hooked, is traced, or has lost its running statistics.
         """
-        norm = self._held[0].get_submodule(self.norm)
+        norm = self.block.get_submodule(self.norm)
         if type(norm) is not GatedBatchNorm2d or not isinstance(self.mechanism, ConstantGate):
             return False
         if norm.momentum is None or not norm.track_running_stats or norm.running_mean is None:
@@ -240,85 +238,6 @@ def hooked(module: nn.Module) -> bool:
         module._backward_pre_hooks,
     )
     return any(hooks) or "forward" in vars(module) or bool(_has_any_global_hook())
-
-
-#: What ``timm.utils.reparameterize_model`` calls, and some networks of timm themselves.
-_MERGING = ("fuse", "reparameterize", "switch_to_deploy")
-
-
-def gates_first(model: nn.Module) -> None:
-    """Make every method that merges branches or norms fold the gates first, which stand after those."""
-    for path, end in list(model.named_modules()):
-        if not isinstance(end, BranchEnd | GatedInput):
-            continue
-        parts = path.split(".")
-        for depth in range(len(parts)):
-            module = model.get_submodule(".".join(parts[:depth]))
-            methods = [name for name in _MERGING if inspect.isfunction(getattr(type(module), name, None))]
-            if depth == len(parts) - 1 and not any(hasattr(module, name) for name in _MERGING):
-                methods = ["reparameterize"]
-            for name in methods:
-                vars(module).setdefault(name, partial(merge, module, name))
-
-
-def merge(module: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
-    """Fold the gates in a module, then let it do what timm asks of it.
-
-    Raises:
-        ValueError: It would drop what stays, such as what depends on the image.
-    """
-    staying = _staying(module)
-    if staying and hasattr(type(module), method):
-        trial = copied(module)
-        made = _merged(trial, method, *args, **kwargs)
-        if len(_staying(made if isinstance(made, nn.Module) else trial)) < len(staying):
-            kind = type(getattr(staying[0], "mechanism", staying[0])).__name__
-            raise ValueError(
-                f"{type(module).__name__} cannot merge its branches: {kind} stands where they meet"
-            )
-    return _merged(module, method, *args, **kwargs)
-
-
-def _staying(module: nn.Module) -> list[nn.Module]:
-    """What stands at the ends of branches and is folded by nobody."""
-    ends = (m for m in module.modules() if isinstance(m, BranchEnd | FrozenGate))
-    return [m for m in ends if not isinstance(m, GateEnd)]
-
-
-def _merged(module: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
-    fuse_ends(module)
-    if _is_ours(module, method):
-        del vars(module)[method]
-    own = getattr(module, method, None)
-    return own(*args, **kwargs) if own else None
-
-
-def _is_ours(module: nn.Module, method: str) -> bool:
-    return getattr(vars(module).get(method), "func", None) is merge
-
-
-def fuse_ends(model: nn.Module) -> None:
-    """Multiply every gate that does not depend on the image into the parameters before it, in place.
-
-    Raises:
-        ValueError: There are no parameters to multiply one of the gates into.
-    """
-    for module in model.modules():
-        for name in _MERGING:
-            if _is_ours(module, name):
-                del vars(module)[name]
-    for path, module in list(model.named_modules()):
-        if isinstance(module, GateEnd | GatedInput | GatedNorm):
-            end = module.gate_end[0] if isinstance(module, GatedInput) else module
-            try:
-                left = module.fuse()
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, left)
-            if isinstance(end, GateEnd):
-                delattr(end.home, end.key)
-    gates_first(model)  # of what is left
 
 
 def scale_parameters(block: nn.Module, branch: Branch, gate: Tensor) -> None:

@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .branches import branches, copied, evaluating, example_input
 from .compare import FoldError, Inputs, above_bound, call, compared, relative, relative_difference, unwrapped
-from .ends import fuse_ends, scale, tensor_at, without_mixin
+from .ends import scale, tensor_at, without_mixin
 from .layers import SSIA, ConstantGate
+from .merging import fuse_ends
 from .models import mechanism as row_of
 from .models import model_names, parse_name
 from .models.deployed import conv_norm_pairs, fuse_conv_norms, separate_norms

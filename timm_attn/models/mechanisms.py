@@ -16,11 +16,12 @@ from timm.layers import EcaModule, RmsNorm, RmsNorm2d, SEModule, SimpleNorm, Sim
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
-from ..branches import Branch, branches, runs
+from ..branches import Branch, branches, first_parameter, runs
 from ..dia_end import DIAEnd, DIARun
-from ..ends import BranchEnd, GatedInput, GatedNorm, GateEnd, gates_first, mixed
+from ..ends import BranchEnd, GatedInput, GatedNorm, GateEnd, mixed
 from ..layers import ASR, SEM, SPEM, ConAM, ConstantGate, DIACell
 from ..layers.options import check_choice, check_flag, check_whole
+from ..merging import gates_first
 from ..papers import PAPERS, TIMM, Paper
 from .backbones import Backbone, paper_se, spec_of
 from .cifar import CifarResNetV2
@@ -99,7 +100,7 @@ def options_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _like(model: nn.Module) -> dict[str, Any]:
     """Device and dtype for what is put into a network."""
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    parameter = first_parameter(model)
     return {"device": parameter.device, "dtype": parameter.dtype}
 
 

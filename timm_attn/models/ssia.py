@@ -11,7 +11,7 @@ from timm.layers.patch_dropout import PatchDropoutWithIndices
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..branches import evaluating, taking
+from ..branches import evaluating, first_parameter, taking
 from ..compare import BOUNDS, double, relative
 from ..ends import mixed
 from ..layers import SSIA
@@ -67,7 +67,6 @@ def check_forward(model: Any, images: Tensor) -> None:
     Raises:
         ValueError: Its ``forward`` does more than its parts.
     """
-    images = images.to(next(model.parameters()).device)
     outputs, devices = [], [images.device] if images.device.type == "cuda" else []
     with taking(model, images), evaluating(model), torch.random.fork_rng(devices):
         model.training = True  # its modules stay as they are
@@ -108,7 +107,7 @@ def put_ssia(model: Any, target: str, aux_weight: float) -> None:
     first = modules.get(info[0]["module"])
     if first is not None and not list(first.parameters()):  # the activation that ends a stem
         info = info[1:]
-    parameter = next(model.parameters())
+    parameter = first_parameter(model)
     widths = [stage["num_chs"] for stage in info]
     ssia = SSIA(widths, target, aux_weight, device=parameter.device, dtype=parameter.dtype)
     model.__class__ = mixed(SSIANetwork, type(model))
