@@ -32,7 +32,7 @@ from timm_attn.compare import FoldError
 from timm_attn.errors import UserError
 from timm_attn.models.deployed import fuse_conv_norms
 from timm_attn.publish import export
-from timm_attn.publish.export import link
+from timm_attn.publish.folders import link
 from timm_attn.publish.render import render
 from timm_attn.training.processes import keep_freed_memory
 from timm_attn.training.seeds import gather_seeds

@@ -1,12 +1,16 @@
 """Hub folders: exported, found by name, loaded by plain timm, published to a server on loopback."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import statistics
 import subprocess
 import sys
+import threading
+import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import import_module
 
@@ -25,6 +29,7 @@ from timm_attn.training import Recipe, train, train_seeds, validate
 from timm_attn.weights import WeightsError, read_index, sha256, store
 
 exports = import_module("timm_attn.publish.export")  # the package has the function under that name
+folders = import_module("timm_attn.publish.folders")
 RECIPE = Recipe(data="digits", img_size=16, crop_padding=2, batch_size=256, lr=0.1, epochs=1)
 # Norm weights of zero would leave branches so small that folding them moves no bit of the logits on some CPUs.
 NARROW = ("channels=[8,8,16,16]", "zero_init_last=False")
@@ -44,7 +49,7 @@ def hub(tmp_path_factory):
 
 def test_export_lays_out_repositories(hub):
     folder, _ = hub
-    names = {p.name for p in folder.iterdir()} - {"results.csv"}
+    names = {p.name for p in folder.iterdir()} - {"results.csv", ".index.lock"}
     folded = "resnet18.asr_sgd_digits_folded"
     fused = "resnet20_dia.sgd_digits_folded"
     assert names == {"resnet20_dia.sgd_digits", fused, "resnet18_asr.sgd_digits", folded, "index.json"}
@@ -227,14 +232,14 @@ def test_two_exports_at_once_keep_each_others_work(hub, tmp_path, monkeypatch):
     _, runs = hub
     folder, waiting = tmp_path / "hub", []
 
-    def late(*arguments, original=exports.rendered, **options):  # all is measured, then another one ends
+    def late(*arguments, original=folders.add):  # all is measured, then another one ends
         if waiting:
             with monkeypatch.context() as another_process:
-                another_process.setattr(exports.os, "getpid", lambda: 1)
+                another_process.setattr(folders.os, "getpid", lambda: 1)
                 export(runs / "dia", waiting.pop(), folder)
-        return original(*arguments, **options)
+        return original(*arguments)
 
-    monkeypatch.setattr(exports, "rendered", late)
+    monkeypatch.setattr(exports, "add", late)
     waiting.append("b")
     export(runs / "dia", "a", folder)
     waiting.append("c")
@@ -243,6 +248,49 @@ def test_two_exports_at_once_keep_each_others_work(hub, tmp_path, monkeypatch):
     names = {f"resnet20_dia.{tag}{form}" for tag in "abc" for form in ("", "_folded")}
     assert {c.name for c in read_index(folder)} == names
     assert {p.name for p in folder.iterdir() if p.is_dir()} == names
+
+
+def test_an_index_is_extended_by_one_at_a_time(hub, tmp_path, monkeypatch):
+    source, _ = hub
+    both = threading.Barrier(2)
+
+    def together(folder, original=folders.read_index):
+        found = original(folder)
+        with contextlib.suppress(
+            threading.BrokenBarrierError
+        ):  # if there is a lock, the other one waits for it
+            both.wait(1)
+        return found
+
+    monkeypatch.setattr(folders, "read_index", together)
+    (tmp_path / "hub").mkdir()
+    shutil.copy(source / "index.json", tmp_path / "hub")
+
+    def add(tag):
+        name = f"resnet20_dia.{tag}"
+        with folders.new_folders(tmp_path / "hub", [name]) as (new,):
+            for path in (source / "resnet20_dia.sgd_digits").iterdir():
+                if path.is_file():
+                    shutil.copy(path, new)
+            (entry,) = (c for c in read_index(source) if c.name == "resnet20_dia.sgd_digits")
+            place = {"name": name, "tag": tag, "folder": tmp_path / "hub" / name}
+            folders.add(tmp_path / "hub", {new: dataclasses.replace(entry, **place)})
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(add, ("a", "b")))
+    assert {"resnet20_dia.a", "resnet20_dia.b"} < {c.name for c in read_index(tmp_path / "hub")}
+
+
+def test_images_of_another_place_are_compared_with_the_runs(hub, tmp_path):
+    _, runs = hub
+    run = shutil.copytree(runs / "dia", tmp_path / "run")
+    environment = json.loads((run / "environment.json").read_text())
+    environment["fingerprints"]["test"] = "0" * 32
+    (run / "environment.json").write_text(json.dumps(environment))
+    with pytest.warns(UserWarning, match=r"test of digits is not what .*run was evaluated on"):
+        export(run, "t", tmp_path / "hub", data="digits")
+    with warnings.catch_warnings(action="error"):
+        exports._evaluation(runs / "dia", "digits")
 
 
 def test_an_index_of_other_software_is_none_of_ours(hub, tmp_path):

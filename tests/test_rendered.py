@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from timm_attn.errors import UserError
 from timm_attn.papers import PAPERS
 from timm_attn.publish.card import card, eval_results, half_width, judge
-from timm_attn.publish.export import link
+from timm_attn.publish.folders import link
 from timm_attn.publish.render import render
 from timm_attn.training.seeds import spread
 from timm_attn.weights import read_index

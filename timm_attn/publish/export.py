@@ -2,11 +2,9 @@
 
 import dataclasses
 import itertools
-import os
-import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ from ..compare import BOUNDS, FoldError, relative_difference
 from ..errors import UserError
 from ..fold import NothingToFold, example_input, fold
 from ..load import RECIPE, load_model
-from ..models import GRAFT, model_names, parse_name, stock_model
 from ..models import mechanism as row_of
+from ..models import model_names, parse_name, stock_model
 from ..papers import PAPERS, TIMM
 from ..training import Recipe, validate
 from ..training.data import load_split
@@ -27,10 +25,10 @@ from ..training.recipe_file import load_recipe
 from ..training.run import CURVES, METRICS, RESULTS, machines, open_run, read_results, run_recipe, save_model
 from ..training.seeds import is_seeds, seed_runs, spread
 from ..training.splits import HELD_OUT, split_options
-from ..weights import CONFIG, INDEX, Checkpoint, read_config, read_index, sha256, write_index
+from ..weights import Checkpoint
 from .datasets import license_of
 from .deploy import ONNX, PROGRAM, write_onnx, write_program
-from .render import render, rendered
+from .folders import add, check_free, check_tag, described, new_folders
 
 WRITERS = {ONNX: write_onnx, PROGRAM: write_program}
 FIGURES = ("top1", "top5", "loss")
@@ -88,10 +86,7 @@ def export(
         raise UserError(f"{hub} is a file: name a folder with --hub")
     forms_of = {run: _forms(environment["model"], tag, run) for run in runs}
     for form in itertools.chain(*forms_of.values()):
-        if (hub / form.name).exists():
-            raise UserError(
-                f"{hub / form.name} is there already: choose another --tag or --hub, or remove it"
-            )
+        check_free(hub, form.name)
     recipes = {run: _evaluation(run, data) for run in runs}  # which looks at the data, once for each
     run, measured = _median(forms_of, recipes)
     environment, forms, trained = open_run(run), forms_of[run], load_recipe(run / RECIPE)
@@ -124,17 +119,10 @@ def export(
         "caveats": [paper.caveat] if paper.caveat else [],
     }
     runtimes = [name for name, wanted in ((ONNX, onnx), (PROGRAM, torch_export)) if wanted]
-    written: list[Checkpoint] = []
-    partials: list[tuple[Path, Path]] = []
-    renamed: list[Path] = []
-    try:
-        for form in forms:
-            hub.mkdir(parents=True, exist_ok=True)
-            partial = hub / f".{form.name}.{os.getpid()}.partial"
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-            partial.mkdir()
-            partials.append((partial, hub / form.name))
-            checkpoint = _write(partial, form, run, recipe, runtimes, {**resolved, "data": dataset})
+    filled: dict[Path, Checkpoint] = {}
+    with new_folders(hub, [form.name for form in forms]) as folders:
+        for form, folder in zip(forms, folders, strict=True):
+            checkpoint = _write(folder, form, run, recipe, runtimes, {**resolved, "data": dataset})
             figures = {
                 **{load_recipe(r / RECIPE).seed: f[form.name] for r, f in measured.items() if form.name in f},
                 trained.seed: checkpoint.metrics,
@@ -144,71 +132,10 @@ def export(
                 **{key: spread([figures[seed][key] for seed in sorted(figures)]) for key in FIGURES},
             }
             folded = forms[1].name if form.folded_from is None and len(forms) > 1 else None
-            written.append(
-                dataclasses.replace(
-                    checkpoint, folder=hub / form.name, over_seeds=over, folded=folded, **fields
-                )
+            filled[folder] = dataclasses.replace(
+                checkpoint, folder=hub / form.name, over_seeds=over, folded=folded, **fields
             )
-        for (partial, _), checkpoint in zip(partials, written, strict=True):
-            for path, text in rendered(checkpoint, link([*_listed(hub), *written])).items():
-                (partial / path).parent.mkdir(exist_ok=True)
-                (partial / path).write_text(text, encoding="utf-8")
-        for partial, final in partials:
-            if final.exists():
-                raise UserError(f"{final} has been written meanwhile: choose another --tag or --hub")
-            partial.rename(final)
-            renamed.append(final)
-    except BaseException:
-        for folder in (*(partial for partial, _ in partials), *renamed):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    linked = link([*_listed(hub), *written])
-    write_index(hub, linked)
-    render(hub)  # the cards of those that were there may name the new ones
-    return [c for c in linked if c.name in {form.name for form in forms}]
-
-
-def _listed(hub: Path) -> list[Checkpoint]:
-    """What the index lists by now: others may have exported meanwhile."""
-    return read_index(hub) if (hub / INDEX).is_file() else []
-
-
-def check_tag(tag: str) -> None:
-    """Raise a UserError if a checkpoint cannot be named so."""
-    if not re.fullmatch("[A-Za-z0-9_]+", tag) or not tag.strip("_"):
-        raise UserError(f"tag {tag!r} must be letters, digits and underscores, e.g. sgd_c10")
-    if tag.startswith(GRAFT):
-        raise UserError(f"tag {tag!r} would stand for grafted weights: begin it otherwise than with {GRAFT}")
-
-
-def link(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
-    """Entries of an index with their controls: plain and SE networks of the same backbone and recipe."""
-    checkpoints = list(checkpoints)
-    by_name = {c.name: c for c in checkpoints}
-
-    def key(checkpoint: Checkpoint) -> tuple[Any, ...]:
-        trained = by_name.get(checkpoint.derived_from or "", checkpoint)
-        backbone = (
-            parse_name(trained.architecture)[0]
-            if trained.architecture in model_names()
-            else trained.architecture
-        )
-        # What a field without a value says, older recipes say by not having it.
-        recipe = {k: v for k, v in trained.recipe.items() if k != "model_kwargs" and v is not None}
-        return backbone, recipe, checkpoint.dataset.get("id")
-
-    controls = [c for c in checkpoints if c.is_control and not c.derived_from]
-    return [
-        dataclasses.replace(
-            c,
-            controls=[
-                other.name
-                for other in controls
-                if other.name not in (c.name, c.derived_from) and key(other) == key(c)
-            ],
-        )
-        for c in checkpoints
-    ]
+        return add(hub, filled)
 
 
 def _finished(run: Path) -> list[Path]:
@@ -225,6 +152,9 @@ def _finished(run: Path) -> list[Path]:
 def _evaluation(run: Path, data: str | None) -> Recipe:
     """A run's recipe, to evaluate it in float32 on what the run reports, whatever splits the data has by now.
 
+    Warns:
+        UserWarning: What is named holds other images than the run was evaluated on.
+
     Raises:
         UserError: The data is where it was, and has changed.
     """
@@ -232,13 +162,18 @@ def _evaluation(run: Path, data: str | None) -> Recipe:
     split = _reported(environment)
     recipe = dataclasses.replace(run_recipe(run, data), eval_split=split, precision="no")
     then = environment.get("fingerprints", {}).get(split)  # runs of older versions have none
-    # What is named is taken; held-out images are checked when they are read.
-    if data is None and then is not None and not split.endswith(HELD_OUT):
+    if then is not None and not split.endswith(HELD_OUT):  # held-out images are checked when they are read
         now = load_split(recipe.data, "eval", split, encoded=True, **split_options(recipe, None)).fingerprint
-        if now != then:
+        if now != then and data is None:
             raise UserError(
                 f"the split {split} of {recipe.data} has changed since {run} was evaluated on it: "
                 "restore it, or name its place with --data"
+            )
+        if now != then:
+            warnings.warn(
+                f"the split {split} of {recipe.data} is not what {run} was evaluated on (its images, labels "
+                "or their order): the cards give the figures of these images under the name of the others",
+                stacklevel=3,
             )
     return recipe
 
@@ -312,17 +247,13 @@ def _write(
     for name in (CURVES, METRICS):
         shutil.copy(run / name, folder / name)
     (folder / RECIPE).write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
-    config = read_config(folder / CONFIG)
-    cfg = {"num_classes": config["num_classes"], "label_names": config["label_names"]}
     return Checkpoint(
         name=form.name,
         folder=folder,
         architecture=form.architecture,
         tag=form.tag,
-        pretrained_cfg={**config["pretrained_cfg"], **cfg},
-        model_args=config.get("model_args", {}),
-        files={p.name: {"sha256": sha256(p), "size": p.stat().st_size} for p in sorted(folder.iterdir())},
         metrics=metrics,
         runtimes=differences,
         folded_from=form.folded_from,
+        **described(folder),
     )

@@ -15,9 +15,8 @@ from ..training.freezing import PICTURE, REPORT
 from ..training.recipe_file import load_recipe
 from ..training.run import save_model, weights_digest
 from ..training.seeds import spread
-from ..weights import CONFIG, INDEX, Checkpoint, read_config, read_index, sha256, write_index
-from .export import check_tag
-from .render import render, rendered
+from ..weights import INDEX, Checkpoint, read_index
+from .folders import add, check_free, check_tag, described, new_folders
 
 _COPIED = ("gates", "frozen", "budget", "steps", "images", "before", "after", "batch_size", "hardware")
 _COPIED += ("means", "split")
@@ -50,34 +49,28 @@ def export_frozen(folder: Path, tag: str, hub: Path, data: str | None = None) ->
     model: Any = load_model(f"local-dir:{folder}")
     architecture = model.pretrained_cfg["architecture"]
     name = f"{architecture}.{tag}"
-    if (hub / name).exists():
-        raise UserError(f"{hub / name} is there already: choose another --tag or --hub, or remove it")
+    check_free(hub, name)
     recipe = dataclasses.replace(
         load_recipe(original.folder / RECIPE),
         data=data or report["data"],
         eval_split=str(original.dataset["split"]),
         precision="no",
     )
-    partial = hub / f".{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folders(hub, [name]) as (new,):
         model.pretrained_cfg = model.default_cfg = {
             "license": original.pretrained_cfg.get("license", "apache-2.0"),
             **model.pretrained_cfg,
             "tag": tag,
         }
-        save_model(model, partial, list(model.pretrained_cfg["label_names"]))
-        loaded = load_model(f"local-dir:{partial}")
+        save_model(model, new, list(model.pretrained_cfg["label_names"]))
+        loaded = load_model(f"local-dir:{new}")
         measured = validate(loaded, recipe)
         figures = {key: measured[key] for key in ("top1", "top5", "loss")}
         for path in (folder / PICTURE, original.folder / RECIPE):
-            shutil.copy(path, partial / path.name)
+            shutil.copy(path, new / path.name)
         # Where things lay is nobody's business.
         shown = {**report, "source": original.name, "data": original.dataset["id"]}
-        (partial / REPORT).write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
-        config = read_config(partial / CONFIG)
-        labels = {"num_classes": config["num_classes"], "label_names": config["label_names"]}
+        (new / REPORT).write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
         checkpoint = dataclasses.replace(
             original,
             name=name,
@@ -86,11 +79,6 @@ def export_frozen(folder: Path, tag: str, hub: Path, data: str | None = None) ->
             tag=tag,
             repo_id=None,
             revision=None,
-            pretrained_cfg={**config["pretrained_cfg"], **labels},
-            model_args=config.get("model_args", {}),
-            files={
-                p.name: {"sha256": sha256(p), "size": p.stat().st_size} for p in sorted(partial.iterdir())
-            },
             metrics={
                 **{key: original.metrics[key] for key in ("epoch", "seed")},
                 **{key: measured[key] for key in (*figures, "images", "skipped") if key in measured},
@@ -106,17 +94,10 @@ def export_frozen(folder: Path, tag: str, hub: Path, data: str | None = None) ->
             folded=None,
             frozen_from=original.name,
             frozen=_summary(report),
+            **described(new),
         )
-        for path, text in rendered(checkpoint, [*read_index(hub), checkpoint]).items():
-            (partial / path).parent.mkdir(exist_ok=True)
-            (partial / path).write_text(text, encoding="utf-8")
-        partial.rename(hub / name)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    write_index(hub, [*read_index(hub), checkpoint])
-    render(hub)
-    return checkpoint
+        (added,) = add(hub, {new: checkpoint})
+    return added
 
 
 def _report(path: Path) -> dict[str, Any]:
