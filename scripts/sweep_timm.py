@@ -27,7 +27,7 @@ import timm_attn
 from timm_attn.branches import branches, example_input
 from timm_attn.compare import relative_difference
 from timm_attn.files import read_csv
-from timm_attn.models.mechanisms import norm_layers
+from timm_attn.models.placing import norm_layers
 
 FIELDS = (
     *("architecture", "module", "parameters", "branches", "once", "folding", "norms", "found"),

@@ -5,43 +5,38 @@ a row.
 """
 
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import timm
-from timm.layers import EcaModule, RmsNorm, RmsNorm2d, SEModule, SimpleNorm, SimpleNorm2d, get_attn
-from timm.models.resnet import BasicBlock, Bottleneck
+from timm.layers import EcaModule, SEModule, get_attn
 from torch import nn
 
-from ..branches import Branch, branches, first_parameter, runs
+from ..branches import runs
 from ..dia_end import DIAEnd, DIARun
-from ..ends import BranchEnd, GatedInput, GatedNorm, GateEnd, mixed
+from ..ends import BranchEnd, GatedNorm, GateEnd, mixed
 from ..layers import ASR, SEM, SPEM, ConAM, ConstantGate, DIACell
 from ..layers.options import check_choice, check_flag, check_whole
 from ..merging import gates_first
 from ..papers import PAPERS, TIMM, Paper
 from .backbones import Backbone, paper_se, spec_of
 from .cifar import CifarResNetV2
+from .placing import (
+    branches_taking_gates,
+    branches_with_own_slots,
+    free_name,
+    like,
+    norm_layers,
+    stand,
+)
 from .resnet_only import put_conam, put_fmm, residual_blocks
 from .ssia import put_ssia
 
 #: A network, images that it takes, and the mechanism's options as keyword-only parameters; changes the
 #: network or, if it raises, leaves it as it is.
 Put = Callable[..., None]
-
-NORMS = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    RmsNorm,
-    RmsNorm2d,
-    SimpleNorm,
-    SimpleNorm2d,
-)
 
 
 @dataclass(frozen=True)
@@ -98,69 +93,6 @@ def options_of(function: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def _like(model: nn.Module) -> dict[str, Any]:
-    """Device and dtype for what is put into a network."""
-    parameter = first_parameter(model)
-    return {"device": parameter.device, "dtype": parameter.dtype}
-
-
-def _found(model: nn.Module, images: Any) -> list[Branch]:
-    found = branches(model, images)
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no residual branch that ends in a slot for stochastic depth "
-            "(drop_path): asr takes where='norms' there"
-        )
-    return found
-
-
-def _passed_once(model: nn.Module, images: Any) -> list[Branch]:
-    """The branches that have a slot of their own, where a mechanism can read what leaves them.
-
-    Raises:
-        ValueError: There are none.
-    """
-    found = _found(model, images)
-    several = [f"{branch.block}.{branch.slot}" for branch in found if branch.calls > 1]
-    name = type(model).__name__
-    if len(several) == len(found):
-        raise ValueError(
-            f"the residual branches of {name} share their slots for stochastic depth (such as {several[0]}), "
-            "so that only a constant gate can stand there: try asr"
-        )
-    if several:
-        warnings.warn(
-            f"{len(several)} of {len(found)} slots for stochastic depth of {name} get nothing, as several "
-            f"residual branches pass them, such as {several[0]}",
-            stacklevel=4,
-        )
-    return [branch for branch in found if branch.calls == 1]
-
-
-def _stand(model: nn.Module, ends: Sequence[tuple[Branch, str, nn.Module]], make: Any = BranchEnd) -> None:
-    """Put modules at the ends of branches, registered in the block under the mechanism's name."""
-    for branch, key, module in ends:
-        block = model.get_submodule(branch.block)
-        module.train(block.training)
-        # timm's own place: ``se`` in the block of a ResNet. Elsewhere it may be in the middle of the branch.
-        if isinstance(block, BasicBlock | Bottleneck) and getattr(block, key, model) is None:
-            setattr(block, key, module)
-            model.attached = key  # pyright: ignore[reportArgumentType]
-            continue
-        end = make(block, branch, _free_name(block, key + branch.suffix), module)
-        if make is GateEnd and branch.attention:
-            attention: Any = block.get_submodule(branch.attention)
-            attention.__class__ = mixed(GatedInput, type(attention))
-            attention.gate_end, end.inner = (end,), None
-        else:
-            setattr(block, branch.slot, end.train(block.training))
-    gates_first(model)
-
-
-def _free_name(block: nn.Module, name: str) -> str:
-    return f"branch_{name}" if hasattr(block, name) else name
-
-
 def on_branches(key: str, layer: Callable[..., nn.Module]) -> Put:
     """Put a module at the end of every residual branch, before the shortcut is added.
 
@@ -174,40 +106,16 @@ def on_branches(key: str, layer: Callable[..., nn.Module]) -> Put:
 
     def put(model: nn.Module, images: Any, **given: Any) -> None:
         constant = isinstance(layer, type) and issubclass(layer, ConstantGate)
-        found = _taking_gates(model, images) if constant else _passed_once(model, images)
+        found = branches_taking_gates(model, images) if constant else branches_with_own_slots(model, images)
         try:
-            ends = [(b, key, layer(b.channels, **given, **_like(model))) for b in found]
+            ends = [(b, key, layer(b.channels, **given, **like(model))) for b in found]
         except AssertionError as error:  # of some of timm's
             raise ValueError(f"{key} cannot stand at the ends of branches: {error}") from None
-        _stand(model, ends, GateEnd if constant else BranchEnd)
+        stand(model, ends, GateEnd if constant else BranchEnd)
 
     keyword_only = [p.replace(kind=p.KEYWORD_ONLY) for p in options]
     put.__signature__ = inspect.Signature(keyword_only)  # pyright: ignore[reportFunctionMemberAccess]
     return put
-
-
-def _taking_gates(model: nn.Module, images: Any) -> list[Branch]:
-    """The branches that end in what takes in a constant gate.
-
-    Raises:
-        ValueError: There are none.
-    """
-    found = _found(model, images)
-    taking = [branch for branch in found if branch.affine]
-    stuck = [f"{branch.block}.{branch.slot}" for branch in found if not branch.affine]
-    name = type(model).__name__
-    if not taking:
-        raise ValueError(
-            f"the residual branches of {name} end in nothing that takes in a constant gate (such as "
-            f"{stuck[0]}): asr takes where='norms' there"
-        )
-    if stuck:
-        warnings.warn(
-            f"{len(stuck)} of {len(found)} residual branches of {name} get no gate, as they end in nothing "
-            f"that takes it in, such as {stuck[0]}",
-            stacklevel=4,
-        )
-    return taking
 
 
 def _asr(
@@ -220,10 +128,10 @@ def _asr(
     where: str = "branches",
 ) -> None:
     check_choice("ASR where", where, ("branches", "norms"))
-    make = partial(ASR, delta=delta, generator=generator, reduction=reduction, **_like(model))
+    make = partial(ASR, delta=delta, generator=generator, reduction=reduction, **like(model))
     if where == "branches":
-        ends = [(b, "asr", make(b.channels)) for b in _taking_gates(model, images)]
-        return _stand(model, ends, GateEnd)
+        ends = [(b, "asr", make(b.channels)) for b in branches_taking_gates(model, images)]
+        return stand(model, ends, GateEnd)
     norms = norm_layers(model)
     if not norms:
         raise ValueError(f"{type(model).__name__} has no norm layer with a weight for each channel")
@@ -231,12 +139,6 @@ def _asr(
     for norm, gate in zip(norms, gates, strict=True):
         norm.asr, norm.gated_by = gate.train(norm.training), "asr"  # pyright: ignore
         norm.__class__ = mixed(GatedNorm, type(norm))
-
-
-def norm_layers(model: nn.Module) -> list[Any]:
-    """The norm layers of a network that have a weight for each channel."""
-    norms: list[Any] = [module for module in model.modules() if isinstance(module, NORMS)]
-    return [norm for norm in norms if norm.weight is not None and norm.weight.dim() == 1]
 
 
 def _asr_stock(backbone: str, *, attention: Any = None) -> tuple[str, dict[str, Any]]:
@@ -276,20 +178,24 @@ def _dia(
     if norm is None:
         norm = isinstance(model, CifarResNetV2)  # where the authors' branches would end in a convolution
     check_flag("DIA norm", norm)
-    found = _passed_once(model, images)
+    found = branches_with_own_slots(model, images)
     if norm and any(branch.axis != 1 for branch in found):
         raise ValueError(f"DIA norm=True needs maps B × C × H × W, and {type(model).__name__} has others")
-    made = [(run, DIACell(run[0].channels, reduction, **_like(model))) for run in runs(found)]
+    made = [(run, DIACell(run[0].channels, reduction, **like(model))) for run in runs(found)]
     for run, cell in made:
         first = model.get_submodule(run[0].block)
         cell.train(first.training)
-        key = _free_name(first, "dia" + run[0].suffix)
+        key = free_name(first, "dia" + run[0].suffix)
         shared, home = DIARun(len(run)), None
         for step, branch in enumerate(run):
             block = model.get_submodule(branch.block)
             if norm:
-                name = _free_name(block, "dia_norm" + branch.suffix)
-                setattr(block, name, nn.BatchNorm2d(branch.channels, **_like(model)).train(block.training))
+                name = free_name(block, "dia_norm" + branch.suffix)
+                setattr(
+                    block,
+                    name,
+                    nn.BatchNorm2d(branch.channels, **like(model)).train(block.training),
+                )
                 branch = replace(branch, affine=(f"{name}.weight", f"{name}.bias"), attention="")
             end = DIAEnd(block, branch, key, None if home else cell, home, shared, step, norm)
             home = end.home
@@ -322,7 +228,7 @@ def _conam(
     for stage, size in sizes.items():
         block = stages[stage][0]
         width = block.conv1.in_channels
-        places.append((block, ConAM(width, grid, size, reduction, temperature, **_like(model))))
+        places.append((block, ConAM(width, grid, size, reduction, temperature, **like(model))))
     put_conam(model, places)
 
 
