@@ -102,9 +102,9 @@ def transfer() -> str:
     return markdown(["network", "images", "learning rate", "top-1 (%), mean ± std (n)", FROM_PLAIN], table)
 
 
-def freeze_accuracy() -> str:
+def freeze_accuracy(name: str) -> str:
     """Top-1 lost by freezing within budgets, over seeds."""
-    rows = read_csv(RESULTS / "freeze_accuracy.csv")
+    rows = read_csv(RESULTS / name)
     assert len({row["data"] for row in rows}) == 1, "a table for each data set"
     steps = next(row["recover"] for row in rows if row["recover"] != "0")
     table = []
@@ -116,12 +116,11 @@ def freeze_accuracy() -> str:
                 for row in rows
                 if (row["network"], row["budget"], row["recover"]) == (network, budget, recover)
             ]
-            lost = [float(row["top1_before"]) - float(row["top1"]) for row in found]
+            lost = {i: float(row["top1_before"]) - float(row["top1"]) for i, row in enumerate(found)}
             gates = " ".join(row["frozen"] for row in found)
             kept = sum(row["recovered"] == "1" for row in found)
             gates += f" ({kept} of {len(found)})" if recover != "0" else ""
-            figures = (statistics.mean(lost), statistics.stdev(lost), len(lost)) if lost else ()
-            cells += [gates, "{:.2f} ± {:.2f} ({})".format(*figures) if figures else ""]
+            cells += [gates if lost else "", over_seeds(lost) if lost else ""]
         table.append(cells)
     header = ["model", "budget (points)", "gates frozen, by seed", "top-1 lost (points), mean ± std (n)"]
     recovery = f"gates frozen, with {steps} steps of recovery (runs in which it was kept)"

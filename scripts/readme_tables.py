@@ -14,7 +14,7 @@ def tables() -> dict[str, str]:
     """Every other rendered table, by name."""
     return {
         "short results": short_results(),
-        "freeze accuracy": freeze_accuracy(),
+        "freeze accuracy": freeze_accuracy("freeze_accuracy.csv"),
         "freeze speed": freeze_speed(),
         "comparison": comparison(),
         "tiny": from_scratch("tiny", "resnet20"),
