@@ -90,6 +90,16 @@ def test_a_finished_run_is_a_model(run):
     assert torch.equal(by_timm(x), model(x))
 
 
+def test_float32_is_what_is_computed_in_whatever_the_user_has_chosen(run, monkeypatch):
+    convolutions, seen = torch.backends.cudnn.conv, []
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")  # then allow_tf32 raises
+    model = load_model(str(run[0]))
+    model.register_forward_hook(lambda *_: seen.append(convolutions.fp32_precision))
+    validate(model, Recipe(data="digits"))
+    assert set(seen) == {"ieee"} and convolutions.fp32_precision == "tf32"
+
+
 def test_resuming_a_finished_run_changes_nothing(run):
     folder, result = run
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}

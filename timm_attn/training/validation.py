@@ -208,12 +208,13 @@ def evaluated(model: Any, recipe: Recipe, show: bool = False, source: str | Path
 @contextmanager
 def _no_tf32() -> Iterator[None]:
     """Let GPUs compute convolutions of float32 in float32, which PyTorch does not by default."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    convolutions: Any = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision  # allow_tf32 raises where this has been used
+    convolutions.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        convolutions.fp32_precision = before
 
 
 @own_accelerate_state()
