@@ -602,6 +602,9 @@ def test_every_network_of_timm_can_be_had_by_name():
         timm_attn.create_model("test_vit", attention="conam")
     with pytest.raises(ValueError, match="ASR has attention='se' on top in blocks of timm's ResNet only"):
         timm_attn.create_model("test_vit", attention="asr_se")
+    with pytest.raises(ValueError, match="timm has no network 'resnet5': did you mean resnet"):
+        timm_attn.register("resnet5", "asr")
+    assert not {"test_vit_conam", "test_vit_asr_se", "resnet5_asr"} & {*timm.list_models()}
 
 
 # --------------------------------------------------------------------------------------------------- bad input

@@ -75,6 +75,35 @@ def test_grafts_compute_what_timms_checkpoints_compute(server, tmp_path):
     assert result.stdout.split() == NAMES
 
 
+def test_a_tag_says_which_of_timms_weights_are_grafted(server, tmp_path):
+    torch.manual_seed(1)
+    stock = randomise(timm.create_model("resnet18", **SMALL))
+    server.put_files("timm/resnet18.gluon_in1k", {"model.safetensors": save(stock.state_dict())})
+    code = f"""
+import timm, timm_attn, torch
+x = torch.randn(2, 3, 64, 64)
+model = timm_attn.create_model("resnet18.gluon_in1k", attention="asr", pretrained=True, **{SMALL!r}).eval()
+stock = timm.create_model("resnet18.gluon_in1k", pretrained=True, **{SMALL!r}).eval()
+default = timm_attn.create_model("resnet18", attention="asr", pretrained=True, **{SMALL!r}).eval()
+expected = stock(x)
+assert (model(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+assert (default(x) - expected).abs().max() > 1e-2 * expected.abs().max()
+assert model.pretrained_cfg["tag"] == "graft_gluon_in1k" and default.pretrained_cfg["tag"] == "graft_a1_in1k"
+"""
+    env = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}
+    result = run_code(code, cwd=tmp_path, env=env)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_a_tag_that_cannot_be_grafted_is_refused_by_its_name():
+    with pytest.raises(ValueError, match="resnet50 has no weights 'nope': choose from a1_in1k, "):
+        timm_attn.create_model("resnet50.nope", attention="asr")
+    with pytest.raises(ValueError, match=r"take timm_attn.graft\('resnet20_asr', 'resnet20.cpu_c10'\)"):
+        timm_attn.create_model("resnet20.cpu_c10", attention="asr")
+    with pytest.raises(timm_attn.GraftError, match="fmmnet50 cannot be grafted"):
+        timm_attn.create_model("resnet50.a2_in1k", attention="fmm")
+
+
 def test_a_grafted_model_that_was_trained_on_loads_back(server, tmp_path):
     code = f"""
 import timm, timm_attn, torch

@@ -14,7 +14,7 @@ from .ends import BranchEnd, GatedInput, GatedNorm, GateEnd, tensor_at
 from .fold import fold
 from .layers import ConAM, ConstantGate
 from .layers.fmm import FMM
-from .models import GRAFT, register
+from .models import register, register_graft
 from .models.mechanisms import mechanism as row_of
 from .models.mechanisms import options_of
 from .models.ssia import SSIANetwork, check_forward
@@ -135,17 +135,17 @@ def create_model(
         model_name: Name of a network of timm or this package.
         attention: The mechanism, as for ``attach``. The combined name, such as ``resnet50_dia``, is
             registered with timm if necessary.
-        pretrained: Load timm's weights of the stock network; the mechanism is initialised so that the outputs
-            do not change.
+        pretrained: Load weights. Of a name with a tag, such as ``resnet50.a2_in1k``, these are timm's of the
+            stock network, and the mechanism is initialised so that the outputs do not change. Without a tag,
+            weights that were trained with the mechanism come first, then those of timm's default tag.
         kwargs: Options of the mechanism, and arguments of ``timm.create_model``.
 
     Raises:
         GraftError: The mechanism cannot be initialised without changing the outputs.
-        ValueError: As for ``attach``.
+        ValueError: As for ``attach``; or timm has no such weights.
     """
     if attention is None:
         return timm.create_model(model_name, pretrained=pretrained, **kwargs)
     architecture, _, tag = model_name.partition(".")
-    return timm.create_model(
-        register(architecture, attention) + (f".{GRAFT}{tag}" if tag else ""), pretrained=pretrained, **kwargs
-    )
+    name = register(architecture, attention)
+    return timm.create_model(register_graft(name, tag) if tag else name, pretrained=pretrained, **kwargs)

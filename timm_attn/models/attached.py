@@ -17,6 +17,7 @@ The classes of the layers document the options. timm lists a model under the las
 
 import warnings
 from contextlib import suppress
+from difflib import get_close_matches
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from .grafting import (
     start_constant,
 )
 from .mechanisms import MECHANISMS, mechanism, options_of
+from .resnet_only import residual_blocks
 
 #: Prefix of the tags of weights that are grafted from a stock network.
 GRAFT = "graft_"
@@ -53,6 +55,8 @@ def _name(backbone: str, key: str) -> str:
     return name(backbone) if name else f"{backbone}_{key}"
 
 
+#: Tags of timm's weights that were asked for, besides the default, by variant.
+_OTHER_TAGS: dict[str, set[str]] = {}
 _VARIANTS = {
     _name(backbone, key): (backbone, key)
     for backbone, spec in BACKBONES.items()
@@ -287,21 +291,25 @@ def feature_cfg(backbone: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _graft_cfgs(variant: str) -> dict[str, dict[str, Any]]:
-    """timm's default checkpoint of the stock backbone, under the name of the variant it is grafted into."""
+    """timm's checkpoints of the stock backbone, the default and those that were asked for, as grafts."""
     backbone, key = _VARIANTS[variant]
     row = mechanism(key)
     # Of SE networks, which ASR with SE on top grows from, timm has too few checkpoints.
     if spec_of(backbone).cifar or graft_obstacle(variant) or row.stock(backbone) != (backbone, {}):
         return {}
-    tag, has_weights, fields = _stock_cfg(backbone)
-    fields = {k: v for k, v in fields.items() if k not in ("architecture", "tag", "url")}
-    return {f"{variant}.{GRAFT}{tag}": fields} if has_weights else {}
+    found = {}
+    for name in (backbone, *(f"{backbone}.{tag}" for tag in sorted(_OTHER_TAGS.get(variant, ())))):
+        tag, has_weights, fields = _stock_cfg(name)
+        if has_weights:
+            fields = {k: v for k, v in fields.items() if k not in ("architecture", "tag", "url")}
+            found[f"{variant}.{GRAFT}{tag}"] = fields
+    return found
 
 
 @cache
-def _stock_cfg(backbone: str) -> tuple[str, bool, dict[str, Any]]:
-    """timm's default tag of a network, whether it has weights, and its configuration."""
-    stock: Any = timm.models.get_pretrained_cfg(backbone)
+def _stock_cfg(name: str) -> tuple[str, bool, dict[str, Any]]:
+    """Tag of a network of timm, by default the default, whether it has weights, and its configuration."""
+    stock: Any = timm.models.get_pretrained_cfg(name)
     return stock.tag, stock.has_weights, stock.to_dict()
 
 
@@ -347,6 +355,14 @@ def _register(variant: str) -> None:
     globals()[variant] = register_model(entry)
 
 
+def _register_again(variant: str) -> None:
+    """Let timm know the checkpoints that an architecture has by now."""
+    default_cfgs.update(generate_default_cfgs(_cfgs(variant)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Overwriting")
+        _register(variant)
+
+
 for _variant in _VARIANTS:
     _register(_variant)
 _REGISTERED_BY_IMPORT = frozenset(_VARIANTS)
@@ -364,20 +380,54 @@ def register(backbone: str, key: str) -> str:
 
     Raises:
         ValueError: timm has no such network, the mechanism does not exist or is for ResNets only, or another
-            network has the name.
+            network has the name. Whether the network has a place for the mechanism, its creation tells.
     """
     name = _name(backbone, key)
     if _VARIANTS.get(name) == (backbone, key):
         return name
     if not timm.is_model(backbone):
-        raise ValueError(f"timm has no network {backbone!r}")
+        near = get_close_matches(backbone, timm.list_models(), n=3)
+        raise ValueError(
+            f"timm has no network {backbone!r}: "
+            + (f"did you mean {' or '.join(near)}?" if near else "timm.list_models() shows those that it has")
+        )
+    row = mechanism(key)
     if name == backbone:
-        raise ValueError(f"{key} is for timm's ResNets, and {backbone} is none")
+        raise ValueError(f"{backbone} is the stock network: name a mechanism")
+    row.stock(backbone)
+    if row.resnets:
+        residual_blocks(stock_network(backbone, device="meta"), key)
     if timm.is_model(name):
         raise ValueError(f"{name} is a network already: timm.create_model({name!r})")
     _VARIANTS[name] = (backbone, key)
     default_cfgs.update(generate_default_cfgs(_cfgs(name)))
     _register(name)
+    return name
+
+
+def register_graft(variant: str, tag: str) -> str:
+    """Register a variant with timm's weights of one tag of its stock network.
+
+    Returns:
+        ``<variant>.graft_<tag>``, for ``timm.create_model(..., pretrained=True)``.
+
+    Raises:
+        GraftError: The mechanism cannot be initialised without changing the outputs.
+        ValueError: timm has no such weights.
+    """
+    backbone, _ = _VARIANTS[variant]
+    check_graft(variant)
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{backbone}.*")]
+    if tag not in tags:
+        raise ValueError(f"{backbone} has no weights {tag!r}: choose from {', '.join(tags) or 'none'}")
+    name = f"{variant}.{GRAFT}{tag}"
+    _OTHER_TAGS.setdefault(variant, set()).add(tag)
+    if name not in _graft_cfgs(variant):
+        raise ValueError(
+            f"{backbone}.{tag} are no weights of timm's own: take timm_attn.graft({variant!r}, "
+            f"'{backbone}.{tag}')"
+        )
+    _register_again(variant)
     return name
 
 
@@ -420,10 +470,7 @@ def register_folder(folder: str | Path) -> list[str]:
     """
     found = [c for c in weights.add_folder(folder) if known_architecture(c.architecture)]
     for variant in {c.architecture for c in found}:
-        default_cfgs.update(generate_default_cfgs(_cfgs(variant)))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Overwriting")
-            _register(variant)
+        _register_again(variant)
     return [c.name for c in found]
 
 

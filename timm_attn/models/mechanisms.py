@@ -53,6 +53,7 @@ class Mechanism:
         folds: Nothing of it is left after ``timm_attn.fold``, another attention on top aside.
         fuses: It depends on the image; on ResNets its folded form (``folded=True``) is the same network with
             norms fused into convolutions.
+        resnets: It can be put into ResNets of timm's or this package's blocks only.
         on: On which rows of the table of backbones it is registered.
     """
 
@@ -63,6 +64,7 @@ class Mechanism:
     graft: str = ""
     folds: bool = False
     fuses: bool = False
+    resnets: bool = False
     on: Callable[[Backbone], bool] = lambda backbone: True
 
     @property
@@ -276,13 +278,14 @@ MECHANISMS = {
     "dia": Mechanism(_dia, PAPERS["dia"], fuses=True),
     "asr": Mechanism(_asr, PAPERS["asr"], stock=_asr_stock, folds=True),
     "asr_se": Mechanism(_asr, PAPERS["asr_se"], stock=_asr_se_stock, folds=True, on=_has_se),
-    "conam": Mechanism(_conam, PAPERS["conam"], fuses=True, on=_resnet),
+    "conam": Mechanism(_conam, PAPERS["conam"], fuses=True, resnets=True, on=_resnet),
     "fmm": Mechanism(
         _fmm,
         PAPERS["fmm"],
         name=_fmm_name,
         graft="a product of feature maps cannot represent the sum x + F(x)",
         fuses=True,
+        resnets=True,
         on=_resnet,
     ),
     "ssia": Mechanism(_ssia, PAPERS["ssia"], folds=True),
