@@ -3,7 +3,7 @@
     python scripts/try_wheel.py dist
     python scripts/try_wheel.py dist --data FOLDER
 
-With a folder of CIFAR-10's parquet files, the accuracy of all weights in the wheel is counted there, with
+With a folder of CIFAR-10's parquet files, the accuracy of all weights of it in the wheel is counted, with
 timm and nothing of this package but its models, and compared with the wheel's index, of which the README's
 table is rendered.
 """
@@ -44,6 +44,8 @@ images = torch.from_numpy(numpy.stack(pixels)).permute(0, 3, 1, 2) / 255
 shipped = json.loads((Path(timm_attn.__file__).parent / "hub" / "index.json").read_text())["checkpoints"]
 wrong = False
 for name, entry in shipped.items():
+    if entry["dataset"]["id"] != "uoft-cs/cifar10":
+        continue
     model = timm.create_model(name, pretrained=True).eval()
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.inference_mode():

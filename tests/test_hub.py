@@ -22,8 +22,10 @@ from forked import run_code
 from helpers import ONE_IMAGE, ROOT, python, same, use_hub
 from hub_server import HubServer
 
+import timm_attn
 from timm_attn.errors import UserError
 from timm_attn.load import load_model
+from timm_attn.papers import paper_of
 from timm_attn.publish import export, publish
 from timm_attn.training import Recipe, train, train_seeds, validate
 from timm_attn.weights import WeightsError, read_index, sha256, store
@@ -291,6 +293,23 @@ def test_images_of_another_place_are_compared_with_the_runs(hub, tmp_path):
         export(run, "t", tmp_path / "hub", data="digits")
     with warnings.catch_warnings(action="error"):
         exports._evaluation(runs / "dia", "digits")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "mechanism", "caveat"),
+    [
+        ("vit_tiny_patch16_224_dia", "dia", "in vit_tiny_patch16_224 is this package's choice"),
+        ("convnext_atto_ssia", "ssia", "Re-implemented from the abstract"),
+        ("preresnet164_dia", "dia", ""),
+        ("resnet50_eca", "eca", ""),
+        ("convnext_atto", "timm", ""),
+    ],
+)
+def test_a_card_says_what_is_not_the_papers(architecture, mechanism, caveat):
+    timm_attn.register("resnet50", "eca")
+    found = exports._caveats(architecture, paper_of(mechanism))
+    assert len(found) == bool(caveat) and caveat in "".join(found)
+    assert paper_of("eca").summary == "timm's `eca` at the end of every residual branch, as a baseline."
 
 
 def test_an_index_of_other_software_is_none_of_ours(hub, tmp_path):

@@ -110,8 +110,9 @@ PAPERS = {
         "2106.15067",
         "FMMNet: a product of feature maps in place of the residual sum.",
         "The text of the paper multiplies the branch and the shortcut as they are (mode `raw` here). Modes "
-        "`bn` (the default) and `sigmoid` normalise both first, as in the first author's code. Mode `gate` "
-        "and, in all modes but `raw`, the initialisation to a constant branch are this package's choice.",
+        "`bn` (the default: both are normalised first) and `sigmoid` (σ of the branch, which ends without a "
+        "norm, times the normalised shortcut) are those of the first author's code. Mode `gate` and, in all "
+        "modes but `raw`, the initialisation to a constant branch are this package's choice.",
         claim="FMMNet outperforms ResNet on various datasets (abstract).",
     ),
     "ssia": Paper(
@@ -150,3 +151,10 @@ PAPERS["spem"] = Paper(
     "Channel attention on a learned mixture of the maximum and the minimum of each channel.",
     claim="ResNet-164: 94.80 % on CIFAR-10, 76.31 % on CIFAR-100 (source: the authors' code).",
 )
+
+
+def paper_of(mechanism: str) -> Paper:
+    """The paper of a mechanism; for attention that timm has, timm."""
+    if mechanism in PAPERS or mechanism == "timm":
+        return PAPERS.get(mechanism, TIMM)
+    return replace(TIMM, summary=f"timm's `{mechanism}` at the end of every residual branch, as a baseline.")

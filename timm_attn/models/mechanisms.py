@@ -20,7 +20,7 @@ from ..ends import BranchEnd, GatedNorm, GateEnd, mixed
 from ..layers import ASR, SEM, SPEM, ConAM, ConstantGate, DIACell
 from ..layers.options import check_choice, check_flag, check_whole
 from ..merging import gates_first
-from ..papers import PAPERS, TIMM, Paper
+from ..papers import PAPERS, Paper, paper_of
 from .backbones import Backbone, paper_se, spec_of
 from .cifar import CifarResNetV2
 from .placing import (
@@ -313,4 +313,4 @@ def mechanism(name: str) -> Mechanism:
         )
     constant = layer in (SEModule, EcaModule)
     reason = "" if constant else f"nobody has said how timm's {name} starts as a constant gate"
-    return Mechanism(on_branches(name, layer), TIMM, graft=reason)
+    return Mechanism(on_branches(name, layer), paper_of(name), graft=reason)

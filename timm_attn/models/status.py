@@ -7,7 +7,7 @@ from .backbones import BACKBONES
 #: Meaning of each status, best first.
 STATUSES = {
     "measured": "there are weights of at least three seeds, with their standard deviation",
-    "verified": "agrees with a second implementation in the tests, and folds where it should",
+    "verified": "the mechanism agrees with a second implementation in the tests, and folds where it should",
     "experimental": "the placement is ours, or the paper has no code; trains and exports",
 }
 

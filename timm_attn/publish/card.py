@@ -14,7 +14,7 @@ from huggingface_hub import (
 
 from ..errors import UserError, extra, install
 from ..models import known_architecture, parse_name, register_name, registering
-from ..papers import PAPERS, TIMM, Paper
+from ..papers import Paper, paper_of
 from ..training.splits import HELD_OUT
 from ..weights import Checkpoint
 
@@ -95,7 +95,7 @@ def card(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], owner: str | 
     metrics, cfg, recipe = checkpoint.metrics, checkpoint.pretrained_cfg, checkpoint.recipe
     dataset, training = checkpoint.dataset, checkpoint.training
     owner = owner or (checkpoint.repo_id or "").partition("/")[0] or None
-    paper = PAPERS.get(checkpoint.mechanism, TIMM)
+    paper = paper_of(checkpoint.mechanism)
     options = ", ".join(f"`{option}`" for option in recipe["model_kwargs"])
     options = f" with {options}" if options else ""
     note = f", trained on {dataset['id']}"
@@ -211,7 +211,7 @@ def _metadata(checkpoint: Checkpoint, owner: str | None) -> ModelCardData:
         )
         for name, key in (("Top-1 accuracy (%)", "top1"), ("Top-5 accuracy (%)", "top5"))
     ]
-    arxiv = PAPERS.get(checkpoint.mechanism, TIMM).arxiv
+    arxiv = paper_of(checkpoint.mechanism).arxiv
     tags = ["image-classification", "timm", "timm_attn", *([f"arxiv:{arxiv}"] if arxiv else [])]
     if not _own(checkpoint):
         tags.append("transformers")

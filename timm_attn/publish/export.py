@@ -18,7 +18,8 @@ from ..fold import NothingToFold, example_input, fold
 from ..load import RECIPE, load_model
 from ..models import mechanism as row_of
 from ..models import model_names, parse_name, stock_model
-from ..papers import PAPERS, TIMM
+from ..models.backbones import spec_of
+from ..papers import PAPERS, Paper, paper_of
 from ..training import Recipe, validate
 from ..training.data import load_split
 from ..training.recipe_file import load_recipe
@@ -95,7 +96,7 @@ def export(
     mechanism = (
         parse_name(environment["model"])[1] or "resnet" if environment["model"] in model_names() else "timm"
     )
-    paper = PAPERS.get(mechanism, TIMM)
+    paper = paper_of(mechanism)
     resolved = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
     for key in ("init", "teacher"):  # where they lay is nobody's business
         if resolved.get(key) and Path(str(resolved[key]).rpartition(":")[2]).is_absolute():
@@ -116,7 +117,7 @@ def export(
         },
         "mechanism": mechanism,
         "paper": {"title": paper.title, "arxiv": paper.arxiv, "url": paper.url},
-        "caveats": [paper.caveat] if paper.caveat else [],
+        "caveats": _caveats(environment["model"], paper),
     }
     runtimes = [name for name, wanted in ((ONNX, onnx), (PROGRAM, torch_export)) if wanted]
     filled: dict[Path, Checkpoint] = {}
@@ -136,6 +137,19 @@ def export(
                 checkpoint, folder=hub / form.name, over_seeds=over, folded=folded, **fields
             )
         return add(hub, filled)
+
+
+def _caveats(architecture: str, paper: Paper) -> list[str]:
+    """What a reader of the card must know before comparing with the paper."""
+    if paper.caveat:
+        return [paper.caveat]
+    backbone, key = parse_name(architecture) if architecture in model_names() else (architecture, "")
+    if key in PAPERS and not spec_of(backbone).layers:
+        return [
+            f"Where the mechanism stands in {backbone} is this package's choice: the authors' code has "
+            "ResNets only."
+        ]
+    return []
 
 
 def _finished(run: Path) -> list[Path]:
