@@ -32,7 +32,7 @@ from timm_attn.compare import FoldError
 from timm_attn.errors import UserError
 from timm_attn.models.deployed import fuse_conv_norms
 from timm_attn.publish import export
-from timm_attn.publish.folders import link
+from timm_attn.publish.folders import link, locked
 from timm_attn.publish.render import render
 from timm_attn.training.processes import keep_freed_memory
 from timm_attn.training.seeds import gather_seeds
@@ -58,15 +58,16 @@ def replace(hub: Path, exported: Path) -> None:
     """Move checkpoints from one hub folder to another, in the place of older ones of these networks."""
     new = read_index(exported)
     names = {trained(c) for c in new}
-    known = read_index(hub) if (hub / INDEX).is_file() else []
-    write_index(hub, link(c for c in known if trained(c) not in names))  # never of weights that are gone
-    for checkpoint in known:
-        if trained(checkpoint) in names:
-            shutil.rmtree(checkpoint.folder, ignore_errors=True)
-    for checkpoint in new:
-        checkpoint.folder.rename(hub / checkpoint.name)
-    moved = [dataclasses.replace(c, folder=hub / c.name) for c in new]
-    write_index(hub, link([*(c for c in known if trained(c) not in names), *moved]))
+    with locked(hub):
+        known = read_index(hub) if (hub / INDEX).is_file() else []
+        write_index(hub, link(c for c in known if trained(c) not in names))  # never of weights that are gone
+        for checkpoint in known:
+            if trained(checkpoint) in names:
+                shutil.rmtree(checkpoint.folder, ignore_errors=True)
+        for checkpoint in new:
+            checkpoint.folder.rename(hub / checkpoint.name)
+        moved = [dataclasses.replace(c, folder=hub / c.name) for c in new]
+        write_index(hub, link([*(c for c in known if trained(c) not in names), *moved]))
 
 
 def cost(

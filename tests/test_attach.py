@@ -604,6 +604,12 @@ def test_every_network_of_timm_can_be_had_by_name():
         timm_attn.create_model("test_vit", attention="asr_se")
     with pytest.raises(ValueError, match="timm has no network 'resnet5': did you mean resnet"):
         timm_attn.register("resnet5", "asr")
+    with pytest.raises(ValueError, match="resnet20_dia has dia already: name resnet20"):
+        timm_attn.create_model("resnet20_dia.cpu_c10", attention="asr")
+    with pytest.raises(ValueError, match=r"'resnet50.a1_in1k' has a tag: leave it out, or .*attention='asr'"):
+        timm_attn.register("resnet50.a1_in1k", "asr")
+    with pytest.raises(ValueError, match=r"tv_resnet50 is an old name: timm calls it resnet50.tv_in1k"):
+        timm_attn.register("tv_resnet50", "asr")
     assert not {"test_vit_conam", "test_vit_asr_se", "resnet5_asr"} & {*timm.list_models()}
 
 

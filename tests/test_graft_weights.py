@@ -9,6 +9,8 @@ from hub_server import HubServer, nobody
 from safetensors.torch import save
 
 import timm_attn
+from timm_attn.errors import UserError
+from timm_attn.load import load_model
 
 NAMES = [f"{backbone}_{mechanism}" for backbone in IMAGENET for mechanism in ("dia", "asr", "conam", "ssia")]
 SMALL = {"channels": [32, 32, 64, 64], "layers": [2, 1, 1, 1]}
@@ -93,15 +95,29 @@ assert model.pretrained_cfg["tag"] == "graft_gluon_in1k" and default.pretrained_
     env = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}
     result = run_code(code, cwd=tmp_path, env=env)
     assert result.returncode == 0, result.stderr[-3000:]
+    # Another process knows the name, too.
+    check = (
+        "from timm_attn.load import source_name as s; print(s('resnet18_asr.graft_gluon_in1k')); import timm"
+    )
+    check += "; print(timm.get_pretrained_cfg('resnet18_asr.graft_gluon_in1k').hf_hub_id)"
+    assert run_code(check, cwd=tmp_path).stdout.split()[-1] == "timm/resnet18.gluon_in1k"
 
 
 def test_a_tag_that_cannot_be_grafted_is_refused_by_its_name():
     with pytest.raises(ValueError, match="resnet50 has no weights 'nope': choose from a1_in1k, "):
         timm_attn.create_model("resnet50.nope", attention="asr")
-    with pytest.raises(ValueError, match=r"take timm_attn.graft\('resnet20_asr', 'resnet20.cpu_c10'\)"):
+    trained = (
+        r"create_model\('resnet20_asr.cpu_c10', pretrained=True\) was trained with asr, timm_attn.graft\("
+    )
+    with pytest.raises(ValueError, match=trained):
         timm_attn.create_model("resnet20.cpu_c10", attention="asr")
+    with pytest.raises(ValueError, match=r"grows from seresnet50, not resnet50: take timm_attn.graft\("):
+        timm_attn.create_model("resnet50.a1_in1k", attention="asr_se")
     with pytest.raises(timm_attn.GraftError, match="fmmnet50 cannot be grafted"):
-        timm_attn.create_model("resnet50.a2_in1k", attention="fmm")
+        timm_attn.create_model("resnet50.a2_in1k", attention="fmm", pretrained=True)
+    assert timm_attn.create_model("resnet50.a2_in1k", attention="fmm", **SMALL).num_classes == 1000
+    with pytest.raises(UserError, match="resnet50 has no weights 'nope'"):
+        load_model("resnet50_asr.graft_nope")
 
 
 def test_a_grafted_model_that_was_trained_on_loads_back(server, tmp_path):

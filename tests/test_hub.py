@@ -31,7 +31,7 @@ from timm_attn.training import Recipe, train, train_seeds, validate
 from timm_attn.weights import WeightsError, read_index, sha256, store
 
 exports = import_module("timm_attn.publish.export")  # the package has the function under that name
-folders = import_module("timm_attn.publish.folders")
+folders, upload = (import_module(f"timm_attn.publish.{name}") for name in ("folders", "upload"))
 RECIPE = Recipe(data="digits", img_size=16, crop_padding=2, batch_size=256, lr=0.1, epochs=1)
 # Norm weights of zero would leave branches so small that folding them moves no bit of the logits on some CPUs.
 NARROW = ("channels=[8,8,16,16]", "zero_init_last=False")
@@ -252,35 +252,69 @@ def test_two_exports_at_once_keep_each_others_work(hub, tmp_path, monkeypatch):
     assert {p.name for p in folder.iterdir() if p.is_dir()} == names
 
 
-def test_an_index_is_extended_by_one_at_a_time(hub, tmp_path, monkeypatch):
-    source, _ = hub
-    both = threading.Barrier(2)
-
-    def together(folder, original=folders.read_index):
-        found = original(folder)
-        with contextlib.suppress(
-            threading.BrokenBarrierError
-        ):  # if there is a lock, the other one waits for it
-            both.wait(1)
-        return found
-
-    monkeypatch.setattr(folders, "read_index", together)
-    (tmp_path / "hub").mkdir()
-    shutil.copy(source / "index.json", tmp_path / "hub")
+@pytest.fixture
+def copied_hub(hub, tmp_path, monkeypatch):
+    """A hub folder, and a function that adds a checkpoint of a tag to it."""
+    source, folder = hub[0], tmp_path / "hub"
+    shutil.copytree(source, folder)
 
     def add(tag):
         name = f"resnet20_dia.{tag}"
-        with folders.new_folders(tmp_path / "hub", [name]) as (new,):
+        with folders.new_folders(folder, [name]) as (new,):
             for path in (source / "resnet20_dia.sgd_digits").iterdir():
                 if path.is_file():
                     shutil.copy(path, new)
             (entry,) = (c for c in read_index(source) if c.name == "resnet20_dia.sgd_digits")
-            place = {"name": name, "tag": tag, "folder": tmp_path / "hub" / name}
-            folders.add(tmp_path / "hub", {new: dataclasses.replace(entry, **place)})
+            place = {"name": name, "tag": tag, "folder": folder / name}
+            folders.add(folder, {new: dataclasses.replace(entry, **place)})
 
+    return folder, add
+
+
+def meeting(read, both):
+    """``read_index`` that waits for the other reader, unless a lock has that wait."""
+
+    def together(folder):
+        found = read(folder)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(1)
+        return found
+
+    return together
+
+
+def test_an_index_is_extended_by_one_at_a_time(copied_hub, monkeypatch):
+    folder, add = copied_hub
+    monkeypatch.setattr(folders, "read_index", meeting(folders.read_index, threading.Barrier(2)))
     with ThreadPoolExecutor() as pool:
         list(pool.map(add, ("a", "b")))
-    assert {"resnet20_dia.a", "resnet20_dia.b"} < {c.name for c in read_index(tmp_path / "hub")}
+    assert {"resnet20_dia.a", "resnet20_dia.b"} < {c.name for c in read_index(folder)}
+
+
+def test_publishing_notes_its_revision_beside_an_export(copied_hub, monkeypatch):
+    folder, add = copied_hub
+    both = threading.Barrier(2)
+    for module in (folders, upload):
+        monkeypatch.setattr(module, "read_index", meeting(module.read_index, both))
+    published = next(c for c in read_index(folder) if c.name == "resnet20_dia.sgd_digits")
+    with ThreadPoolExecutor() as pool:
+        done = [pool.submit(add, "a"), pool.submit(upload._note, published, "us/net", "f" * 40)]
+        [one.result() for one in done]
+    found = {c.name: c for c in read_index(folder)}
+    assert "resnet20_dia.a" in found and found["resnet20_dia.sgd_digits"].revision == "f" * 40
+
+
+def test_a_neighbour_that_differs_is_found_before_anything_is_added(copied_hub, hub):
+    folder, add = copied_hub
+    path = folder / "resnet18_asr.sgd_digits" / "config.json"
+    config = json.loads(path.read_text())
+    config["pretrained_cfg"]["crop_pct"] = 0.5
+    path.write_text(json.dumps(config))
+    before = {p.name for p in folder.iterdir()} | {".index.lock"}
+    for call in (lambda: add("a"), lambda: export(hub[1] / "dia", "t", folder)):
+        with pytest.raises(UserError, match=r"resnet18_asr.sgd_digits/config.json differs from the index"):
+            call()
+        assert {p.name for p in folder.iterdir()} == before
 
 
 def test_images_of_another_place_are_compared_with_the_runs(hub, tmp_path):
@@ -301,12 +335,16 @@ def test_images_of_another_place_are_compared_with_the_runs(hub, tmp_path):
         ("vit_tiny_patch16_224_dia", "dia", "in vit_tiny_patch16_224 is this package's choice"),
         ("convnext_atto_ssia", "ssia", "Re-implemented from the abstract"),
         ("preresnet164_dia", "dia", ""),
+        ("resnet26_dia", "dia", ""),  # in no table of this package
+        ("resnetv2_50_asr", "asr", ""),
+        ("efficientnet_b0_se", "se", ""),
         ("resnet50_eca", "eca", ""),
         ("convnext_atto", "timm", ""),
     ],
 )
 def test_a_card_says_what_is_not_the_papers(architecture, mechanism, caveat):
-    timm_attn.register("resnet50", "eca")
+    if mechanism != "timm":
+        timm_attn.register(architecture.removesuffix(f"_{mechanism}"), mechanism)
     found = exports._caveats(architecture, paper_of(mechanism))
     assert len(found) == bool(caveat) and caveat in "".join(found)
     assert paper_of("eca").summary == "timm's `eca` at the end of every residual branch, as a baseline."

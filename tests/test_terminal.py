@@ -16,6 +16,8 @@ from timm_attn.errors import UserError
 from timm_attn.training import Recipe, train, validate
 from timm_attn.training.augment import AutoAugment
 
+TRAIN = ["train", "resnet20_asr", "--data", "digits", "--epochs", "1", "--img-size", "8"]
+TRAIN += ["--model-kwargs", "layers=[1,1,1]"]
 TINY = {"data": "digits", "epochs": 1, "batch_size": 64, "img_size": 8, "model_kwargs": ("layers=[1,1,1]",)}
 
 
@@ -135,10 +137,11 @@ def test_a_run_is_described_whole_or_not_at_all(tmp_path, monkeypatch):
     assert '"a": 1' in (tmp_path / "environment.json").read_text()
 
 
-def test_a_closed_pipe_is_no_error():
+@pytest.mark.parametrize("arguments", [["list"], TRAIN])
+def test_a_closed_pipe_is_no_error(arguments, tmp_path):
     read, write = os.pipe()
     os.close(read)  # before anything is written: `| head -1` may close it later than that
-    command = [sys.executable, "-m", "timm_attn", "list"]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=300)
+    command = [sys.executable, "-m", "timm_attn", *arguments]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=300, cwd=tmp_path)
     os.close(write)
-    assert done.returncode == 141 and not done.stderr  # as a signal would end it
+    assert done.returncode == 141 and "Error" not in done.stderr, done.stderr  # as a signal would end it

@@ -7,6 +7,7 @@ import platform
 import signal
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from forked import run_code, started
 from helpers import ONE_IMAGE, Stopped, flip_last_bit, found, same, stop_at, timeless
 from safetensors.torch import load_file
 
+from timm_attn.compare import relative_difference
 from timm_attn.errors import UserError
 from timm_attn.load import load_model
 from timm_attn.training import Recipe, resume, seeds, train, validate
@@ -91,13 +93,23 @@ def test_a_finished_run_is_a_model(run):
 
 
 def test_float32_is_what_is_computed_in_whatever_the_user_has_chosen(run, monkeypatch):
-    convolutions, seen = torch.backends.cudnn.conv, []
-    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")  # then allow_tf32 raises
+    backends: Any = torch.backends
+    switches, seen = (backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.matmul), []
+    monkeypatch.setattr(backends, "fp32_precision", "tf32")
+    monkeypatch.setattr(backends.cudnn.rnn, "fp32_precision", "ieee")
+    with pytest.raises(RuntimeError):
+        assert backends.cudnn.allow_tf32  # the older switch, which some still read
     model = load_model(str(run[0]))
-    model.register_forward_hook(lambda *_: seen.append(convolutions.fp32_precision))
+    model.register_forward_hook(lambda *_: seen.append((backends.cudnn.allow_tf32, *chosen())))
+
+    def chosen():
+        return [switch.fp32_precision for switch in switches]
+
     validate(model, Recipe(data="digits"))
-    assert set(seen) == {"ieee"} and convolutions.fp32_precision == "tf32"
+    assert set(seen) == {(False, "ieee", "ieee", "ieee")} and chosen() == ["tf32"] * 3
+    del seen[:]
+    relative_difference(model, model, torch.randn(1, 3, 8, 8))  # by which folds and grafts are judged
+    assert set(seen) == {(False, "ieee", "ieee", "ieee")} and chosen() == ["tf32"] * 3
 
 
 def test_resuming_a_finished_run_changes_nothing(run):

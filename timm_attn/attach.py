@@ -14,7 +14,7 @@ from .ends import BranchEnd, GatedInput, GatedNorm, GateEnd, tensor_at
 from .fold import fold
 from .layers import ConAM, ConstantGate
 from .layers.fmm import FMM
-from .models import register, register_graft
+from .models import graft_obstacle, register, register_graft
 from .models.mechanisms import mechanism as row_of
 from .models.mechanisms import options_of
 from .models.ssia import SSIANetwork, check_forward
@@ -148,4 +148,6 @@ def create_model(
         return timm.create_model(model_name, pretrained=pretrained, **kwargs)
     architecture, _, tag = model_name.partition(".")
     name = register(architecture, attention)
-    return timm.create_model(register_graft(name, tag) if tag else name, pretrained=pretrained, **kwargs)
+    if tag and (pretrained or not graft_obstacle(name)):
+        name = register_graft(name, tag)
+    return timm.create_model(name, pretrained=pretrained, **kwargs)

@@ -1,5 +1,7 @@
 """Two networks on the same images."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -88,9 +90,39 @@ def outputs_of(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     return found
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute float32 in float32, not in TF32 or bfloat16, whatever has been chosen for speed.
+
+    PyTorch has two ways to choose, the older of which cannot be read where the newer says otherwise. Both are
+    set. What a switch inherited is its own afterwards.
+    """
+    backends: Any = torch.backends
+    switches = [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul]
+    switches += [backends.mkldnn.conv, backends.mkldnn.matmul]
+    chosen = [switch.fp32_precision for switch in switches]
+    convolutions, products = True, "highest"  # PyTorch's defaults
+    with suppress(RuntimeError):
+        convolutions = backends.cudnn.allow_tf32
+    with suppress(RuntimeError):
+        products = torch.get_float32_matmul_precision()
+    try:
+        backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
+        for switch, precision in zip(switches, chosen, strict=True):
+            switch.fp32_precision = precision
+
+
 def compared(model: nn.Module, other: nn.Module, inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
     """The outputs of two models, in pairs."""
-    ours, theirs = outputs_of(model, inputs), outputs_of(other, inputs)
+    with full_float32():
+        ours, theirs = outputs_of(model, inputs), outputs_of(other, inputs)
     if not all(tensor.isfinite().all() for tensor in ours):
         raise FoldError(
             "the model's own output is not finite: its weights or the images hold NaN or infinity"

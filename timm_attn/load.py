@@ -8,7 +8,7 @@ from typing import Any
 import timm
 
 from .errors import UserError
-from .models import model_names, register_name
+from .models import GRAFT, model_names, register_graft, register_name
 from .weights import (
     CONFIG,
     WEIGHTS,
@@ -111,6 +111,11 @@ def check_model(name: str, unknown: str = "") -> None:
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else unknown
         raise UserError(f"unknown model {name!r}: {hint or '`timm-attn list` shows the models'}")
+    if tag.startswith(GRAFT) and architecture in model_names():
+        try:
+            register_graft(architecture, tag.removeprefix(GRAFT))
+        except ValueError as error:
+            raise UserError(str(error)) from None
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
     if tag and architecture not in model_names() and tag not in tags:
         raise UserError(f"{architecture} has no weights {tag!r}: choose from {', '.join(tags) or 'none'}")

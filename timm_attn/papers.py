@@ -110,9 +110,9 @@ PAPERS = {
         "2106.15067",
         "FMMNet: a product of feature maps in place of the residual sum.",
         "The text of the paper multiplies the branch and the shortcut as they are (mode `raw` here). Modes "
-        "`bn` (the default: both are normalised first) and `sigmoid` (σ of the branch, which ends without a "
-        "norm, times the normalised shortcut) are those of the first author's code. Mode `gate` and, in all "
-        "modes but `raw`, the initialisation to a constant branch are this package's choice.",
+        "`bn` (the default: both are normalised first) and `sigmoid` (1 + σ of the branch, which ends "
+        "without a norm, times the normalised shortcut) are those of the first author's code. Mode `gate` "
+        "and, in all modes but `raw`, the initialisation to a constant branch are this package's choice.",
         claim="FMMNet outperforms ResNet on various datasets (abstract).",
     ),
     "ssia": Paper(

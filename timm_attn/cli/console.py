@@ -5,22 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
 from tyro.extras import SubcommandApp
 
 from ..errors import UserError
 from ..load import RECIPE
 from ..training import Recipe
+from ..training.progress import PipedConsole
 from ..training.recipe_file import load_recipe
 
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # rich would end the command with the status of a failure
-
-
 app = SubcommandApp()
-console = _Console(soft_wrap=True, highlight=False, markup=False)  # names may hold brackets
+console = PipedConsole(soft_wrap=True, highlight=False, markup=False)  # names may hold brackets
 if not console.is_terminal:
     console.width = 170  # a pipe has no width, and tables cut to 80 columns lose names
 

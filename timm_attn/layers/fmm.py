@@ -4,8 +4,8 @@ Paper: "Towards Understanding the Effectiveness of Attention Mechanism", Ye, He,
 https://arxiv.org/abs/2106.15067
 
 The text of the paper has S(x) ⊙ F(x), which taken literally explodes in deep networks. The first author's
-code has two other forms: both factors normalised, with norm biases of 1 (the default here); and σ on the last
-convolution of the branch, which then has no norm.
+code has two other forms: both factors normalised, with norm biases of 1 (the default here); and 1 + σ of
+the last convolution of the branch, which then has no norm, times the normalised shortcut.
 """
 
 from typing import Any

@@ -385,13 +385,23 @@ def register(backbone: str, key: str) -> str:
     name = _name(backbone, key)
     if _VARIANTS.get(name) == (backbone, key):
         return name
+    if "." in backbone:
+        raise ValueError(
+            f"{backbone!r} has a tag: leave it out, or take "
+            f"timm_attn.create_model({backbone!r}, attention={key!r})"
+        )
     if not timm.is_model(backbone):
         near = get_close_matches(backbone, timm.list_models(), n=3)
         raise ValueError(
             f"timm has no network {backbone!r}: "
             + (f"did you mean {' or '.join(near)}?" if near else "timm.list_models() shows those that it has")
         )
-    row = mechanism(key)
+    now = timm.models.get_deprecated_models().get(backbone)
+    if now is not None:
+        raise ValueError(f"{backbone} is an old name: timm calls it {now}")
+    row, of = mechanism(key), _VARIANTS.get(backbone)
+    if of is not None and of[1] not in ("", "se"):
+        raise ValueError(f"{backbone} has {of[1]} already: name {of[0]}")
     if name == backbone:
         raise ValueError(f"{backbone} is the stock network: name a mechanism")
     row.stock(backbone)
@@ -400,8 +410,12 @@ def register(backbone: str, key: str) -> str:
     if timm.is_model(name):
         raise ValueError(f"{name} is a network already: timm.create_model({name!r})")
     _VARIANTS[name] = (backbone, key)
-    default_cfgs.update(generate_default_cfgs(_cfgs(name)))
-    _register(name)
+    try:
+        default_cfgs.update(generate_default_cfgs(_cfgs(name)))
+        _register(name)
+    except BaseException:
+        del _VARIANTS[name]
+        raise
     return name
 
 
@@ -415,20 +429,31 @@ def register_graft(variant: str, tag: str) -> str:
         GraftError: The mechanism cannot be initialised without changing the outputs.
         ValueError: timm has no such weights.
     """
-    backbone, _ = _VARIANTS[variant]
+    backbone, key = _VARIANTS[variant]
     check_graft(variant)
     tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{backbone}.*")]
     if tag not in tags:
         raise ValueError(f"{backbone} has no weights {tag!r}: choose from {', '.join(tags) or 'none'}")
-    name = f"{variant}.{GRAFT}{tag}"
-    _OTHER_TAGS.setdefault(variant, set()).add(tag)
-    if name not in _graft_cfgs(variant):
+    stock, _ = mechanism(key).stock(backbone)
+    if stock != backbone:
         raise ValueError(
-            f"{backbone}.{tag} are no weights of timm's own: take timm_attn.graft({variant!r}, "
-            f"'{backbone}.{tag}')"
+            f"{variant} grows from {stock}, not {backbone}: take timm_attn.graft({variant!r}, ...)"
         )
-    _register_again(variant)
-    return name
+    if spec_of(backbone).cifar:
+        trained = f"{variant}.{tag}" in weights.pretrained_cfgs(variant)
+        hint = (
+            f"timm.create_model('{variant}.{tag}', pretrained=True) was trained with {key}, "
+            if trained
+            else ""
+        )
+        raise ValueError(
+            f"{backbone}.{tag} are no weights of timm's own: {hint}timm_attn.graft({variant!r}, "
+            f"'{backbone}.{tag}') starts from these"
+        )
+    if tag not in _OTHER_TAGS.setdefault(variant, set()):
+        _OTHER_TAGS[variant].add(tag)
+        _register_again(variant)
+    return f"{variant}.{GRAFT}{tag}"
 
 
 def register_name(architecture: str) -> bool:

@@ -6,7 +6,8 @@ from typing import Any
 
 import timm
 from timm.layers import SEModule
-from timm.models.resnet import BasicBlock, Bottleneck
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnetv2 import ResNetV2
 from torch import nn
 
 from .cifar import CifarResNet, CifarResNetV2
@@ -101,6 +102,12 @@ BACKBONES = {
 def spec_of(name: str) -> Backbone:
     """A row of the table; of a network that has none, what is true of timm's others."""
     return BACKBONES.get(name, Backbone())
+
+
+def is_resnet(name: str) -> bool:
+    """Whether it is a ResNet, with or without pre-activation, of timm or this package."""
+    theirs = (ResNet.__module__, ResNetV2.__module__)
+    return bool(spec_of(name).layers) or timm.model_entrypoint(name).__module__ in theirs
 
 
 #: timm would round the SE paper's hidden width C / 16 up to a multiple of 8: too wide for 16 to 64 channels.

@@ -18,8 +18,8 @@ from ..fold import NothingToFold, example_input, fold
 from ..load import RECIPE, load_model
 from ..models import mechanism as row_of
 from ..models import model_names, parse_name, stock_model
-from ..models.backbones import spec_of
-from ..papers import PAPERS, Paper, paper_of
+from ..models.backbones import is_resnet
+from ..papers import Paper, paper_of
 from ..training import Recipe, validate
 from ..training.data import load_split
 from ..training.recipe_file import load_recipe
@@ -29,7 +29,7 @@ from ..training.splits import HELD_OUT, split_options
 from ..weights import Checkpoint
 from .datasets import license_of
 from .deploy import ONNX, PROGRAM, write_onnx, write_program
-from .folders import add, check_free, check_tag, described, new_folders
+from .folders import add, check_ready, check_tag, described, new_folders
 
 WRITERS = {ONNX: write_onnx, PROGRAM: write_program}
 FIGURES = ("top1", "top5", "loss")
@@ -83,11 +83,8 @@ def export(
     check_tag(tag)
     dataset = str(dataset or environment["data"])
     license_ = license_of(dataset, dataset_license)
-    if hub.exists() and not hub.is_dir():
-        raise UserError(f"{hub} is a file: name a folder with --hub")
     forms_of = {run: _forms(environment["model"], tag, run) for run in runs}
-    for form in itertools.chain(*forms_of.values()):
-        check_free(hub, form.name)
+    check_ready(hub, {form.name for form in itertools.chain(*forms_of.values())})
     recipes = {run: _evaluation(run, data) for run in runs}  # which looks at the data, once for each
     run, measured = _median(forms_of, recipes)
     environment, forms, trained = open_run(run), forms_of[run], load_recipe(run / RECIPE)
@@ -144,7 +141,7 @@ def _caveats(architecture: str, paper: Paper) -> list[str]:
     if paper.caveat:
         return [paper.caveat]
     backbone, key = parse_name(architecture) if architecture in model_names() else (architecture, "")
-    if key in PAPERS and not spec_of(backbone).layers:
+    if key in ("dia", "asr", "sem", "spem") and not is_resnet(backbone):
         return [
             f"Where the mechanism stands in {backbone} is this package's choice: the authors' code has "
             "ResNets only."
@@ -185,8 +182,8 @@ def _evaluation(run: Path, data: str | None) -> Recipe:
             )
         if now != then:
             warnings.warn(
-                f"the split {split} of {recipe.data} is not what {run} was evaluated on (its images, labels "
-                "or their order): the cards give the figures of these images under the name of the others",
+                f"the split {split} of {recipe.data} is not, byte for byte, what {run} was evaluated on (its "
+                "images, labels or their order): the cards give the figures of these images",
                 stacklevel=3,
             )
     return recipe

@@ -16,7 +16,7 @@ from ..training.recipe_file import load_recipe
 from ..training.run import save_model, weights_digest
 from ..training.seeds import spread
 from ..weights import INDEX, Checkpoint, read_index
-from .folders import add, check_free, check_tag, described, new_folders
+from .folders import add, check_ready, check_tag, described, new_folders
 
 _COPIED = ("gates", "frozen", "budget", "steps", "images", "before", "after", "batch_size", "hardware")
 _COPIED += ("means", "split")
@@ -49,7 +49,7 @@ def export_frozen(folder: Path, tag: str, hub: Path, data: str | None = None) ->
     model: Any = load_model(f"local-dir:{folder}")
     architecture = model.pretrained_cfg["architecture"]
     name = f"{architecture}.{tag}"
-    check_free(hub, name)
+    check_ready(hub, [name])
     recipe = dataclasses.replace(
         load_recipe(original.folder / RECIPE),
         data=data or report["data"],

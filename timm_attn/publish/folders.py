@@ -16,7 +16,29 @@ from ..models import GRAFT, model_names, parse_name
 from ..weights import CONFIG, INDEX, Checkpoint, read_config, read_index, sha256, write_index
 from .render import render, rendered
 
-_LOCK = ".index.lock"
+
+@contextlib.contextmanager
+def locked(hub: Path) -> Iterator[None]:
+    """One process at a time reads the index of a hub folder and writes it anew."""
+    with FileLock(hub / ".index.lock", mode=0o666):
+        yield
+
+
+def check_ready(hub: Path, names: Iterable[str]) -> None:
+    """Find before the work what would keep checkpoints from being added.
+
+    Raises:
+        UserError: A checkpoint of that name is there, or the index differs from a checkpoint that it lists.
+        WeightsError: The index cannot be read.
+    """
+    if hub.exists() and not hub.is_dir():
+        raise UserError(f"{hub} is a file: name a folder with --hub")
+    for name in names:
+        if (hub / name).exists():
+            raise UserError(f"{hub / name} is there already: choose another --tag or --hub, or remove it")
+    if (hub / INDEX).is_file():
+        with locked(hub):
+            render(hub, write=False)
 
 
 def check_tag(tag: str) -> None:
@@ -27,19 +49,13 @@ def check_tag(tag: str) -> None:
         raise UserError(f"tag {tag!r} would stand for grafted weights: begin it otherwise than with {GRAFT}")
 
 
-def check_free(hub: Path, name: str) -> None:
-    """Raise a UserError if a hub folder has a checkpoint of that name."""
-    if (hub / name).exists():
-        raise UserError(f"{hub / name} is there already: choose another --tag or --hub, or remove it")
-
-
 @contextlib.contextmanager
 def new_folders(hub: Path, names: Sequence[str]) -> Iterator[list[Path]]:
     """Empty folders to fill, one for each name; what ``add`` has not taken by the end is removed."""
     folders = [hub / f".{name}.{os.getpid()}.partial" for name in names]
     try:
         for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(folder, ignore_errors=True)  # of a process of this number that was killed
             folder.mkdir(parents=True)
         yield folders
     finally:
@@ -71,10 +87,13 @@ def add(hub: Path, filled: Mapping[Path, Checkpoint]) -> list[Checkpoint]:
         The checkpoints as the index lists them, with their controls.
 
     Raises:
-        UserError: A checkpoint of that name has been written meanwhile. Nothing is added.
+        UserError: A checkpoint of that name has been written meanwhile, or the index has come to differ from
+            one that it lists. Nothing is added.
     """
     moved: list[Path] = []
-    with FileLock(hub / _LOCK):
+    with locked(hub):
+        if (hub / INDEX).is_file():
+            render(hub, write=False)
         try:
             names = {checkpoint.name for checkpoint in filled.values()}
             known = read_index(hub) if (hub / INDEX).is_file() else []

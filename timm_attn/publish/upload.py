@@ -36,6 +36,7 @@ from ..weights import (
 )
 from ..weights import sign as write_signature
 from .deploy import ONNX, PROGRAM
+from .folders import locked
 from .render import check_config, render, rendered
 
 COLLECTION = "timm_attn"
@@ -98,7 +99,8 @@ def publish(
     checkpoints = [_check(folder, resigned=sign is not None) for folder in folders]
     for hub in {checkpoint.folder.parent for checkpoint in checkpoints}:
         # What a neighbour lacks must not be found when the first are sent.
-        render(hub, write=not dry_run)
+        with locked(hub):
+            render(hub, write=not dry_run)
     if dry_run:
         return [_plan(checkpoint, to) for checkpoint in checkpoints]
     if sign:
@@ -244,12 +246,13 @@ def _verify(
 def _note(checkpoint: Checkpoint, repo_id: str, revision: str) -> None:
     """Write repository and revision into the index, and render anew what names them."""
     hub = checkpoint.folder.parent
-    entries = [
-        dataclasses.replace(c, repo_id=repo_id, revision=revision) if c.name == checkpoint.name else c
-        for c in read_index(hub)
-    ]
-    write_index(hub, entries)
-    render(hub)
+    with locked(hub):
+        entries = [
+            dataclasses.replace(c, repo_id=repo_id, revision=revision) if c.name == checkpoint.name else c
+            for c in read_index(hub)
+        ]
+        write_index(hub, entries)
+        render(hub)
 
 
 def _sign(checkpoint: Checkpoint, key: str) -> None:
@@ -257,11 +260,12 @@ def _sign(checkpoint: Checkpoint, key: str) -> None:
     path = write_signature(checkpoint.folder, key)
     hub = checkpoint.folder.parent
     table = {path.name: {"sha256": sha256(path), "size": path.stat().st_size}}
-    entries = [
-        dataclasses.replace(c, files={**c.files, **table}) if c.name == checkpoint.name else c
-        for c in read_index(hub)
-    ]
-    write_index(hub, entries)
+    with locked(hub):
+        entries = [
+            dataclasses.replace(c, files={**c.files, **table}) if c.name == checkpoint.name else c
+            for c in read_index(hub)
+        ]
+        write_index(hub, entries)
 
 
 def _check(folder: Path, resigned: bool = False) -> Checkpoint:

@@ -19,9 +19,16 @@ from torch import Tensor
 REFRESH_SECONDS = 0.5  # reading a sum waits for a GPU, so it is not done at every step
 
 
+class PipedConsole(Console):
+    """Raises BrokenPipeError where rich would end the program with the status of a failure."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def track(items: Iterable, total: int, show: bool, title: str = "evaluating") -> Iterable:
     """Iterate with a progress bar where the output is a terminal, or without one."""
-    console = Console()
+    console = PipedConsole()
     return (
         rich.progress.track(items, title, total, console=console) if show and console.is_terminal else items
     )

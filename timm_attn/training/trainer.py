@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from rich.console import Console
 from timm.data import resolve_model_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3, dispatch_clip_grad
@@ -30,7 +29,7 @@ from .history import History
 from .network import classifier_parameters, freeze_backbone, load_teacher
 from .optim import learning_rate, make_criterion, make_mixup, make_optimizer, make_scheduler
 from .processes import keep_freed_memory
-from .progress import Bar
+from .progress import Bar, PipedConsole
 from .recipe import Recipe
 from .run import RESULTS, save_model
 from .signals import Interrupted, Signals
@@ -73,7 +72,7 @@ class Trainer:
         self.splits = splits
         self.on_step = on_step
         self.signals = Signals()
-        self.console = Console(quiet=not accelerator.is_main_process)
+        self.console = PipedConsole(quiet=not accelerator.is_main_process)
         title = f"{name} on {Path(recipe.data).name}, seed {recipe.seed}"
         self.history = History(run, title, writes=accelerator.is_main_process)
         device = accelerator.device

@@ -1,7 +1,5 @@
 """Evaluates a model on a dataset."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from accelerate import Accelerator
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
+from ..compare import full_float32
 from ..errors import UserError
 from ..images import DataError
 from ..load import is_run
@@ -205,18 +204,6 @@ def evaluated(model: Any, recipe: Recipe, show: bool = False, source: str | Path
     return Evaluated(torch.cat(logits), torch.cat(labels), split.label_names, split, config, recipe)
 
 
-@contextmanager
-def _no_tf32() -> Iterator[None]:
-    """Let GPUs compute convolutions of float32 in float32, which PyTorch does not by default."""
-    convolutions: Any = torch.backends.cudnn.conv
-    before = convolutions.fp32_precision  # allow_tf32 raises where this has been used
-    convolutions.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        convolutions.fp32_precision = before
-
-
 @own_accelerate_state()
 def validate(
     model: Any, recipe: Recipe, show: bool = False, source: str | Path | None = None
@@ -235,7 +222,7 @@ def validate(
     accelerator, config, split = prepared(model, recipe, recipe.precision, source)
     model = model.to(accelerator.device)
     shard = Shard(accelerator.device, accelerator.process_index, accelerator.num_processes)
-    with _no_tf32():
+    with full_float32():
         figures = evaluate(model, Batches(split, recipe, config, shard), accelerator, show)
     skipped = split.skipped + int(figures.get("skipped", 0))
     return {**figures, "skipped": skipped} if skipped else figures
