@@ -15,6 +15,7 @@ def tables() -> dict[str, str]:
     return {
         "short results": short_results(),
         "freeze accuracy": freeze_accuracy("freeze_accuracy.csv"),
+        "tiny freeze": freeze_accuracy("tiny_freeze.csv"),
         "freeze speed": freeze_speed(),
         "comparison": comparison(),
         "tiny": from_scratch("tiny", "resnet20"),
