@@ -323,7 +323,9 @@ def test_images_of_another_place_are_compared_with_the_runs(hub, tmp_path):
     environment = json.loads((run / "environment.json").read_text())
     environment["fingerprints"]["test"] = "0" * 32
     (run / "environment.json").write_text(json.dumps(environment))
-    with pytest.warns(UserWarning, match=r"test of digits is not what .*run was evaluated on"):
+    with pytest.warns(
+        UserWarning, match=r"test of digits is not, byte for byte, what .*run was evaluated on"
+    ):
         export(run, "t", tmp_path / "hub", data="digits")
     with warnings.catch_warnings(action="error"):
         exports._evaluation(runs / "dia", "digits")

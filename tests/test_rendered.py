@@ -79,7 +79,8 @@ def test_cards_of_shipped_weights(name):
     assert shown.data.eval_results[0].metric_value == pytest.approx(checkpoint.metrics["top1"], abs=1e-4)
     paper = PAPERS[checkpoint.mechanism]
     assert paper.title in shown.text and paper.bibtex in shown.text and paper.caveat in shown.text
-    assert f"seed {checkpoint.metrics['seed']}" in shown.text and "curves.png" in shown.text
+    assert f"seed {checkpoint.metrics['seed']}" in shown.text
+    assert ("freeze.png" if checkpoint.frozen_from else "curves.png") in shown.text
     for other in (*checkpoint.controls, checkpoint.folded, checkpoint.folded_from):
         if other:
             assert f"`{other}` | {SHIPPED[other].metrics['parameters']:,}" in shown.text

@@ -95,6 +95,8 @@ def test_a_finished_run_is_a_model(run):
 def test_float32_is_what_is_computed_in_whatever_the_user_has_chosen(run, monkeypatch):
     backends: Any = torch.backends
     switches, seen = (backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.matmul), []
+    for switch in (*switches, backends.mkldnn.conv):  # what they are set to, they do not inherit afterwards
+        monkeypatch.setattr(switch, "fp32_precision", "tf32")
     monkeypatch.setattr(backends, "fp32_precision", "tf32")
     monkeypatch.setattr(backends.cudnn.rnn, "fp32_precision", "ieee")
     with pytest.raises(RuntimeError):

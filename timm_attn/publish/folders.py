@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from huggingface_hub.utils import WeakFileLock
 
 from ..errors import UserError
 from ..models import GRAFT, model_names, parse_name
@@ -20,7 +20,7 @@ from .render import render, rendered
 @contextlib.contextmanager
 def locked(hub: Path) -> Iterator[None]:
     """One process at a time reads the index of a hub folder and writes it anew."""
-    with FileLock(hub / ".index.lock", mode=0o666):
+    with WeakFileLock(hub / ".index.lock"):
         yield
 
 
