@@ -144,4 +144,5 @@ def test_a_closed_pipe_is_no_error(arguments, tmp_path):
     command = [sys.executable, "-m", "timm_attn", *arguments]
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=300, cwd=tmp_path)
     os.close(write)
-    assert done.returncode == 141 and "Error" not in done.stderr, done.stderr  # as a signal would end it
+    assert done.returncode == 141 and "Traceback" not in done.stderr, done.stderr  # as a signal would end it
+    assert not done.stderr or arguments is TRAIN  # libraries may warn there

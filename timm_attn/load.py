@@ -1,6 +1,5 @@
 """Loads a network by model name, run folder, hub folder or repository on the Hub."""
 
-import difflib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import timm
 
 from .errors import UserError
-from .models import GRAFT, model_names, register_graft, register_name
+from .models import GRAFT, did_you_mean, model_names, register_graft, register_name
 from .weights import (
     CONFIG,
     WEIGHTS,
@@ -108,9 +107,8 @@ def check_model(name: str, unknown: str = "") -> None:
     """
     architecture, _, tag = name.partition(".")
     if not register_name(architecture):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else unknown
-        raise UserError(f"unknown model {name!r}: {hint or '`timm-attn list` shows the models'}")
+        hint = did_you_mean(name) or unknown or "`timm-attn list` shows the models"
+        raise UserError(f"unknown model {name!r}: {hint}")
     if tag.startswith(GRAFT) and architecture in model_names():
         try:
             register_graft(architecture, tag.removeprefix(GRAFT))

@@ -3,6 +3,7 @@
 from . import attached, frozen
 from .attached import (
     GRAFT,
+    did_you_mean,
     graft_obstacle,
     graft_tags,
     known_architecture,
@@ -28,6 +29,7 @@ __all__ = [
     "CifarResNet",
     "CifarResNetV2",
     "attached",
+    "did_you_mean",
     "frozen",
     "graft_obstacle",
     "graft_tags",

@@ -368,6 +368,12 @@ for _variant in _VARIANTS:
 _REGISTERED_BY_IMPORT = frozenset(_VARIANTS)
 
 
+def did_you_mean(name: str) -> str:
+    """A question with the nearest names of models, or ''."""
+    near = get_close_matches(name, timm.list_models(), n=3)
+    return f"did you mean {' or '.join(near)}?" if near else ""
+
+
 def register(backbone: str, key: str) -> str:
     """Register a network of timm with a mechanism as the model ``<backbone>_<mechanism>``.
 
@@ -391,11 +397,8 @@ def register(backbone: str, key: str) -> str:
             f"timm_attn.create_model({backbone!r}, attention={key!r})"
         )
     if not timm.is_model(backbone):
-        near = get_close_matches(backbone, timm.list_models(), n=3)
-        raise ValueError(
-            f"timm has no network {backbone!r}: "
-            + (f"did you mean {' or '.join(near)}?" if near else "timm.list_models() shows those that it has")
-        )
+        hint = did_you_mean(backbone) or "timm.list_models() shows those that it has"
+        raise ValueError(f"timm has no network {backbone!r}: {hint}")
     now = timm.models.get_deprecated_models().get(backbone)
     if now is not None:
         raise ValueError(f"{backbone} is an old name: timm calls it {now}")

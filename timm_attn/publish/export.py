@@ -175,17 +175,18 @@ def _evaluation(run: Path, data: str | None) -> Recipe:
     then = environment.get("fingerprints", {}).get(split)  # runs of older versions have none
     if then is not None and not split.endswith(HELD_OUT):  # held-out images are checked when they are read
         now = load_split(recipe.data, "eval", split, encoded=True, **split_options(recipe, None)).fingerprint
-        if now != then and data is None:
+        if now == then:
+            return recipe
+        if data is None:
             raise UserError(
                 f"the split {split} of {recipe.data} has changed since {run} was evaluated on it: "
                 "restore it, or name its place with --data"
             )
-        if now != then:
-            warnings.warn(
-                f"the split {split} of {recipe.data} is not, byte for byte, what {run} was evaluated on (its "
-                "images, labels or their order): the cards give the figures of these images",
-                stacklevel=3,
-            )
+        warnings.warn(
+            f"the split {split} of {recipe.data} is not, byte for byte, what {run} was evaluated on (its "
+            "images, labels or their order): the cards give the figures of these images",
+            stacklevel=3,
+        )
     return recipe
 
 

@@ -92,11 +92,12 @@ def add(hub: Path, filled: Mapping[Path, Checkpoint]) -> list[Checkpoint]:
     """
     moved: list[Path] = []
     with locked(hub):
+        known: list[Checkpoint] = []
         if (hub / INDEX).is_file():
             render(hub, write=False)
+            known = read_index(hub)
         try:
             names = {checkpoint.name for checkpoint in filled.values()}
-            known = read_index(hub) if (hub / INDEX).is_file() else []
             linked = link([*(c for c in known if c.name not in names), *filled.values()])
             new = {c.name: c for c in linked if c.name in names}
             for folder, checkpoint in filled.items():

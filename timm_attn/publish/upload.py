@@ -245,27 +245,23 @@ def _verify(
 
 def _note(checkpoint: Checkpoint, repo_id: str, revision: str) -> None:
     """Write repository and revision into the index, and render anew what names them."""
-    hub = checkpoint.folder.parent
-    with locked(hub):
-        entries = [
-            dataclasses.replace(c, repo_id=repo_id, revision=revision) if c.name == checkpoint.name else c
-            for c in read_index(hub)
-        ]
-        write_index(hub, entries)
-        render(hub)
+    with locked(checkpoint.folder.parent):
+        _change(checkpoint, lambda c: dataclasses.replace(c, repo_id=repo_id, revision=revision))
+        render(checkpoint.folder.parent)
 
 
 def _sign(checkpoint: Checkpoint, key: str) -> None:
     """Sign a checkpoint, and name the signature in the index."""
     path = write_signature(checkpoint.folder, key)
-    hub = checkpoint.folder.parent
     table = {path.name: {"sha256": sha256(path), "size": path.stat().st_size}}
-    with locked(hub):
-        entries = [
-            dataclasses.replace(c, files={**c.files, **table}) if c.name == checkpoint.name else c
-            for c in read_index(hub)
-        ]
-        write_index(hub, entries)
+    with locked(checkpoint.folder.parent):
+        _change(checkpoint, lambda c: dataclasses.replace(c, files={**c.files, **table}))
+
+
+def _change(checkpoint: Checkpoint, change: Callable[[Checkpoint], Checkpoint]) -> None:
+    """Change the entry of a checkpoint in the index of its hub folder, which is locked."""
+    hub = checkpoint.folder.parent
+    write_index(hub, [change(c) if c.name == checkpoint.name else c for c in read_index(hub)])
 
 
 def _check(folder: Path, resigned: bool = False) -> Checkpoint:
