@@ -2,7 +2,7 @@
 
 import statistics
 
-from compare_seeds import top1_by_seed
+from compare_seeds import family, top1_by_seed
 from paired import FEWEST, difference
 from table_parts import RESULTS, ROOT, markdown, ratio, read
 
@@ -66,16 +66,15 @@ def comparison() -> str:
     return markdown([*header, "max\\|Δlogit\\| ÷ max\\|logit\\|"], rows)
 
 
-def from_scratch(name: str, plain: str) -> str:
-    """Networks trained from random weights, against a plain one, paired by seed."""
-    folder = RESULTS / name
-    runs = {path.name: top1_by_seed(path) for path in folder.iterdir() if path.is_dir()}
+def from_scratch(folder: str, plain: str, cost: str) -> str:
+    """Networks trained from random weights, against the plain one that they are made of, paired by seed."""
+    runs = {path.name: top1_by_seed(path) for path in family(RESULTS / folder, plain)}
     runs = {network: found for network, found in runs.items() if found}
-    costs = {row["network"]: ratio(row) for row in read_csv(folder.with_name(f"{name}_cost.csv"))}
+    costs = {row["network"]: ratio(row) for row in read_csv(RESULTS / cost)}
     splits = sorted(runs[plain])  # the held-out images first
 
     table = []
-    for network in sorted(runs, key=lambda network: (network != plain, network)):
+    for network in runs:
         cells = [f"`{network}`"]
         for split in splits:
             told = difference(runs[network][split], runs[plain][split]) if network != plain else {}

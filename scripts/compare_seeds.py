@@ -3,10 +3,11 @@
     python scripts/compare_seeds.py hub/results/tiny --baseline resnet20 --cost hub/results/tiny_cost.csv \\
         --out hub/results/tiny_differences.csv --picture hub/results/tiny_differences.png
 
-Reads ``<folder>/<network>/seed-<seed>``, as scripts/train_zoo.py writes them. Accuracy is that of the last
-epoch, on the test split and on images held out of the training split, where the recipe held some out. A
-difference is taken between runs of the same seed, which saw the same images in the same order; intervals are
-Student's t, 95 %, and cover what another seed would change, not what another recipe or data set would.
+Reads ``<folder>/<network>/seed-<seed>``, as scripts/train_zoo.py writes them, of the networks whose backbone
+is the plain one. Accuracy is that of the last epoch, on the test split and on images held out of the training
+split, where the recipe held some out. A difference is taken between runs of the same seed, which saw the same
+images in the same order; intervals are Student's t, 95 %, and cover what another seed would change, not what
+another recipe or data set would.
 ``needed`` is the number of seeds with which half a point would be found four times out of five, at the
 deviation seen here. --cost is a table of scripts/bench_deployed.py, drawn beside the differences.
 """
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from timm_attn.files import read_csv, write_csv
+from timm_attn.models import known_architecture, parse_name
 from timm_attn.style import new_figure, style, write_png
 from timm_attn.training.run import RESULTS, read_metrics, read_results
 from timm_attn.training.splits import HELD_OUT
@@ -47,17 +49,29 @@ def top1_by_seed(network: Path) -> dict[str, dict[int, float]]:
     return found
 
 
+def family(folder: Path, baseline: str) -> list[Path]:
+    """Folders of the runs of a plain network and of those that it is the backbone of, the plain one first."""
+    others = [path for path in sorted(folder.iterdir()) if path.is_dir() and _backbone(path) == baseline]
+    return [folder / baseline, *(path for path in others if path.name != baseline)]
+
+
+def _backbone(network: Path) -> str:
+    architecture = network.name.partition("-")[0]  # after which are its options
+    return parse_name(architecture)[0] if known_architecture(architecture) else architecture
+
+
 def compare(folder: Path, baseline: str) -> list[dict[str, Any]]:
     """A row for each split and network, by split, the best difference first.
 
     Raises:
         ValueError: The baseline, or every other network, has no finished run.
     """
-    plain = top1_by_seed(folder / baseline)
+    first, *others = family(folder, baseline)
+    plain = top1_by_seed(first)
     if not plain:
-        raise ValueError(f"{folder / baseline} has no finished run")
+        raise ValueError(f"{first} has no finished run")
     rows = []
-    for network in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != baseline):
+    for network in others:
         for split, found in top1_by_seed(network).items():
             told = difference(found, plain.get(split, {}))
             if told:

@@ -18,7 +18,7 @@ def tables() -> dict[str, str]:
         "tiny freeze": freeze_accuracy("tiny_freeze.csv"),
         "freeze speed": freeze_speed(),
         "comparison": comparison(),
-        "tiny": from_scratch("tiny", "resnet20"),
+        "tiny": from_scratch("tiny", "resnet20", "tiny_cost.csv"),
         "transfer": transfer(),
         "parameters": parameters(),
         "sweep": sweep(),

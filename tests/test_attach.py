@@ -507,6 +507,14 @@ def test_a_wrong_fold_is_seen_before_anything_is_trained(name, where, monkeypatc
         timm_attn.attach(build(name), "asr", generator="ie", where=where)
 
 
+def test_rounding_is_no_wrong_fold(monkeypatch):
+    """Random gates in networks of many summed branches, such as mobileone_s4, round to more than the bound."""
+    monkeypatch.setitem(BOUNDS, torch.float32, 1e-12)
+    model = timm_attn.attach(build("test_convnext"), "asr", generator="ie")
+    with pytest.raises(timm_attn.FoldError, match="if it is rounding"):
+        timm_attn.fold(shaken(model))
+
+
 def test_a_gate_of_both_signs_is_refused_before_an_activation():
     network = {"pretrained_cfg_overlay": {"input_size": (3, 64, 64)}}
     timm_attn.attach(timm.create_model("cspresnet50", **network), "asr")
@@ -611,6 +619,18 @@ def test_every_network_of_timm_can_be_had_by_name():
     with pytest.raises(ValueError, match=r"tv_resnet50 is an old name: timm calls it resnet50.tv_in1k"):
         timm_attn.register("tv_resnet50", "asr")
     assert not {"test_vit_conam", "test_vit_asr_se", "resnet5_asr"} & {*timm.list_models()}
+
+
+def test_any_resnet_of_timm_can_have_attention_on_top():
+    model = shaken(timm_attn.create_model("resnetaa50d", attention="asr_se", num_classes=2))
+    assert timm_attn.fold(model).pretrained_cfg["architecture"] == "seresnetaa50d"
+    timm_attn.register("resnet10t", "asr")
+    folded = timm_attn.fold(shaken(timm.create_model("resnet10t_asr", attention="eca", num_classes=2)))
+    stock = timm.create_model("resnet10t", block_args={"attn_layer": "eca"}, num_classes=2)
+    assert folded.state_dict().keys() == stock.state_dict().keys()
+    for taken in ("seresnet50", "ecaresnet26t", "resnetv2_50"):  # by another attention, or no place for any
+        with pytest.raises(ValueError, match="ASR has attention='se' on top in blocks of timm's ResNet only"):
+            timm_attn.register(taken, "asr_se")
 
 
 # --------------------------------------------------------------------------------------------------- bad input

@@ -29,6 +29,7 @@ GATED = [name for name in FOLDABLE if "_asr" in name]
         ({}, torch.float32),
         ({}, torch.float64),
         ({"delta": 2}, torch.float64),
+        ({"generator": "spa"}, torch.float64),
         ({"generator": "ie"}, torch.float64),
         ({"generator": "eca"}, torch.float64),
         ({"generator": "srm"}, torch.float64),

@@ -18,6 +18,7 @@ OPTIONS = {
     "dia": [{"reduction": 2}, {"dia_light": True}],
     "asr": [
         {"delta": 2},
+        {"generator": "spa"},
         {"generator": "ie"},
         {"generator": "eca"},
         {"generator": "srm"},

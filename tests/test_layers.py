@@ -341,7 +341,10 @@ def test_spems_loss_is_in_the_gradient_of_its_weights(training, scale):
         (lambda: DIACell(8, 0), "DIA reduction must be at least 1, got 0"),
         (lambda: ASR(8, 0), "ASR delta must be at least 1, got 0"),
         (lambda: ASR(8, 1, 0), "ASR reduction must be at least 1, got 0"),
-        (lambda: ASR(8, generator="spa"), "ASR generator must be one of se, ie, eca, srm, scale, got 'spa'"),
+        (
+            lambda: ASR(8, generator="cbam"),
+            "ASR generator must be one of se, spa, ie, eca, srm, scale, got 'c",
+        ),
         (lambda: ASR(8, reduction=4, generator="ie"), "generator 'ie' has no reduction, got 4"),
         (lambda: ConAM(8, grid=0), "ConAM grid must be at least 1, got 0"),
         (lambda: ConAM(8, patch_size=0), "ConAM patch_size must be at least 1, got 0"),

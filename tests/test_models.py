@@ -89,6 +89,12 @@ OPTION_COUNTS = [
     # 15,104 channels end the blocks of resnet50: 3 × 256 + 4 × 512 + 6 × 1024 + 3 × 2048
     ("resnet50_asr", {"generator": "ie"}, 25_557_032 + 3 * 15_104),
     ("resnet50_asr", {"generator": "srm"}, 25_557_032 + 4 * 15_104),
+    # 20 further means of each channel for fc1 to read
+    (
+        "resnet50_asr",
+        {"generator": "spa"},
+        25_557_032 + 2_546_096 + 20 * (3 * 256**2 + 4 * 512**2 + 6 * 1024**2 + 3 * 2048**2) // 16,
+    ),
     ("resnet50_asr", {"generator": "scale"}, 25_557_032 + 15_104),
     ("resnet50_asr", {"generator": "eca"}, 25_557_032 + 15_104 + 13 * 5 + 3 * 7),
     ("resnet50_asr", {"delta": 2}, 25_557_032 + 2 * 2_546_096),
@@ -104,7 +110,7 @@ def test_parameter_counts_with_options(name, options, count):
 WRONG_OPTIONS = [
     ("resnet20_dia", {"reduction": 0}, "DIA reduction must be at least 1, got 0"),
     ("resnet20_dia", {"dia_light": True, "reduction": 8}, "leave out reduction=8"),
-    ("resnet20_asr", {"generator": "spa"}, "one of se, ie, eca, srm, scale, got 'spa'"),
+    ("resnet20_asr", {"generator": "cbam"}, "one of se, spa, ie, eca, srm, scale, got 'cbam'"),
     ("resnet20_asr_se", {"delta": 0}, "ASR delta must be at least 1, got 0"),
     ("resnet20_conam", {"patch_size": (8, 8)}, r"one entry for each of 3 stages, got \(8, 8\)"),
     ("resnet18_conam", {"patch_size": 0}, "ConAM patch_size must be at least 1, got 0"),

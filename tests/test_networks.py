@@ -70,7 +70,7 @@ def test_grouped_convolutions():
     check_network("resnext50_32x4d_asr", channels=[64, 64, 64, 64], layers=[1, 1, 1, 1], size=32)
 
 
-@pytest.mark.parametrize("generator", ["ie", "eca", "srm", "scale"])
+@pytest.mark.parametrize("generator", ["spa", "ie", "eca", "srm", "scale"])
 @pytest.mark.parametrize("architecture", ["resnet20_asr", "resnet50_asr_se"])
 def test_asr_network_with_another_generator(architecture, generator):
     check_network(architecture, generator=generator, delta=2)

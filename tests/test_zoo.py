@@ -211,9 +211,10 @@ def test_differences_are_scipys_paired_intervals(tmp_path):
     stats = pytest.importorskip("scipy.stats")
     values = {
         "resnet20": [50.0, 51.0, 50.4],
-        "better": [51.1, 52.0, 51.6],
-        "alone": [49.0, 50.01],
-        "none": [],
+        "resnet20_se": [51.1, 52.0, 51.6],
+        "fmmnet20": [49.0, 50.01],
+        "resnet20_asr": [],
+        "resnet56_se": [90.0, 90.0, 90.0],  # another backbone
     }
     runs = tmp_path / "runs"
     for network, found_top1 in values.items():
@@ -223,8 +224,8 @@ def test_differences_are_scipys_paired_intervals(tmp_path):
             results = {"top1": top1, "split": "test", "best_epoch": {"split": "train, held out"}}
             (run / "results.json").write_text(json.dumps(results))
             (run / "metrics.jsonl").write_text(f'{{"top1": 1}}\n{{"top1": {2 * top1}}}\n')
-    (runs / "better" / "seed-7").mkdir()  # not finished
-    (tmp_path / "cost.csv").write_text("network,ratio_min,ratio_median,ratio_max\nbetter,1,1.1,1.2\n")
+    (runs / "resnet20_se" / "seed-7").mkdir()  # not finished
+    (tmp_path / "cost.csv").write_text("network,ratio_min,ratio_median,ratio_max\nresnet20_se,1,1.1,1.2\n")
     options = ("--out", tmp_path / "d.csv", "--picture", tmp_path / "d.png", "--cost", tmp_path / "cost.csv")
     result = script("compare_seeds.py", str(runs), *map(str, options))
     assert result.returncode == 0, result.stderr
@@ -232,11 +233,11 @@ def test_differences_are_scipys_paired_intervals(tmp_path):
     twice, _, better, alone = rows
     assert [row["split"] for row in rows] == ["held out", "held out", "test", "test"]
     assert float(twice["difference"]) == pytest.approx(2 * float(better["difference"]), abs=1e-3)
-    wanted = stats.ttest_rel(values["better"], values["resnet20"]).confidence_interval(0.95)
+    wanted = stats.ttest_rel(values["resnet20_se"], values["resnet20"]).confidence_interval(0.95)
     assert float(better["low"]) == pytest.approx(wanted.low, abs=1e-3)
     assert float(better["high"]) == pytest.approx(wanted.high, abs=1e-3)
-    assert (better["network"], better["verdict"], better["n"]) == ("better", "above", "3")
-    assert (alone["network"], alone["verdict"], alone["low"]) == ("alone", "not distinguishable", "-inf")
+    assert (better["network"], better["verdict"], better["n"]) == ("resnet20_se", "above", "3")
+    assert (alone["network"], alone["verdict"], alone["low"]) == ("fmmnet20", "not distinguishable", "-inf")
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])

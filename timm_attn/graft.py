@@ -12,10 +12,10 @@ from .compare import FoldError, above_bound, relative_difference, unwrapped
 from .load import create_pretrained
 from .models import mechanism as row_of
 from .models import model_names, parse_name
-from .models.attached import check_graft
 from .models.backbones import stock_network
 from .models.grafting import GraftError, classifier_keys, graft_description, load_stock, start_constant
 from .models.mechanisms import Mechanism
+from .models.variants import check_graft
 
 #: Fields of a configuration about preprocessing, classes and licence.
 _TAKEN = (

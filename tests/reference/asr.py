@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 
 def se_generator(psi: Tensor, params: dict[str, Tensor]) -> Tensor:
@@ -23,6 +24,15 @@ def se_generator(psi: Tensor, params: dict[str, Tensor]) -> Tensor:
         z = torch.dot(row, hidden) + bias
         v.append(1 / (1 + torch.exp(-z)))
     return torch.stack(v)
+
+
+def spa_generator(psi: Tensor, params: dict[str, Tensor]) -> Tensor:
+    """SE's formula on a pyramid of means: over the image, its quarters and its sixteenths.
+
+    psi (1, C) is seen as an image of 4 x 4 equal pixels; ``fc1.weight`` is (m x 21 C).
+    """
+    image = psi[:, :, None, None].expand(-1, -1, 4, 4)
+    return se_generator(torch.cat([adaptive_avg_pool2d(image, k).flatten(1) for k in (1, 2, 4)], 1), params)
 
 
 def ie_generator(psi: Tensor, params: dict[str, Tensor]) -> Tensor:
@@ -66,7 +76,8 @@ def srm_generator(psi: Tensor, params: dict[str, Tensor]) -> Tensor:
 def _generate(params: dict[str, Tensor]) -> Tensor:
     """v (C,) of the generator that the keys of ``params`` belong to."""
     if "fc1.weight" in params:
-        return se_generator(params["psi"], params)
+        pyramid = params["fc1.weight"].shape[1] == 21 * params["psi"].shape[1]
+        return (spa_generator if pyramid else se_generator)(params["psi"], params)
     if "conv.weight" in params:
         return eca_generator(params["psi"], params)
     if "bias" in params:
@@ -79,7 +90,7 @@ def _generate(params: dict[str, Tensor]) -> Tensor:
 def asr_gate(generators: list[dict[str, Tensor]]) -> Tensor:
     """The product of delta >= 1 generators on one layer (arXiv 2304.06345); the result is (C,).
 
-    Every item holds its own ``psi`` next to the keys of its generator: ``fc1.weight`` marks SE,
+    Every item holds its own ``psi`` next to the keys of its generator: ``fc1.weight`` marks SE or SPA,
     ``conv.weight`` ECA, ``weight`` with ``bias`` IE ``weight`` alone SRM, and nothing else a scale.
     """
     if not generators:

@@ -1,6 +1,6 @@
 """The attention mechanisms, one per file."""
 
-from .asr import ASR, ECAGenerator, IEGenerator, ScaleGenerator, SEGenerator, SRMGenerator
+from .asr import ASR, ECAGenerator, IEGenerator, ScaleGenerator, SEGenerator, SPAGenerator, SRMGenerator
 from .conam import ConAM
 from .dia import DIACell
 from .fmm import FMM
@@ -21,6 +21,7 @@ __all__ = [
     "ECAGenerator",
     "IEGenerator",
     "SEGenerator",
+    "SPAGenerator",
     "SRMGenerator",
     "ScaleGenerator",
 ]

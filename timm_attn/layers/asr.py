@@ -45,6 +45,27 @@ class SEGenerator(nn.Module):
         return self.fc2(self.fc1(self.psi).relu()).sigmoid()
 
 
+class SPAGenerator(SEGenerator):
+    """v = σ(fc2 relu(fc1 p)): spatial pyramid attention (https://doi.org/10.1109/TMM.2021.3068576).
+
+    p (1 × 21 C) are the means of each channel over the 1, 2 × 2 and 4 × 4 cells of the pyramid, channel by
+    channel at each level: of a map with ψ in every pixel, each is that channel's entry of ψ. A batch norm is
+    left out, as there is no batch to normalise over. Else as SE.
+    """
+
+    LEVELS = (1, 4, 16)
+
+    def __init__(self, channels: int, reduction: int = 16, device=None, dtype=None) -> None:
+        super().__init__(channels, reduction, device, dtype)
+        hidden = self.fc1.out_features
+        self.fc1 = nn.Linear(sum(self.LEVELS) * channels, hidden, device=device, dtype=dtype)
+
+    def forward(self) -> Tensor:
+        """The gate v, 1 × C, each entry in (0, 1)."""
+        pyramid = torch.cat([self.psi.repeat_interleave(cells, 1) for cells in self.LEVELS], 1)
+        return self.fc2(self.fc1(pyramid).relu()).sigmoid()
+
+
 class IEGenerator(nn.Module):
     """v = σ(weight · ψ + bias) per channel: instance enhancement (https://arxiv.org/abs/1908.04008).
 
@@ -143,6 +164,7 @@ class ScaleGenerator(nn.Module):
 
 GENERATORS = {
     "se": SEGenerator,
+    "spa": SPAGenerator,
     "ie": IEGenerator,
     "eca": ECAGenerator,
     "srm": SRMGenerator,
@@ -158,7 +180,7 @@ class ASR(ConstantGate):
     Args:
         channels: Width C of the feature map.
         delta: Number δ of generators (the paper's insertion frequency).
-        reduction: Reduction ratio of each SE generator, 16 by default; other generators have none.
+        reduction: Reduction ratio of each SE or SPA generator, 16 by default; other generators have none.
         generator: T, one of ``GENERATORS``.
 
     Raises:
@@ -181,7 +203,7 @@ class ASR(ConstantGate):
         check_choice("ASR generator", generator, GENERATORS)
         own: dict[str, Any] = {}
         if reduction is not None:
-            if generator != "se":
+            if not issubclass(GENERATORS[generator], SEGenerator):
                 raise ValueError(f"the generator {generator!r} has no reduction, got {reduction}")
             own["reduction"] = reduction
         self.generators = nn.ModuleList(GENERATORS[generator](channels, **own, **dd) for _ in range(delta))

@@ -2,24 +2,21 @@
 
 from . import attached, frozen
 from .attached import (
-    GRAFT,
     did_you_mean,
-    graft_obstacle,
     graft_tags,
     known_architecture,
-    model_names,
-    parse_name,
     register,
     register_folder,
     register_graft,
     register_name,
     registering,
-    stock_model,
 )
 from .backbones import BACKBONES
+from .building import stock_model
 from .cifar import CifarResNet, CifarResNetV2
 from .mechanisms import MECHANISMS, mechanism
 from .status import STATUSES, status
+from .variants import GRAFT, graft_obstacle, model_names, parse_name
 
 __all__ = [
     "BACKBONES",

@@ -18,56 +18,27 @@ The classes of the layers document the options. timm lists a model under the las
 import warnings
 from contextlib import suppress
 from difflib import get_close_matches
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_model_args, register_model
-from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
-from torch import Tensor, nn
+from timm.models import generate_default_cfgs, register_model
+from torch import nn
 
 from .. import weights
-from ..branches import copied, example_input
-from ..compare import above_bound, relative_difference
-from .backbones import BACKBONES, spec_of, stock_network
-from .deployed import folded, fuse_state, has_norms
-from .features import feature_maps
-from .grafting import (
-    GraftError,
-    classifier_keys,
-    graft_description,
-    key_difference,
-    load_stock,
-    start_constant,
-)
-from .mechanisms import MECHANISMS, mechanism, options_of
+from .backbones import spec_of, stock_network
+from .building import create
+from .mechanisms import MECHANISMS, mechanism
 from .resnet_only import residual_blocks
+from .variants import GRAFT, VARIANTS, check_graft, graft_obstacle, variant_name
 
-#: Prefix of the tags of weights that are grafted from a stock network.
-GRAFT = "graft_"
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
 
 
-def _name(backbone: str, key: str) -> str:
-    name = mechanism(key).name
-    return name(backbone) if name else f"{backbone}_{key}"
-
-
 #: Tags of timm's weights that were asked for, besides the default, by variant.
 _OTHER_TAGS: dict[str, set[str]] = {}
-_VARIANTS = {
-    _name(backbone, key): (backbone, key)
-    for backbone, spec in BACKBONES.items()
-    for key, row in MECHANISMS.items()
-    if row.on(spec)
-}
-
-
-def model_names() -> list[str]:
-    """Names of the architectures that this package registers, in the order of the table."""
-    return list(_VARIANTS)
 
 
 def graft_tags(architecture: str) -> list[str]:
@@ -76,223 +47,9 @@ def graft_tags(architecture: str) -> list[str]:
     return [tag for tag in tags if tag.startswith(GRAFT)]
 
 
-def parse_name(architecture: str) -> tuple[str, str]:
-    """Backbone and mechanism ('' for a plain network) of an architecture of this package.
-
-    Raises:
-        KeyError: The architecture is not one of ``model_names``.
-    """
-    return _VARIANTS[architecture]
-
-
-def stock_model(model: Any, folded: nn.Module) -> Any:
-    """A folded model, built by name with ``timm.create_model``: the stock network where there is one.
-
-    Args:
-        model: The model before folding, made by ``timm.create_model``.
-        folded: The result of ``timm_attn.fold``.
-    """
-    cfg = model.pretrained_cfg
-    backbone, key = parse_name(cfg["architecture"])
-    name, arguments = mechanism(key).stock_network(backbone, model._model_args)
-    if mechanism(key).fuses:
-        name, arguments = cfg["architecture"], {**model._model_args, "folded": True}
-    arguments["num_classes"] = model.num_classes
-    # Both may have changed since the model was made.
-    pool = get_model_args(model).get("global_pool")
-    if pool is not None and pool != arguments.get("global_pool", "avg"):
-        arguments["global_pool"] = pool
-    stock: Any = timm.create_model(name, **arguments)
-    stock.to(next(folded.parameters())).load_state_dict(folded.state_dict())
-    stock.pretrained_cfg = stock.default_cfg = {**cfg, "architecture": name}
-    return stock.eval()
-
-
-def checkpoint_filter(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Pass on a checkpoint whose keys are the model's, the classifier's aside; graft stock weights.
-
-    Trained weights of a model that is built with ``folded=True`` are folded.
-
-    timm loads in part, in silence, when the head is adapted or ``features_only`` is asked for; this does not.
-
-    Raises:
-        RuntimeError: A key outside the classifier is missing or unexpected, or a tensor has another shape.
-        GraftError: The tag asks for a graft, and the weights are not those of the stock network.
-    """
-    # In the first releases, ASR was in the place where a ResNet has SE.
-    old = ".se.generators."
-    state_dict = {key.replace(old, ".asr.generators."): tensor for key, tensor in state_dict.items()}
-    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
-    adapted = classifier_keys(cfg)
-    misfit = key_difference(state_dict, model.state_dict(), adapted)
-    if misfit and str(cfg.get("tag")).startswith(GRAFT):
-        check_graft(cfg["architecture"])
-        if isinstance(getattr(model, "fused_pairs", None), list):
-            raise GraftError(
-                f"{cfg['architecture']} has its norms fused: graft without folded=True, then fold"
-            )
-        load_stock(model, state_dict, model.stock_keys)
-        start_constant(model, model.stock_keys)
-        # Here and not in the tag's configuration, which timm also gives a model with random weights.
-        cfg["description"] = graft_description(str(cfg.get("hf_hub_id")))
-        ends = classifier_keys(cfg, "first_conv")
-        return model.state_dict() | {k: v for k, v in state_dict.items() if k.startswith(ends)}
-    if misfit and has_norms(state_dict, getattr(model, "fused_pairs", [])):
-        state_dict = fuse_state(state_dict, model.fused_pairs)
-        misfit = key_difference(state_dict, model.state_dict(), adapted)
-    # Of another number of channels or classes, timm adapts these.
-    adapted = classifier_keys(cfg, "first_conv")
-    shapes = {key: tensor.shape for key, tensor in model.state_dict().items() if not key.startswith(adapted)}
-    wrong = [key for key, shape in shapes.items() if key in state_dict and state_dict[key].shape != shape]
-    if not misfit and wrong:
-        was, is_ = (tuple(shape) for shape in (state_dict[wrong[0]].shape, shapes[wrong[0]]))
-        misfit = f"{wrong[0]} has the shape {was}, not {is_} ({len(wrong)} such in all)"
-    if misfit:
-        raise RuntimeError(f"the checkpoint does not fit {type(model).__name__}: {misfit}")
-    return state_dict
-
-
-def graft_obstacle(architecture: str) -> str:
-    """Why stock weights cannot become those of a variant, or ''."""
-    return mechanism(parse_name(architecture)[1]).graft
-
-
-def check_graft(architecture: str) -> None:
-    """Raise a ``GraftError`` if stock weights cannot become those of a variant."""
-    reason = graft_obstacle(architecture)
-    if reason:
-        raise GraftError(f"{architecture} cannot be grafted: {reason}")
-
-
-def _architecture(checkpoint: str | None) -> str:
-    return (checkpoint or "").partition(".")[0]
-
-
-def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    if "block" in kwargs:
-        raise TypeError(f"block={kwargs['block']!r} cannot be set: {variant} has blocks of its own")
-    backbone, key = _VARIANTS[variant]
-    grafted = pretrained and _tag(variant, kwargs).startswith(GRAFT)
-    saved = weights.resolve(variant, kwargs) if pretrained and not grafted else {}
-    kwargs = {**kwargs, **saved}
-    build: Any = partial(_network, variant)
-    if kwargs.pop("folded", False):
-        build = partial(folded, build)
-        if not mechanism(key).fuses:
-            stock = mechanism(key).stock(backbone)[0]
-            theirs = [c.name for c in weights.checkpoints() if _architecture(c.folded_from) == variant]
-            named = f", whose weights are {' and '.join(theirs)}" if pretrained and theirs else ""
-            raise ValueError(f"{variant} has no folded form of its own: folded, it is {stock}{named}")
-    by_timm = grafted and _by_timm(variant, kwargs)
-    if by_timm:
-        check_graft(variant)
-        tag = _tag(variant, kwargs).removeprefix(GRAFT)
-        build = partial(build, stock_tag=tag, stock_file=_stock_file(variant, tag))
-    model: Any = build_model_with_cfg(
-        build,
-        variant,
-        pretrained and not by_timm,
-        pretrained_filter_fn=checkpoint_filter,
-        feature_cfg=feature_cfg(backbone, kwargs) | kwargs.pop("feature_cfg", {}),
-        **kwargs,
-    )
-    if by_timm:
-        # Here and not in the tag's configuration, which timm also gives a model with random weights.
-        model.pretrained_cfg["description"] = graft_description(str(model.pretrained_cfg.get("hf_hub_id")))
-    # timm adds what create_model was given; a folded or exported copy needs what the weights brought, too.
-    model._model_args = {k: v for k, v in saved.items() if not k.startswith("pretrained_cfg")}
-    return model
-
-
-def _stock_file(variant: str, tag: str) -> str | None:
-    """timm's weights of the stock network, whose sha256 is the Hub's; None if timm reads them its own way.
-
-    Raises:
-        WeightsError: They cannot be had, or are damaged.
-    """
-    backbone = _VARIANTS[variant][0]
-    try:
-        file = weights.fetch_timm(f"{backbone}.{tag}")
-        return None if file is None else str(file)
-    except weights.WeightsError as error:
-        raise type(error)(
-            f"{variant}.{GRAFT}{tag} is made from timm's weights of {backbone}: {error}. With their file at "
-            f"hand: timm_attn.graft({variant!r}, safetensors.torch.load_file(FILE))"
-        ) from None
-
-
-def _network(
-    variant: str, stock_tag: str | None = None, stock_file: str | None = None, **kwargs: Any
-) -> nn.Module:
-    """The stock network with the mechanism; with a tag, of timm's weights, which are grafted."""
-    backbone, key = _VARIANTS[variant]
-    row = mechanism(key)
-    name, arguments = row.stock_network(backbone, kwargs)
-    if stock_tag is not None:
-        arguments["pretrained_cfg"] = stock_tag
-    if stock_file is not None:  # not timm's own download; and it holds torch tensors, whatever others do
-        arguments["pretrained_cfg_overlay"] = {"file": stock_file, "custom_load": False}
-    model: Any = stock_network(name, pretrained=stock_tag is not None, **arguments)
-    model.stock_keys = set(model.state_dict())
-    if name != backbone:  # what the attention on top adds is no part of the backbone
-        plain = {k: v for k, v in kwargs.items() if k not in row.options and k != "block_args"}
-        model.stock_keys &= set(stock_network(backbone, **{**plain, "device": "meta"}).state_dict())
-    if not key or (key == "se" and name != backbone):
-        return model
-    stock = copied(model) if stock_tag is not None else None
-    row.put(model, example_input(model, 1), **{k: v for k, v in kwargs.items() if k in options_of(row.put)})
-    if stock is not None:
-        start_constant(model, model.stock_keys)
-        images = example_input(model)
-        excess = above_bound(relative_difference(stock, model, images), images.dtype)
-        if excess:
-            raise GraftError(f"{variant} does not compute what timm's {name}.{stock_tag} computes: {excess}")
-        model.train()
-    return model
-
-
-def _given(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The configuration that a model is created with; at least its tag."""
-    cfg: Any = kwargs.get("pretrained_cfg") or timm.models.get_pretrained_cfg(variant)
-    return {"tag": cfg} if isinstance(cfg, str) else cfg if isinstance(cfg, dict) else cfg.to_dict()
-
-
-def _tag(variant: str, kwargs: dict[str, Any]) -> str:
-    return str(_given(variant, kwargs).get("tag"))
-
-
-def _by_timm(variant: str, kwargs: dict[str, Any]) -> bool:
-    """Whether a graft is from timm's weights of the stock network, and not from another file."""
-    if any((kwargs.get("pretrained_cfg_overlay") or {}).get(source) for source in weights.SOURCES):
-        return False
-    given = _given(variant, kwargs)
-    registered = default_cfgs[variant].cfgs.get(str(given["tag"]))
-    if registered is None or len(given) == 1:
-        return registered is not None
-    return all(given.get(source) == getattr(registered, source) for source in (*weights.SOURCES, "source"))
-
-
-def feature_cfg(backbone: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """How timm takes feature maps from the stock network, so that their keys are the same."""
-    if not kwargs.get("features_only"):
-        return {}
-    spec = spec_of(backbone)
-    if spec.cifar:
-        return {"out_indices": tuple(range(len(spec.layers) + 1)), "flatten_sequential": spec.preact}
-    if spec.layers:
-        return {}
-    stock: Any = timm.create_model(backbone, features_only=True, device="meta")
-    cfg = {"out_indices": tuple(stock.feature_info.out_indices), "feature_cls": type(stock)}
-    if isinstance(stock, FeatureDictNet | FeatureHookNet):
-        whole = stock_network(backbone, device="meta")
-        parts, flat = ({name for name, _ in net.named_children()} for net in (whole, stock))
-        return {**cfg, "flatten_sequential": flat != {"body"} and not flat <= parts}
-    return cfg if isinstance(stock, FeatureGetterNet) else {**cfg, "feature_cls": feature_maps}
-
-
 def _graft_cfgs(variant: str) -> dict[str, dict[str, Any]]:
     """timm's checkpoints of the stock backbone, the default and those that were asked for, as grafts."""
-    backbone, key = _VARIANTS[variant]
+    backbone, key = VARIANTS[variant]
     row = mechanism(key)
     # Of SE networks, which ASR with SE on top grows from, timm has too few checkpoints.
     if spec_of(backbone).cifar or graft_obstacle(variant) or row.stock(backbone) != (backbone, {}):
@@ -335,20 +92,20 @@ def _cfg(backbone: str) -> dict[str, Any]:
 def _cfgs(variant: str) -> dict[str, Any]:
     """All configurations of an architecture by name and tag, the default first."""
     cfgs = weights.pretrained_cfgs(variant) | _graft_cfgs(variant)
-    return cfgs or {variant: _cfg(_VARIANTS[variant][0])}
+    return cfgs or {variant: _cfg(VARIANTS[variant][0])}
 
 
 # timm reads this table while it registers an entry point, so it must stand above them.
 default_cfgs = generate_default_cfgs(
-    {tag: cfg for variant in _VARIANTS for tag, cfg in _cfgs(variant).items()}
+    {tag: cfg for variant in VARIANTS for tag, cfg in _cfgs(variant).items()}
 )
 
 
 def _register(variant: str) -> None:
-    backbone, key = _VARIANTS[variant]
+    backbone, key = VARIANTS[variant]
 
     def entry(pretrained: bool = False, **kwargs) -> nn.Module:
-        return _create(variant, pretrained, **kwargs)
+        return create(variant, pretrained, **kwargs)
 
     entry.__name__ = entry.__qualname__ = variant
     entry.__doc__ = f"{backbone}: {mechanism(key).paper.summary}"
@@ -363,9 +120,9 @@ def _register_again(variant: str) -> None:
         _register(variant)
 
 
-for _variant in _VARIANTS:
+for _variant in VARIANTS:
     _register(_variant)
-_REGISTERED_BY_IMPORT = frozenset(_VARIANTS)
+_REGISTERED_BY_IMPORT = frozenset(VARIANTS)
 
 
 def did_you_mean(name: str) -> str:
@@ -388,8 +145,8 @@ def register(backbone: str, key: str) -> str:
         ValueError: timm has no such network, the mechanism does not exist or is for ResNets only, or another
             network has the name. Whether the network has a place for the mechanism, its creation tells.
     """
-    name = _name(backbone, key)
-    if _VARIANTS.get(name) == (backbone, key):
+    name = variant_name(backbone, key)
+    if VARIANTS.get(name) == (backbone, key):
         return name
     if "." in backbone:
         raise ValueError(
@@ -402,7 +159,7 @@ def register(backbone: str, key: str) -> str:
     now = timm.models.get_deprecated_models().get(backbone)
     if now is not None:
         raise ValueError(f"{backbone} is an old name: timm calls it {now}")
-    row, of = mechanism(key), _VARIANTS.get(backbone)
+    row, of = mechanism(key), VARIANTS.get(backbone)
     if of is not None and of[1] not in ("", "se"):
         raise ValueError(f"{backbone} has {of[1]} already: name {of[0]}")
     if name == backbone:
@@ -412,12 +169,12 @@ def register(backbone: str, key: str) -> str:
         residual_blocks(stock_network(backbone, device="meta"), key)
     if timm.is_model(name):
         raise ValueError(f"{name} is a network already: timm.create_model({name!r})")
-    _VARIANTS[name] = (backbone, key)
+    VARIANTS[name] = (backbone, key)
     try:
         default_cfgs.update(generate_default_cfgs(_cfgs(name)))
         _register(name)
     except BaseException:
-        del _VARIANTS[name]
+        del VARIANTS[name]
         raise
     return name
 
@@ -432,7 +189,7 @@ def register_graft(variant: str, tag: str) -> str:
         GraftError: The mechanism cannot be initialised without changing the outputs.
         ValueError: timm has no such weights.
     """
-    backbone, key = _VARIANTS[variant]
+    backbone, key = VARIANTS[variant]
     check_graft(variant)
     tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{backbone}.*")]
     if tag not in tags:
@@ -472,14 +229,14 @@ def register_name(architecture: str) -> bool:
 
 def known_architecture(architecture: str) -> bool:
     """Whether it is one of this package's; a pair of a network and a mechanism becomes one."""
-    return register_name(architecture) and architecture in _VARIANTS
+    return register_name(architecture) and architecture in VARIANTS
 
 
 def registering(architecture: str) -> str:
     """The call that registers one of this package's architectures; '' if the import alone does."""
     if not known_architecture(architecture) or architecture in _REGISTERED_BY_IMPORT:
         return ""
-    backbone, key = _VARIANTS[architecture]
+    backbone, key = VARIANTS[architecture]
     return f'timm_attn.register("{backbone}", "{key}")'
 
 

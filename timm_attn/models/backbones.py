@@ -1,7 +1,7 @@
 """The table of stock networks of which variants are registered."""
 
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import timm
@@ -108,6 +108,18 @@ def is_resnet(name: str) -> bool:
     """Whether it is a ResNet, with or without pre-activation, of timm or this package."""
     theirs = (ResNet.__module__, ResNetV2.__module__)
     return bool(spec_of(name).layers) or timm.model_entrypoint(name).__module__ in theirs
+
+
+@cache
+def takes_attention(name: str) -> bool:
+    """Whether ``block_args=dict(attn_layer=...)`` puts attention into its blocks, which have none."""
+    spec = spec_of(name)
+    if spec.layers:
+        return not spec.preact
+    if timm.model_entrypoint(name).__module__ != ResNet.__module__:
+        return False
+    network = timm.create_model(name, device="meta")
+    return all(b.se is None for b in network.modules() if isinstance(b, BasicBlock | Bottleneck))
 
 
 #: timm would round the SE paper's hidden width C / 16 up to a multiple of 8: too wide for 16 to 64 channels.

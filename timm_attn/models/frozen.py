@@ -14,7 +14,9 @@ from .. import weights
 from ..dia_end import DIAEnd
 from ..ends import BranchEnd
 from ..layers.frozen import FrozenGate
-from .attached import feature_cfg, model_names, parse_name, register_name
+from .attached import register_name
+from .building import feature_cfg
+from .variants import model_names, parse_name
 
 
 def remove_gate(model: nn.Module, path: str, constant: FrozenGate | None = None) -> None:

@@ -21,7 +21,7 @@ from ..layers import ASR, SEM, SPEM, ConAM, ConstantGate, DIACell
 from ..layers.options import check_choice, check_flag, check_whole
 from ..merging import gates_first
 from ..papers import PAPERS, Paper, paper_of
-from .backbones import Backbone, paper_se, spec_of
+from .backbones import Backbone, paper_se, spec_of, takes_attention
 from .cifar import CifarResNetV2
 from .placing import (
     branches_taking_gates,
@@ -148,8 +148,10 @@ def _asr_stock(backbone: str, *, attention: Any = None) -> tuple[str, dict[str, 
     if attention is None:
         return backbone, {}
     spec = spec_of(backbone)
-    if not _has_se(spec):
-        raise ValueError(f"ASR has attention={attention!r} on top in blocks of timm's ResNet only")
+    if not takes_attention(backbone):
+        raise ValueError(
+            f"ASR has attention={attention!r} on top in blocks of timm's ResNet only, where there is no other"
+        )
     if attention == "se":
         name = f"{backbone}_se" if spec.cifar else backbone.replace("resne", "seresne")
         if spec.cifar or timm.is_model(name):

@@ -1,8 +1,8 @@
 """How well an architecture is tested."""
 
 from .. import weights
-from .attached import model_names, parse_name
 from .backbones import BACKBONES
+from .variants import model_names, parse_name
 
 #: Meaning of each status, best first.
 STATUSES = {
