@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipe", default="cifar_cpu")
+    parser.add_argument("--precision", choices=["no", "bf16", "fp16"], help="another than the recipe's")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "zoo")
     parser.add_argument("--results", type=Path, default=ROOT / "hub" / "results" / "zoo")
     parser.add_argument("--records-only", action="store_true", help="keep no weights and no curves")
@@ -177,6 +178,9 @@ def main() -> None:
     asked = dataclasses.replace(
         load_recipe(arguments.recipe), data=arguments.data, checkpoint_every=CHECKPOINT_EVERY
     )
+    if arguments.precision:
+        options += ["--precision", arguments.precision]
+        asked = dataclasses.replace(asked, precision=arguments.precision)
     for model in arguments.models:  # at once, not when its turn comes
         check_model(model.partition(":")[0])
     for seed in arguments.seeds:
