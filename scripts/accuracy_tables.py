@@ -66,11 +66,11 @@ def comparison() -> str:
     return markdown([*header, "max\\|Δlogit\\| ÷ max\\|logit\\|"], rows)
 
 
-def from_scratch(folder: str, plain: str, cost: str) -> str:
+def from_scratch(folder: str, plain: str) -> str:
     """Networks trained from random weights, against the plain one that they are made of, paired by seed."""
     runs = {path.name: top1_by_seed(path) for path in family(RESULTS / folder, plain)}
     runs = {network: found for network, found in runs.items() if found}
-    costs = {row["network"]: ratio(row) for row in read_csv(RESULTS / cost)}
+    costs = {row["network"]: ratio(row) for row in read_csv(RESULTS / f"{folder}_{plain}_cost.csv")}
     splits = sorted(runs[plain])  # the held-out images first
 
     table = []

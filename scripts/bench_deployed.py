@@ -1,7 +1,7 @@
 """Time of networks as they are deployed over that of the plain one, deployed too, in turn in one process.
 
     python scripts/bench_deployed.py resnet20_se resnet20_asr:generator=scale --classes 200 \\
-        --out hub/results/tiny_cost.csv
+        --out hub/results/tiny_resnet20_cost.csv
 
 Networks are named as in scripts/train_zoo.py, and have random weights, on which time does not depend. All are
 folded: batch norms are fused into the convolutions, and attention that can be folded is gone.

@@ -1,7 +1,8 @@
 """Networks against a plain one by paired seeds: differences of top-1 with intervals, drawn too.
 
-    python scripts/compare_seeds.py hub/results/tiny --baseline resnet20 --cost hub/results/tiny_cost.csv \\
-        --out hub/results/tiny_differences.csv --picture hub/results/tiny_differences.png
+    python scripts/compare_seeds.py hub/results/tiny --baseline resnet20 \\
+        --cost hub/results/tiny_resnet20_cost.csv --out hub/results/tiny_differences.csv \\
+        --picture hub/results/tiny_differences.png
 
 Reads ``<folder>/<network>/seed-<seed>``, as scripts/train_zoo.py writes them, of the networks whose backbone
 is the plain one. Accuracy is that of the last epoch, on the test split and on images held out of the training
