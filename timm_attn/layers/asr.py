@@ -26,6 +26,9 @@ class SEGenerator(nn.Module):
     As ψ has two axes, weight decay that leaves out biases and the scales of norms includes it.
     """
 
+    #: Parts of the map, level by level, over which the means of each channel are taken.
+    levels = (1,)
+
     def __init__(self, channels: int, reduction: int = 16, device=None, dtype=None) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
@@ -33,7 +36,7 @@ class SEGenerator(nn.Module):
         hidden = max(1, round(channels / reduction))
         self.psi = nn.Parameter(torch.empty(1, channels, **dd))
         self.reset_parameters()
-        self.fc1 = nn.Linear(channels, hidden, **dd)
+        self.fc1 = nn.Linear(sum(self.levels) * channels, hidden, **dd)
         self.fc2 = nn.Linear(hidden, channels, **dd)
 
     def reset_parameters(self) -> None:
@@ -42,7 +45,11 @@ class SEGenerator(nn.Module):
 
     def forward(self) -> Tensor:
         """The gate v, 1 × C, each entry in (0, 1)."""
-        return self.fc2(self.fc1(self.psi).relu()).sigmoid()
+        return self.fc2(self.fc1(self.means()).relu()).sigmoid()
+
+    def means(self) -> Tensor:
+        """What the channel means of an image are to SE: ψ."""
+        return self.psi
 
 
 class SPAGenerator(SEGenerator):
@@ -53,17 +60,11 @@ class SPAGenerator(SEGenerator):
     left out, as there is no batch to normalise over. Else as SE.
     """
 
-    LEVELS = (1, 4, 16)
+    levels = (1, 4, 16)
 
-    def __init__(self, channels: int, reduction: int = 16, device=None, dtype=None) -> None:
-        super().__init__(channels, reduction, device, dtype)
-        hidden = self.fc1.out_features
-        self.fc1 = nn.Linear(sum(self.LEVELS) * channels, hidden, device=device, dtype=dtype)
-
-    def forward(self) -> Tensor:
-        """The gate v, 1 × C, each entry in (0, 1)."""
-        pyramid = torch.cat([self.psi.repeat_interleave(cells, 1) for cells in self.LEVELS], 1)
-        return self.fc2(self.fc1(pyramid).relu()).sigmoid()
+    def means(self) -> Tensor:
+        """p, 1 × 21 C."""
+        return torch.cat([self.psi.repeat_interleave(cells, 1) for cells in self.levels], 1)
 
 
 class IEGenerator(nn.Module):

@@ -31,6 +31,11 @@ class Backbone:
     preact: bool = False
     args: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def takes_attention(self) -> bool:
+        """Whether its blocks are timm's that have a place for attention on top; of ResNets only."""
+        return bool(self.layers) and not self.preact
+
 
 BACKBONES = {
     "resnet18": Backbone((2, 2, 2, 2)),
@@ -115,7 +120,7 @@ def takes_attention(name: str) -> bool:
     """Whether ``block_args=dict(attn_layer=...)`` puts attention into its blocks, which have none."""
     spec = spec_of(name)
     if spec.layers:
-        return not spec.preact
+        return spec.takes_attention
     if timm.model_entrypoint(name).__module__ != ResNet.__module__:
         return False
     network = timm.create_model(name, device="meta")

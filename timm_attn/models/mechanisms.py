@@ -250,7 +250,7 @@ def _plain(model: nn.Module, images: Any) -> None:
 
 def _se_stock(backbone: str) -> tuple[str, dict[str, Any]]:
     spec = spec_of(backbone)
-    return f"{backbone}_se" if spec.cifar and _has_se(spec) else backbone, {}
+    return f"{backbone}_se" if spec.cifar and spec.takes_attention else backbone, {}
 
 
 def _se(model: nn.Module, images: Any) -> None:
@@ -269,17 +269,14 @@ def _resnet(backbone: Backbone) -> bool:
     return bool(backbone.layers)
 
 
-def _has_se(backbone: Backbone) -> bool:
-    """Whether timm's blocks have a place for attention on top."""
-    return bool(backbone.layers) and not backbone.preact
-
-
 MECHANISMS = {
     "": Mechanism(_plain, PAPERS["resnet"], name=str, graft="it is the stock network", on=_cifar),
     "se": Mechanism(_se, PAPERS["se"], stock=_se_stock, fuses=True, on=_cifar),
     "dia": Mechanism(_dia, PAPERS["dia"], fuses=True),
     "asr": Mechanism(_asr, PAPERS["asr"], stock=_asr_stock, folds=True),
-    "asr_se": Mechanism(_asr, PAPERS["asr_se"], stock=_asr_se_stock, folds=True, on=_has_se),
+    "asr_se": Mechanism(
+        _asr, PAPERS["asr_se"], stock=_asr_se_stock, folds=True, on=lambda b: b.takes_attention
+    ),
     "conam": Mechanism(_conam, PAPERS["conam"], fuses=True, resnets=True, on=_resnet),
     "fmm": Mechanism(
         _fmm,
