@@ -84,9 +84,9 @@ def from_scratch(folder: str, plain: str) -> str:
     return markdown(["network", *header, "time, folded"], table)
 
 
-def transfer() -> str:
+def transfer(name: str) -> str:
     """Fine-tuned grafts against the fine-tuned plain network, paired by seed."""
-    rows = read_csv(RESULTS / "transfer.csv")
+    rows = read_csv(RESULTS / name)
     constant = ("source", "data", "epochs", "held_out", "recipe", "precision")
     assert len({tuple(row[name] for name in constant) for row in rows}) == 1, "a table for each of them"
     found: dict[tuple[str, str, str], dict[int, float]] = {}

@@ -489,13 +489,14 @@ def test_attention_reads_tokens_as_the_grid_that_they_are():
     x = torch.randn(2, prefix + 16, model.embed_dim)
     expected = end.mechanism(x[:, prefix:].transpose(1, 2).unflatten(2, (2, 8))).flatten(2).transpose(1, 2)
     torch.testing.assert_close(end(x)[:, prefix:], expected)
-    levit = timm_attn.attach(build("levit_128s"), "cbam").eval()  # which does not say what its grid is
+    levit = timm_attn.attach(build("levit_128s"), "cbam").eval()  # which does not say its grid
     end = next(module for module in levit.modules() if isinstance(module, BranchEnd))
     count, width = end.branch.pixels, end.branch.channels
-    assert (end.branch.axis, end.branch.grid, count) == (-1, None, 14 * 14)
-    x = torch.randn(2, count, width)
-    expected = end.mechanism(x.transpose(1, 2).unflatten(2, (14, 14))).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(end(x), expected)
+    assert (end.branch.axis, end.branch.grid, count) == (-1, (14, 14), 14 * 14)
+    for side in (14, 10):  # of other images, a square
+        x = torch.randn(2, side * side, width)
+        expected = end.mechanism(x.transpose(1, 2).unflatten(2, (side, side))).flatten(2).transpose(1, 2)
+        torch.testing.assert_close(end(x), expected)
 
 
 @pytest.mark.parametrize(("name", "where"), [("resnet18", "branches"), ("test_convnext", "branches")])

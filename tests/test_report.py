@@ -119,6 +119,59 @@ def test_a_gate_in_two_places_is_none_and_parts_of_a_network_may_be_called():
     assert gates.images == 80 and len(gates) == 4 and not gates.unknown
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_labels_are_those_of_the_images_that_a_part_of_the_network_is_called_with(whole):
+    model, kinds = se_network(), 3 * torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    batches = [torch.randint(2, (n,), generator=torch.Generator().manual_seed(n)) for n in (8, 8, 5, 7)]
+    with timm_attn.record(model) as gates, torch.no_grad():
+        for labels in batches:
+            gates.labels = labels
+            (model if whole else model.forward_features)(kinds[labels])
+        gates.labels = batches[0]
+        model(kinds[batches[0]])  # the whole, after a part
+    assert gates.images == 36 and gates["layer1.0.se"].class_share > 0.999
+    with pytest.raises(ValueError, match="labels of shape"), timm_attn.record(model) as gates:
+        gates.labels = batches[0]
+        model.forward_features(kinds[batches[2]])
+
+
+def test_gates_kept_of_an_image_are_its_own_where_a_block_takes_patches_for_images():
+    model = timm.create_model("mobilevit_xxs", num_classes=5)
+    model = timm_attn.attach(model, "dia", images=torch.randn(1, 3, 64, 64)).eval()
+    x = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def kept(x):
+        with timm_attn.record(model, keep=[1, 4]) as gates, torch.no_grad():
+            model(x)
+        assert gates.images == len(x)
+        return gates.kept["stages.2.1.transformer.0.drop_path1"]
+
+    own, other = x.clone(), x.clone()
+    own[[1, 4]] *= -1
+    other[[0, 2, 3, 5]] *= -1
+    before = kept(x)
+    assert before.shape[0] == 2 and ((before - kept(own)).abs().amax(1) > 1e-5).all()
+    torch.testing.assert_close(before, kept(other), rtol=0, atol=1e-6)
+
+
+def test_gates_that_are_the_same_for_all_channels_are_found_on_the_axis_of_channels():
+    sizes = {"img_size": 64, "embed_dim": 32, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4}
+    stock = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **sizes)
+    model = timm_attn.graft("swin_tiny_patch4_window7_224_dia", stock, **sizes).eval()
+    with timm_attn.record(model) as gates, torch.no_grad():
+        model(torch.randn(4, 3, 64, 64))
+    assert [(g.channels, g.axis) for g in gates.gates] == [(32, -1)] * 2 + [(64, -1)] * 2
+    report = timm_attn.freeze(model, torch.randn(400, 3, 64, 64), every=True)
+    assert report.frozen == 4
+
+
+def test_a_gate_is_called_by_its_own_class_with_asr_before_it():
+    model = timm.create_model("resnet20_asr_se").eval()
+    with timm_attn.record(model) as gates, torch.no_grad():
+        model(torch.randn(4, 3, 32, 32))
+    assert {gate.kind for gate in gates.gates} == {"SEModule"}
+
+
 def test_it_records_in_training_under_checkpoints_and_compile():
     model, data = se_network(), sample(8)
     expected = gates_of(model, data.images, "layer1.1.se").mean(0)
@@ -174,7 +227,7 @@ def test_correlations_are_those_of_what_is_known_and_varies():
     gates = [Gate(name, "SE", 4) for name in "abc"]
     found = Record(gates)
     for rows in torch.arange(50).split(20):
-        found.begin_pass()
+        found.begin_pass(len(rows))
         for gate, one in zip(gates, values, strict=True):
             found.take(gate, one[rows], torch.ones(len(rows), dtype=torch.bool))
         found.end_pass()

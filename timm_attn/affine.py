@@ -73,7 +73,7 @@ def _channels_last(x: Tensor) -> bool:
     """Whether the channels of x, of four dimensions, are the last."""
     node, moved = x.grad_fn, False
     while node is not None and _kind(node) not in _LAYER:
-        moved ^= _kind(node) in ("Permute", "Transpose")
+        moved ^= _moves_last_axis(node)
         node = next((source for source in _inputs(node) if source is not None), None)
     if node is None:
         return False
@@ -81,6 +81,17 @@ def _channels_last(x: Tensor) -> bool:
     if (x.shape[1] == width) != (x.shape[-1] == width):
         return x.shape[-1] == width
     return moved != (_kind(node) in _CHANNELS_LAST)
+
+
+def _moves_last_axis(node: Any) -> bool:
+    """Whether a node puts another axis in the place of the last. Windows of an image keep it where it is."""
+    kind = _kind(node)
+    if kind not in ("Permute", "Transpose"):
+        return False
+    count = len(node._input_metadata[0].shape)
+    saved = node._saved_dims if kind == "Permute" else (node._saved_dim0, node._saved_dim1)
+    axes = [(axis if axis < count else axis - 2**64) % count for axis in saved]  # those below 0 are unsigned
+    return axes[-1] != count - 1 if kind == "Permute" else count - 1 in axes
 
 
 def _width(node: Any) -> int | None:

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .branches import copied, example_input, first_parameter
+from .branches import copied, evaluating, example_input, first_parameter
 from .compare import FoldError
 from .ends import BranchEnd, GatedInput, GatedNorm, GateEnd, tensor_at
 from .fold import fold
 from .layers import ConAM, ConstantGate
 from .layers.fmm import FMM
 from .models import graft_obstacle, register, register_graft
+from .models.mechanisms import MECHANISMS, options_of
 from .models.mechanisms import mechanism as row_of
-from .models.mechanisms import options_of
 from .models.ssia import SSIANetwork, check_forward
 
 _ATTACHED = (BranchEnd, GatedInput, GatedNorm, SSIANetwork, ConAM, FMM)
@@ -68,8 +68,23 @@ def attach(model: nn.Module, mechanism: str, images: Tensor | None = None, **opt
             check_forward(trial, given)
         else:
             _check_fold(trial, given, mechanism)
+    elif mechanism not in MECHANISMS and not given.is_meta:
+        _check_maps(copied(model), row.put, given, mechanism, options)
     row.put(model, given, **options)
     return model
+
+
+def _check_maps(trial: Any, put: Any, images: Tensor, mechanism: str, options: dict[str, Any]) -> None:
+    """Some of timm's attention layers need maps of certain sizes, and say so when they run."""
+    put(trial, images, **options)
+    try:
+        with evaluating(trial), torch.no_grad():
+            trial(images)
+    except Exception as error:
+        raise ValueError(
+            f"{mechanism} does not take the maps of {type(trial).__name__} on images {tuple(images.shape)}: "
+            f"{error or type(error).__name__}"
+        ) from error
 
 
 def _check_fold(trial: nn.Module, images: Tensor, mechanism: str) -> None:
@@ -144,7 +159,8 @@ def create_model(
         pretrained: Load weights. Of a name with a tag, such as ``resnet50.a2_in1k``, these are timm's of the
             stock network, and the mechanism is initialised so that the outputs do not change. Without a tag,
             weights that were trained with the mechanism come first, then those of timm's default tag.
-        kwargs: Options of the mechanism, and arguments of ``timm.create_model``.
+        kwargs: Options of the mechanism, and arguments of ``timm.create_model``. Of the names that networks
+            and attention layers share, such as ``act_layer``, the network has the argument.
 
     Raises:
         GraftError: The mechanism cannot be initialised without changing the outputs.

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from timm.models import get_model_traits
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .affine import Readers, consumers, scaling_parameters
+from .compare import Inputs, call
 
 _SLOT = re.compile(r"(?:(\w+)_)?drop_path(\d*)")
 #: Attention that ends a branch, in timm's ResNets and ByobNets. It does not let a scale of its input through.
@@ -91,14 +93,15 @@ def copied(model: Any) -> Any:
     return deepcopy(model)
 
 
-def branches(model: nn.Module, images: Any) -> list[Branch]:
+def branches(model: nn.Module, images: Inputs) -> list[Branch]:
     """The ends of a network's residual branches in running order, by one pass in eval mode.
 
     The pass runs on the meta device, without arithmetic, unless images are small or the network cannot.
 
     Args:
         model: Left as it is.
-        images: What it is called with: B × C × H × W, on its device or the meta device.
+        images: What it is called with, on its device or the meta device: B × C × H × W, or a tuple or
+            dictionary of the model's arguments, of which the first of four dimensions are the images.
 
     Raises:
         ValueError: The network does not take them.
@@ -108,14 +111,14 @@ def branches(model: nn.Module, images: Any) -> list[Branch]:
 
 
 @contextmanager
-def taking(model: nn.Module, images: Tensor) -> Iterator[None]:
+def taking(model: nn.Module, images: Inputs) -> Iterator[None]:
     """Raise a ValueError that names the images for whatever a network raises on them."""
     try:
         yield
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
-            f"{type(model).__name__} does not take images {tuple(images.shape)} "
+            f"{type(model).__name__} does not take images {tuple(_images(images).shape)} "
             f"({type(error).__name__}: {reason}): give what it takes as images="
         ) from error
 
@@ -184,7 +187,14 @@ def for_autograd(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _probe(model: nn.Module, images: Any) -> list[Branch]:
+def _images(inputs: Inputs) -> Tensor:
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+    return next((t for t in tensors if t.dim() == 4), tensors[0])
+
+
+def _probe(model: nn.Module, inputs: Inputs) -> list[Branch]:
+    images = _images(inputs)
+
     def run(device: torch.device | None) -> list[Branch]:
         found: dict[tuple[str, str], Branch] = {}
         with (
@@ -195,18 +205,20 @@ def _probe(model: nn.Module, images: Any) -> list[Branch]:
             holders = _holders(model)
             readers: Readers = {}
             hooks = [
-                slot.register_forward_pre_hook(_watch(model, path, name, names, found, holders, readers))
+                slot.register_forward_pre_hook(
+                    _watch(model, path, name, names, found, holders, readers, tuple(images.shape[-2:]))
+                )
                 for path, name, slot in places
             ]
             try:
-                given = for_autograd(images)
-                model(given if device is None else given.to(device))
+                given = tree_map_only(Tensor, for_autograd, inputs)
+                call(model, given if device is None else tree_map_only(Tensor, lambda t: t.to(device), given))
             finally:
                 for hook in hooks:
                     hook.remove()
-        inputs = {path: (name, found.pop((path, name))) for path, name in list(found) if name in ATTENTION}
+        last = {path: (name, found.pop((path, name))) for path, name in list(found) if name in ATTENTION}
         for (path, name), branch in found.items():
-            attention, given = inputs.get(path, ("", None))
+            attention, given = last.get(path, ("", None))
             if not branch.affine and given and given.affine and given.channels == branch.channels:
                 found[path, name] = replace(branch, affine=given.affine, attention=attention)
         return list(found.values())
@@ -229,6 +241,7 @@ def _watch(
     found: dict[tuple[str, str], Branch],
     holders: Counter[int],
     readers: Readers,
+    size: tuple[int, int],
 ) -> Any:
     prefix = f"{path}." if path else ""
 
@@ -241,11 +254,12 @@ def _watch(
         whole = _within(prefix, leaves)
         if _shared(model.get_submodule(path), whole, holders):
             whole = ()
-        channels, size = x.shape[axis], x[0].numel()
-        tokens = _tokens(model, path, x.shape[1]) if x.dim() == 3 and axis == -1 else (0, None)
+        channels = x.shape[axis]
+        tokens = _tokens(model, path, x.shape[1], size) if x.dim() == 3 and axis == -1 else (0, None)
         scaled = scaling_parameters(x, names, readers, leaves[0])[1] if len(leaves) == 1 else []
         inner = _within(prefix, scaled)
-        branch = Branch(path, name, channels, axis, size // channels, x.shape[0], *tokens, whole, inner)
+        pixels = x[0].numel() // channels
+        branch = Branch(path, name, channels, axis, pixels, x.shape[0], *tokens, whole, inner)
         before = found.get((path, name))
         if before:  # one gate serves both if they are alike, and both take it in
             both = branch == before and whole and before.affine
@@ -279,23 +293,38 @@ def _within(prefix: str, names: list[str]) -> tuple[str, ...]:
     return tuple(sorted(name.removeprefix(prefix) for name in names)) if within else ()
 
 
-def _tokens(model: nn.Module, path: str, tokens: int) -> tuple[int, tuple[int, int] | None]:
+def _tokens(
+    model: nn.Module, path: str, tokens: int, size: tuple[int, int]
+) -> tuple[int, tuple[int, int] | None]:
     """Number of tokens that are no patches, and the grid of the others if it is known.
 
-    As the innermost network around a block says.
+    As the innermost network around a block says, which is called with images of this height and width. Some
+    networks let the class token in only at the end.
     """
     parts = path.split(".")
     for end in range(len(parts), -1, -1):
         network: Any = model.get_submodule(".".join(parts[:end]))
         count = getattr(network, "num_prefix_tokens", None)
         if isinstance(count, int):
+            for prefix in dict.fromkeys((count, 0)):
+                grid = _grid(tokens - prefix, size)
+                if grid:
+                    return prefix, grid
             grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
             if grid and tokens - math.prod(grid) in (0, count):
                 return tokens - math.prod(grid), tuple(grid)
-            square = int((tokens - count) ** 0.5) ** 2 == tokens - count
-            # Some networks let the class token in only at the end.
-            return count if count < tokens and (square or int(tokens**0.5) ** 2 != tokens) else 0, None
-    return 0, None
+            return count if count < tokens else 0, None
+    return 0, _grid(tokens, size)
+
+
+def _grid(patches: int, size: tuple[int, int]) -> tuple[int, int] | None:
+    """The grid of so many square patches of an image, if there is one."""
+    for side in range(1, min(size) + 1):
+        for rounded in (math.floor, math.ceil):
+            height, width = (rounded(length / side) for length in size)
+            if height * width == patches:
+                return height, width
+    return None
 
 
 def first_parameter(model: nn.Module) -> Tensor:

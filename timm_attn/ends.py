@@ -275,7 +275,8 @@ class GatedNorm:
     """Mixed into a norm layer: its weight and bias are its own times the gate of its child ``gated_by``.
 
     The class of the layer is exchanged, so its keys stay. What replaces norm layers, such as
-    ``convert_sync_batchnorm``, must come first; it raises TypeError here.
+    ``convert_sync_batchnorm``, must come first; it raises TypeError here, or takes the gate in for good, as
+    timm's ``freeze_batch_norm_2d`` does.
     """
 
     gated_by: str

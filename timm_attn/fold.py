@@ -124,8 +124,9 @@ def _fold(
         raise FoldError(f"{left} of {gates} gates stand where no branch takes them in")
     changed = gates
     if layer_scale:
-        images = inputs if isinstance(inputs, Tensor) else example_input(folded, 1)
-        changed += fuse_layer_scales(folded, images.to(_device(folded)))
+        given = example_input(folded, 1) if inputs is None else inputs
+        device = _device(folded)
+        changed += fuse_layer_scales(folded, tree_map_only(Tensor, lambda t: t.to(device), given))
     for path, network in _networks(folded).items():
         backbone, key = parse_name(network.pretrained_cfg["architecture"])
         mechanism, was = row_of(key), original.get_submodule(path)
@@ -150,7 +151,7 @@ def _fold(
     return original, folded
 
 
-def fuse_layer_scales(model: nn.Module, images: Tensor) -> int:
+def fuse_layer_scales(model: nn.Module, images: Inputs) -> int:
     """Multiply every LayerScale that ends a residual branch into the layer before it, in place.
 
     Returns the number of those.

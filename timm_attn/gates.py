@@ -25,7 +25,7 @@ from torchvision.ops import SqueezeExcitation
 from .branches import evaluating
 from .compare import double
 from .dia_end import DIAEnd
-from .ends import BranchEnd
+from .ends import BranchEnd, GatedInput
 from .layers import SEM, SPEM
 
 
@@ -166,7 +166,9 @@ def gate_in(path: str, module: nn.Module, x: Any, y: Any) -> Gate | None:
 
 
 def _gate(path: str, module: nn.Module, found: tuple[int, int, bool]) -> Gate:
-    return Gate(path, type(getattr(module, "mechanism", module)).__name__, *found[:2])
+    kind = type(getattr(module, "mechanism", module))
+    kind = kind.__mro__[2] if issubclass(kind, GatedInput) else kind
+    return Gate(path, kind.__name__, *found[:2])
 
 
 def matching(paths: Sequence[str], patterns: Sequence[str], option: str) -> set[str]:
@@ -225,7 +227,12 @@ def _as_gate(module: nn.Module, x: Any, y: Any) -> tuple[int, int, bool] | None:
     """Width, axis of the channels, and whether images differ, if a module's output is a gated input."""
     if not (torch.is_tensor(x) and torch.is_tensor(y)) or x.shape != y.shape or x.dim() not in (3, 4):
         return None
-    for axis in (1, -1) if x.dim() == 4 else (-1,):
+    axes = (1, -1) if x.dim() == 4 else (-1,)
+    if isinstance(module, BranchEnd):  # of a gate that is the same for all channels, the map does not tell it
+        axes = (module.branch.axis,)
+    elif isinstance(module, SqueezeExciteCl):
+        axes = (-1,)
+    for axis in axes:
         gate, rest = gate_of(x, y, axis)
         # The rounding of the product, squared, or that of the sums.
         if rest <= max(4 * torch.finfo(y.dtype).eps ** 2, 1e-14) * max(10, x[0].numel() / gate.shape[1]):

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -109,6 +109,15 @@ class Correlation:
         return self.pearson[rows, columns].nanmean().item()
 
 
+@dataclass
+class _Pass:
+    """A forward pass: the number of its images, None if of a part of the network, their labels, its gates."""
+
+    images: int | None
+    labels: Any
+    gates: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
 class Record:
     """The gates of a network as recorded by ``record``.
 
@@ -119,7 +128,8 @@ class Record:
         gates: The gates, in the order in which they run.
         statistics: Statistics by path.
         unknown: Paths of modules that looked like gates but are not, with the reason.
-        kept: The gates of the images in ``keep``, N × C, by path.
+        kept: The gates of the images in ``keep``, N × C, by path. Where a block takes the patches of an image
+            for images, those of one image following one another, their mean.
         images: Number of images so far.
     """
 
@@ -134,8 +144,7 @@ class Record:
         self.labels: Any = None
         self._keep = frozenset(range(keep) if isinstance(keep, int) else keep)
         self._correlation = correlation
-        self._inside = False
-        self._passing: dict[str, tuple[Gate, Tensor, Tensor]] = {}
+        self._pass: _Pass | None = None
         self._sums: dict[tuple[str, ...], Tensor] = {}
 
     def __getitem__(self, path: str) -> GateStatistics:
@@ -156,19 +165,30 @@ class Record:
 
     def take(self, gate: Gate, values: Tensor, finite: Tensor) -> None:
         """Take the gates of a pass, B × C, and whether each image's output is finite, B."""
-        if gate.path in self._passing and not self._inside:  # a part of the network is called, not the whole
+        now = self._pass
+        if now is None or (now.images is None and gate.path in now.gates):  # a part of the network is called
             self.end_pass()
-        if gate.path in self._passing:  # one constant could not stand for both
+            now = self._begin(None)
+        if gate.path in now.gates:  # one constant could not stand for both
             self.unknown[gate.path] = f"{gate.kind} acts in several places"
             self.gates.remove(gate)
-            del self.statistics[gate.path], self._passing[gate.path]
+            del self.statistics[gate.path], now.gates[gate.path]
             return
-        self._passing[gate.path] = gate, values.cpu(), finite.cpu()
+        now.gates[gate.path] = values.cpu(), finite.cpu()
 
-    def begin_pass(self, *_: Any) -> None:
-        """Begin a forward pass, and drop what is left of one that raised."""
-        self._inside = True
-        self._passing.clear()
+    def begin_pass(self, images: int) -> None:
+        """Begin a forward pass of the whole network, and drop what is left of one that raised."""
+        self.end_part()
+        self._begin(images)
+
+    def end_part(self) -> None:
+        """End the passes of a part of the network, whose end nothing else tells."""
+        if self._pass is not None and self._pass.images is None:
+            self.end_pass()
+
+    def _begin(self, images: int | None) -> "_Pass":
+        self._pass, self.labels = _Pass(images, self.labels), None
+        return self._pass
 
     def end_pass(self, *_: Any) -> None:
         """Add the gates of a pass and their correlations to the statistics, and count its images.
@@ -176,25 +196,27 @@ class Record:
         Raises:
             ValueError: There are labels, but not one per image.
         """
-        passing, self._passing, self._inside = self._passing, {}, False
-        labels, self.labels = self.labels, None
-        if not passing:
+        now, self._pass = self._pass, None
+        if now is None or not now.gates:
             return
-        batch = len(next(iter(passing.values()))[1])
+        labels, passing = now.labels, now.gates
+        fewest = min(len(values) for values, _ in passing.values())
+        batch = fewest if not now.images or fewest % now.images else now.images
         if labels is not None:
             labels = torch.as_tensor(labels).cpu()
             if labels.shape != (batch,):
                 raise ValueError(f"labels of shape {tuple(labels.shape)} for {batch} images: give one each")
         kept = [i for i in range(batch) if self.images + i in self._keep]
-        for path, (_gate, values, finite) in passing.items():
+        for path, (values, finite) in passing.items():
             statistics = self.statistics[path]
-            # A block may take the windows of an image for images.
-            statistics.add(values, labels if len(values) == batch else None)
+            whole = len(values) == batch  # or else a block takes the patches of an image for images
+            statistics.add(values, labels if whole else None)
             statistics.not_finite += int((~finite).sum())
-            if kept:
-                self.kept[path] = torch.cat([self.kept.get(path, values[:0]), values[kept]])
+            if kept and len(values) % batch == 0:
+                of_images = values if whole else values.unflatten(0, (batch, -1)).nanmean(1)
+                self.kept[path] = torch.cat([self.kept.get(path, of_images[:0]), of_images[kept]])
         self.images += batch
-        neighbours = [(path, passed[1]) for path, passed in passing.items() if self._correlation]
+        neighbours = [(path, values) for path, (values, _) in passing.items() if self._correlation]
         for _size, group in groupby(neighbours, lambda item: item[1].shape):
             paths, stacked = zip(*group, strict=True)
             if len(paths) > 1:
@@ -273,7 +295,7 @@ def record(
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
             if path in found.unknown or torch._C._current_graph_task_id() != -1:
                 return  # the backward pass runs a checkpointed block again
-            x = next((t for t in (*args, *kwargs.values()) if torch.is_tensor(t)), None)
+            x = _first_tensor(args, kwargs)
             if x is None or not x.numel():
                 return
             if path not in seen:
@@ -288,8 +310,12 @@ def record(
 
         return hook
 
+    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        images = _first_tensor(args, kwargs)
+        found.begin_pass(0 if images is None else len(images))
+
     hooks = [module.register_forward_hook(watch(path), with_kwargs=True) for path, module in modules.items()]
-    hooks.append(model.register_forward_pre_hook(found.begin_pass))
+    hooks.append(model.register_forward_pre_hook(begin, with_kwargs=True))
     hooks.append(model.register_forward_hook(found.end_pass))
     try:
         with torch.compiler.set_stance("force_eager"):
@@ -297,9 +323,12 @@ def record(
     finally:
         for hook in hooks:
             hook.remove()
-        if not found._inside:  # else the last pass has raised
-            found.end_pass()
+        found.end_part()
         found.gates = with_runs(model, found.gates)
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    return next((t for t in (*args, *kwargs.values()) if torch.is_tensor(t)), None)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from .grafting import (
     load_stock,
     start_constant,
 )
-from .mechanisms import mechanism, options_of
+from .mechanisms import mechanism
 from .variants import GRAFT, check_graft, parse_name
 
 
@@ -89,7 +89,7 @@ def _network(
     if not key or (key == "se" and name != backbone):
         return model
     stock = copied(model) if stock_tag is not None else None
-    row.put(model, example_input(model, 1), **{k: v for k, v in kwargs.items() if k in options_of(row.put)})
+    row.put(model, example_input(model, 1), **{k: v for k, v in kwargs.items() if k in row.put_options})
     if stock is not None:
         start_constant(model, model.stock_keys)
         images = example_input(model)

@@ -39,6 +39,10 @@ from .ssia import put_ssia
 Put = Callable[..., None]
 
 
+#: Arguments of networks that some of timm's attention layers have, too.
+_OF_NETWORKS = {"act_layer", "norm_layer", "aa_layer", "drop_layer", "drop_rate", "num_heads"}
+
+
 @dataclass(frozen=True)
 class Mechanism:
     """A row of the table.
@@ -70,7 +74,13 @@ class Mechanism:
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``create_model`` that belong to the mechanism, with their defaults."""
-        return {**options_of(self.put), **options_of(self.stock)}
+        found = {**options_of(self.put), **options_of(self.stock)}
+        return {name: default for name, default in found.items() if name not in _OF_NETWORKS}
+
+    @property
+    def put_options(self) -> set[str]:
+        """Those that ``put`` takes."""
+        return self.options.keys() & options_of(self.put).keys()
 
     def stock_network(self, backbone: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """Name and all arguments of the stock network of a variant that was created with ``kwargs``."""

@@ -82,6 +82,14 @@ def check_forward(model: Any, images: Tensor) -> None:
         )
 
 
+def _is_stem(model: nn.Module, name: str) -> bool:
+    """Whether a feature map is a stem's: the module is called so, or is a layer of one, and no block."""
+    module = dict(model.named_modules()).get(name)
+    inside = [] if module is None else [m for m in module.modules() if m is not module]
+    is_layer = module is not None and not any(isinstance(m, nn.Conv2d | nn.Linear) for m in inside)
+    return "stem" in name or is_layer
+
+
 def put_ssia(model: Any, target: str, aux_weight: float) -> None:
     """Give a network SSIA's loss between the feature maps that its ``feature_info`` names, stems aside.
 
@@ -103,9 +111,7 @@ def put_ssia(model: Any, target: str, aux_weight: float) -> None:
     drops = [rate for rate in (*drops, getattr(model, "patch_drop_rate", 0)) if rate]  # the last of Hiera
     if drops:
         raise ValueError(f"ssia needs the maps of all patches: patch_drop_rate=0, not {drops[0]}")
-    modules = dict(model.named_modules())
-    first = modules.get(info[0]["module"])
-    if first is not None and not list(first.parameters()):  # the activation that ends a stem
+    if _is_stem(model, info[0]["module"]):
         info = info[1:]
     parameter = first_parameter(model)
     widths = [stage["num_chs"] for stage in info]
