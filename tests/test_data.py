@@ -1,6 +1,7 @@
 """Reading data: columns, splits, sizes, and what is wrong with a data set."""
 
 import io
+from functools import partial
 from itertools import islice
 
 import datasets
@@ -9,7 +10,8 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from helpers import use_hub
+from forked import run_code
+from helpers import python, use_hub
 from hub_server import HubServer
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
@@ -328,6 +330,25 @@ def test_corrupt_larger_images_are_skipped_and_counted_when_asked(workers, tmp_p
     assert sum(b.skipped for b in evaluated) == 2
     with pytest.raises(DataError, match="^corrupt or unreadable image in row [04] of"):
         epoch(Batches(split, Recipe(data="d", batch_size=3, workers=workers), CONFIG, Shard(CPU)), 0)
+
+
+@pytest.mark.parametrize("start", [run_code, partial(python, "-c")])
+def test_an_error_that_is_kept_does_not_keep_the_process(start, tmp_path):
+    """Its traceback holds the loader, whose workers ignore the signal by which Python ends them."""
+    images = [picture(i, (80, 80)) for i in range(6)]
+    write(tmp_path / "d", images=[*images[:-1], {"bytes": b"no image", "path": None}])
+    code = """
+import sys
+from timm_attn.training import Recipe, train
+try:
+    fields = {"batch_size": 3, "epochs": 1, "lr": 0.1, "val_fraction": 0.3, "workers": 2}
+    train("resnet20", Recipe(data="d", img_size=72, **fields), "run")
+except Exception as error:
+    kept = error
+    print(error)
+"""
+    result = start(code, cwd=tmp_path)
+    assert "corrupt or unreadable image" in result.stdout
 
 
 # ---------------------------------------------------------------------------------------------- bad input

@@ -1,15 +1,20 @@
 """Folders of images and files: which file is in which split, whatever the folders are called."""
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet as pq
 from test_labels import TEST, TRAIN, class_labels, image_folder, strings
 
 from timm_attn.images import DataError
+from timm_attn.load import load_model
+from timm_attn.training import Recipe, data, train, validate
 from timm_attn.training.data import load_split
 from timm_attn.training.folders import image_splits
 
@@ -87,6 +92,46 @@ def test_the_place_of_the_folder_does_not_matter(tmp_path):
     assert load_split(str(root), "eval").label_names == ["a"]
 
 
+def test_what_lies_beside_a_folder_of_folders_counts(tmp_path):
+    """An archive is unpacked into one folder, but not everything with one folder is an archive."""
+    images = [f"images/{camera}/{i}.png" for camera in ("camA", "camB") for i in range(2)]
+    place(tmp_path / "metadata", *images)
+    lines = [f"{image},{('cat', 'dog')[i % 2]}" for i, image in enumerate(images)]
+    (tmp_path / "metadata" / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+    split = load_split(str(tmp_path / "metadata"), "train")
+    assert split.label_names == ["cat", "dog"] and split.labels.tolist() == [0, 1, 0, 1]
+    place(tmp_path / "table", "previews/good/1.png", "previews/bad/1.png")
+    png = (tmp_path / "table" / "previews" / "bad" / "1.png").read_bytes()
+    pq.write_table(pa.table({"image": [png] * 4, "label": [3, 4] * 2}), tmp_path / "table" / "train.parquet")
+    assert load_split(str(tmp_path / "table"), "train").label_names == ["3", "4"]
+    place(
+        tmp_path / "archive", "pets-main/train/a/1.png", "pets-main/train/b/1.png", "pets-main/test/a/1.png"
+    )
+    (tmp_path / "archive" / "LICENSE").write_text("MIT")
+    assert len(load_split(str(tmp_path / "archive"), "train")) == 2
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+def test_encoded_images_of_either_binary_type_are_images(kind, tmp_path):
+    place(tmp_path, "1.png")
+    pngs = pa.array([(tmp_path / "1.png").read_bytes()] * 2, kind)
+    (tmp_path / "t").mkdir()
+    pq.write_table(pa.table({"picture": pngs, "label": [0, 1]}), tmp_path / "t" / "train.parquet")
+    assert load_split(str(tmp_path / "t"), "train").pixels.shape == (2, 8, 8, 3)
+
+
+def test_small_images_keep_their_size_however_many_they_are(tmp_path, monkeypatch):
+    place(tmp_path, *(f"{split}/{c}/{i}.png" for split in ("train", "test") for c in "ab" for i in range(4)))
+    recipe = Recipe(data=str(tmp_path), batch_size=4, epochs=1, lr=0.01, workers=0)
+    train("resnet18", dataclasses.replace(recipe, model_kwargs=("layers=[1,1,1,1]",)), tmp_path / "few")
+    monkeypatch.setattr(data, "MEMORY", 8 * 8 * 8 * 3 - 1)
+    train("resnet18", dataclasses.replace(recipe, model_kwargs=("layers=[1,1,1,1]",)), tmp_path / "many")
+    for name in ("few", "many"):
+        cfg = load_model(str(tmp_path / name)).pretrained_cfg
+        assert (tuple(cfg["input_size"]), cfg["crop_pct"]) == ((3, 8, 8), 1.0)
+    validate(load_model(str(tmp_path / "many")), Recipe(data=str(tmp_path)))
+
+
 def test_what_is_hidden_or_no_image_is_passed_over(tmp_path):
     place(tmp_path, "train/a/1.png", "train/b/1.PNG", "test/b/2.png")
     for path in (
@@ -125,6 +170,7 @@ def test_an_image_in_two_splits_stops(what, tmp_path):
             "stray.png lies in no class folder",
         ),
         (["train/a/1.png", "train/b/deep/1.png", "test/a/1.png"], "lie at different depths"),
+        (["stray.png", "pets/a/1.png", "pets/b/1.png"], "stray.png lies in no class folder"),
         (["a/train/1.png", "a/test/1.png", "b/train/1.png", "b/test/1.png"], "lie in the class folders"),
         (["train/a/1.png", "val/a/1.png", "valid/a/1.png"], "would both be the split validation"),
     ],

@@ -19,6 +19,7 @@ from accelerate.state import GradientState
 from accelerate.utils import DistributedType
 from forked import started
 from helpers import ONE_IMAGE, Stopped, flip_last_bit, same, stop_at, timeless
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_data import encode, picture, write
@@ -34,7 +35,7 @@ from timm_attn.training import trainer as trainers
 from timm_attn.training.optim import make_optimizer, make_scheduler
 from timm_attn.training.recipe_file import load_recipe, recipe_names
 from timm_attn.training.run import read_lines, read_metrics, read_results
-from timm_attn.training.seeds import gather_seeds, seed_runs
+from timm_attn.training.seeds import gather_seeds, resume_seeds, seed_runs
 from timm_attn.weights import WeightsError
 
 TINY = ("channels=[8,8,8]", "layers=[1,1,1]")
@@ -304,6 +305,38 @@ def test_several_seeds_go_on_as_a_whole(tmp_path, capsys, monkeypatch):
     assert read_results(tmp_path / "a") == read_results(tmp_path / "whole")
 
 
+def test_several_seeds_remember_where_their_data_has_gone(tmp_path, monkeypatch):
+    for split, n in (("train", 4), ("test", 2)):
+        for name in "ab":
+            (tmp_path / "old" / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = np.random.default_rng(i + 9 * n).integers(0, 256, (8, 8, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "old" / split / name / f"{i}.png")
+    recipe = Recipe(**{**FAST, "data": str(tmp_path / "old"), "batch_size": 4, "epochs": 1})
+    with pytest.raises(UserError, match="seed must be finite and not negative"):
+        train_seeds("resnet20", recipe, tmp_path / "a", [0, -1])
+    assert not (tmp_path / "a").exists()
+
+    def stop_in(seed: int):
+        def epoch(trainer, *arguments):
+            if trainer.recipe.seed == seed:
+                raise Stopped
+            return epoch_of(trainer, *arguments)
+
+        monkeypatch.setattr(trainers.Trainer, "_epoch", epoch)
+
+    epoch_of = trainers.Trainer._epoch
+    stop_in(1)
+    with pytest.raises(Stopped):
+        train_seeds("resnet20", recipe, tmp_path / "a", [0, 1, 2])
+    (tmp_path / "old").rename(tmp_path / "new")
+    stop_in(2)
+    with pytest.raises(Stopped):
+        resume_seeds(tmp_path / "a", str(tmp_path / "new"))
+    stop_in(-1)
+    assert resume_seeds(tmp_path / "a")["top1"]["n"] == 3
+
+
 # ------------------------------------------------------------------------------------------ while it runs
 
 
@@ -448,6 +481,7 @@ def test_folders_are_remembered_by_their_whole_paths(tmp_path, monkeypatch):
 
 def test_settings_of_accelerate_that_would_break_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     gradients = GradientState()
     gradients.sync_gradients = False  # as in the middle of an accumulation
     try:
@@ -456,6 +490,7 @@ def test_settings_of_accelerate_that_would_break_a_run(tmp_path, monkeypatch):
     finally:
         gradients.sync_gradients = True
     monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
+    monkeypatch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
     train("resnet20", Recipe(**FAST), tmp_path / "b")
     states = [load_file(tmp_path / run / "model.safetensors") for run in ("a", "b")]
     assert same(*states)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from copy import deepcopy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +15,15 @@ import scipy.stats
 import timm
 import torch
 import torch.distributed as dist
-from helpers import narrow, randomise
+from helpers import narrow, randomise, same
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import timm_attn
 from timm_attn import cli
+from timm_attn.cli import look
 from timm_attn.cli.look import check_same_input
 from timm_attn.errors import UserError
 from timm_attn.gates import Gate
@@ -413,6 +416,37 @@ def test_look_writes_a_picture_and_a_table(what, run, tmp_path, capsys):
     assert rows and "images of digits" in capsys.readouterr().out
     if what == "stripes":  # every checkpoint of the run, and its end
         assert list(dict.fromkeys(row["model"] for row in rows)) == ["step 11", "step 22", "run"]
+
+
+def test_stripes_of_a_run_with_an_average_are_those_of_averages(tmp_path):
+    kwargs = ["--model-kwargs", "channels=[8,8,8]", "layers=[1,1,1]", "--ema-decay", "0.99"]
+    recipe = [
+        "--data",
+        "digits",
+        "--img-size",
+        "8",
+        "--epochs",
+        "2",
+        "--keep-checkpoints",
+        "9",
+        "--lr",
+        "0.1",
+    ]
+    cli.main(["train", "resnet20_se", *recipe, *kwargs, "--out", str(tmp_path / "run")])
+    model = load_model(str(tmp_path / "run"))
+    ((_, earlier),) = look._checkpoints(tmp_path / "run", {"run": model}).items()
+    average = load_file(tmp_path / "run" / "step-11" / "ema.safetensors")
+    assert same(earlier.state_dict(), average)
+    assert not same(average, load_file(tmp_path / "run" / "step-11" / "model.safetensors"))
+
+
+def test_confusions_of_many_classes_take_no_matrix(monkeypatch):
+    labels = torch.tensor([5, 5, 7, 90_000])
+    logits = torch.zeros(4, 100_000)
+    logits[range(4), [6, 6, 7, 1]] = 1
+    names = [str(i) for i in range(100_000)]
+    section = page._confusion(SimpleNamespace(names=names, labels=labels, logits=logits))
+    assert section["table"][1:] == [("5", "6", "2"), ("90000", "1", "1")]
 
 
 def test_look_says_what_is_wrong_in_one_line(run, tmp_path, capsys):

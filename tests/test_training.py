@@ -52,6 +52,32 @@ def run(tmp_path_factory):
     return folder, result
 
 
+#: Of timm, with what makes them small: one has layers in several places, the other infinite bounds as buffers.
+UNUSUAL = {
+    "coat_lite_tiny": (
+        "img_size=32",
+        "serial_depths=[1,1,1,1]",
+        "embed_dims=[16,16,16,16]",
+        "mlp_ratios=[1,1,1,1]",
+    ),
+    "gemma4_vit_167m": ("depth=1", "embed_dim=64", "num_heads=1", "intermediate_size=128"),
+}
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_what_some_networks_of_timm_keep_is_saved_and_read(name, ema_decay, tmp_path):
+    size = 48 if name.startswith("gemma") else 32
+    fields = {**FAST, "img_size": size, "model_kwargs": UNUSUAL[name], "channels_last": False, "lr": 1e-3}
+    recipe = Recipe(**{**fields, "batch_size": 16}, epochs=2, epoch_steps=2, ema_decay=ema_decay)
+    whole = train(name, recipe, tmp_path / "a")
+    with pytest.raises(Stopped):
+        train(name, recipe, tmp_path / "b", on_step=stop_at(3))
+    assert resume(tmp_path / "b") == whole and same_weights(tmp_path / "a", tmp_path / "b")
+    top1 = validate(load_model(str(tmp_path / "a")), Recipe(data="digits"))["top1"]
+    assert top1 == pytest.approx(whole["top1"], abs=ONE_IMAGE)
+
+
 def test_a_run_leaves_what_it_says(run):
     folder, result = run
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())

@@ -206,7 +206,16 @@ def _probe(model: nn.Module, inputs: Inputs) -> list[Branch]:
             readers: Readers = {}
             hooks = [
                 slot.register_forward_pre_hook(
-                    _watch(model, path, name, names, found, holders, readers, tuple(images.shape[-2:]))
+                    _watch(
+                        model,
+                        path,
+                        name,
+                        names,
+                        found,
+                        holders,
+                        readers,
+                        (images.shape[-2], images.shape[-1]),
+                    )
                 )
                 for path, name, slot in places
             ]

@@ -17,7 +17,7 @@ from ..files import replace_file
 from ..images import DataError
 from ..load import load_model
 from ..predict import find_images, predict
-from ..training.checkpoint import folders
+from ..training.checkpoint import AVERAGE, MODEL, folders
 from ..training.validation import evaluation_images
 from .console import Images, app, console
 
@@ -125,7 +125,8 @@ def _checkpoints(run: Path, loaded: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for step, folder in folders(run)[:-1] if run.is_dir() else ():
         network = copied(model)
-        network.load_state_dict(load_file(folder / "model.safetensors"))
+        weights = folder / AVERAGE  # which the run's end is, if there is one
+        network.load_state_dict(load_file(weights if weights.is_file() else folder / MODEL))
         found[f"step {step}"] = network
     return found
 

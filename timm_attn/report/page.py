@@ -6,6 +6,7 @@ import io
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,18 +179,20 @@ def _accuracy(seen: Evaluated) -> dict[str, Any]:
 
 def _confusion(seen: Evaluated) -> dict[str, Any]:
     classes = len(seen.names)
-    counts = torch.bincount(seen.labels * classes + seen.logits.argmax(1), minlength=classes**2)
-    counts = counts.view(classes, classes)
-    wrong = counts - counts.diag().diag()
-    pairs = wrong.flatten().topk(min(10, wrong.numel()))
+    predicted = seen.logits.argmax(1)
+    pairs = Counter(
+        (true, guess)
+        for true, guess in zip(seen.labels.tolist(), predicted.tolist(), strict=True)
+        if true != guess
+    )
     table = [("true class", "predicted class", "images")]
-    for count, index in zip(pairs.values.tolist(), pairs.indices.tolist(), strict=True):
-        if count:
-            table.append((seen.names[index // classes], seen.names[index % classes], f"{count:,}"))
+    for (true, guess), count in pairs.most_common(10):
+        table.append((seen.names[true], seen.names[guess], f"{count:,}"))
     some = len(table) > 1
     if classes > 30:
         text = "The most frequent confusions:" if some else "There are none."
         return _section("Confusion", text, table=table)
+    counts = torch.bincount(seen.labels * classes + predicted, minlength=classes**2).view(classes, classes)
 
     def draw() -> Any:
         figure, axes = new_figure("Confusion matrix", 2 + 0.27 * classes)

@@ -4,11 +4,15 @@ They are drawn for the global batch and then cut by process and by accumulation 
 exactly and depends neither on the number of processes nor on accumulation.
 """
 
+import atexit
 import itertools
+import multiprocessing.util
 import os
 import signal
+import weakref
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -172,6 +176,9 @@ class Batches:
         # Launchers send signals to all processes, also to one that starts and does not yet ignore them.
         with blocked():
             items = iter(loader)
+        if workers:
+            _OPEN[items] = os.getpid()
+            _end_workers_at_exit(os.getpid())
         for item in items:
             if isinstance(item, DataError):
                 raise item
@@ -186,6 +193,24 @@ class Batches:
 def _cpus() -> int:
     """Number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+#: Loaders at work, or held by somebody, perhaps by the traceback of an error, with their processes.
+_OPEN: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
+
+
+@cache
+def _end_workers_at_exit(process: int) -> None:
+    """Let a process end its workers before `multiprocessing` waits for them; they ignore its signal."""
+
+    def end() -> None:
+        for items in [items for items, owner in _OPEN.items() if owner == process]:
+            items._shutdown_workers()
+            for worker in items._workers:  # that were still starting, say
+                worker.kill()
+
+    atexit.register(end)
+    multiprocessing.util.Finalize(None, end, exitpriority=1)  # of one that `multiprocessing` has started
 
 
 def _init_worker(worker: int) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..files import disk_errors, sha256, write_json
 
 MANIFEST = "manifest.json"
+MODEL, AVERAGE = "model.safetensors", "ema.safetensors"
 
 
 @dataclass
@@ -50,10 +51,10 @@ def save(run: Path, state: State, keep: int) -> Path:
     try:
         tensors, rest = _split_optimizer(state.optimizer)
         with disk_errors(final):
-            save_file(_plain(state.model), partial / "model.safetensors")
-            save_file(_plain(tensors), partial / "optimizer.safetensors")
+            save_file(separate(state.model), partial / MODEL)
+            save_file(separate(tensors), partial / "optimizer.safetensors")
             if state.ema:
-                save_file(_plain(state.ema), partial / "ema.safetensors")
+                save_file(separate(state.ema), partial / AVERAGE)
         write_json(
             partial / "state.json", {"step": state.step, "optimizer": rest, "progress": state.progress}
         )
@@ -82,8 +83,8 @@ def load_last(run: Path) -> tuple[State | None, dict[Path, str]]:
             meta = json.loads((folder / "state.json").read_text())
             tensors = load_file(folder / "optimizer.safetensors")
             optimizer = _join_optimizer(tensors, meta["optimizer"])
-            model = load_file(folder / "model.safetensors")
-            ema = load_file(folder / "ema.safetensors") if (folder / "ema.safetensors").is_file() else {}
+            ema = load_file(folder / AVERAGE) if (folder / AVERAGE).is_file() else {}
+            model = load_file(folder / MODEL)
             return State(meta["step"], model, optimizer, ema, meta["progress"]), damaged
         damaged[folder] = problem
     return None, damaged
@@ -119,8 +120,18 @@ def folders(run: Path) -> list[tuple[int, Path]]:
     return sorted((int(n), p) for n, p in steps if n.isdigit())
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same on the CPU, as safetensors takes them: contiguous, and each in memory of its own.
+
+    Some networks have a layer in several places, CoaT for example, whose tensors have several names then.
+    """
+    found, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return found
 
 
 def _split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

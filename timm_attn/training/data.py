@@ -54,6 +54,7 @@ class Split:
         skipped: Number of corrupt small images that were left out.
         fingerprint: Digest of labels and images, by which a run that goes on knows its data.
         numbers: Of a part: the numbers that its rows have in the whole split.
+        native: Height and width of small images that are too many to be decoded at once.
     """
 
     data: str
@@ -67,6 +68,7 @@ class Split:
     skipped: int = 0
     fingerprint: str = ""
     numbers: Tensor | None = None
+    native: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -152,8 +154,10 @@ def load_split(
     split = Split(data, name, labels, label_names, rows=rows, column=column, named=named)
     split.fingerprint = _fingerprint(split)
     width, height = size or first.size
-    if encoded or max(width, height) > SMALL or len(rows) * width * height * 3 > MEMORY:
+    if encoded or max(width, height) > SMALL:
         return split
+    if len(rows) * width * height * 3 > MEMORY:
+        return dataclasses.replace(split, native=(height, width))
     pixels, kept = decoded(rows, column, (width, height), size is not None, where, skip_corrupt)
     skipped = len(rows) - len(kept)
     return dataclasses.replace(split, labels=labels[kept], pixels=pixels, rows=None, skipped=skipped)
@@ -361,7 +365,9 @@ def _image_column(data: str, features: Any, image: str | None) -> str:
     images = [c for c, f in features.items() if isinstance(f, datasets.Image)]
     if not images:  # parquet files that other libraries wrote: encoded images without the type
         images = [
-            c for c, f in features.items() if getattr(f, "dtype", "") == "binary" or "bytes" in dict_of(f)
+            c
+            for c, f in features.items()
+            if getattr(f, "dtype", "") in ("binary", "large_binary") or "bytes" in dict_of(f)
         ]
     if image is not None and image not in images:
         raise DataError(f"column {image!r} of {data} holds {features[image]}, not images")

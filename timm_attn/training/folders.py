@@ -79,10 +79,13 @@ def image_splits(root: Path) -> dict[str, list[ImageFile]]:
         DataError: An image is in two splits or in no class folder, or class folders cannot be told from
             others.
     """
+    while not _says_more(root) and not split_folders(root) and len(_subfolders(root)) == 1:
+        (inner,) = _subfolders(root)
+        if not _subfolders(inner):
+            break
+        root = inner  # what an archive is unpacked into
     if _card_decides(root):
         return {}
-    while not split_folders(root) and len(_subfolders(root)) == 1 and _subfolders(_subfolders(root)[0]):
-        (root,) = _subfolders(root)  # what an archive is unpacked into
     folders = split_folders(root) or {"train": root}
     found = {split: list(_images(folder)) for split, folder in folders.items()}
     images = {split: [image for image in some if image] for split, some in found.items()}
@@ -98,6 +101,22 @@ def image_splits(root: Path) -> dict[str, list[ImageFile]]:
                 )
         _check_classes(folders[split], some)
     return images
+
+
+def _says_more(root: Path) -> bool:
+    """Whether a folder itself holds images, or what says more than folders do."""
+    kinds = (_kind(path.name) for path in root.iterdir() if path.is_file() and not _hidden(path.name))
+    return _card_decides(root) or any(kinds)
+
+
+def _kind(name: str) -> str:
+    """``image``, ``table`` for a file that says more than folders do, or nothing for others."""
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    extension = os.path.splitext(name.lower())[1]
+    if extension in (".parquet", ".arrow") or name.lower() in ("metadata.csv", "metadata.jsonl"):
+        return "table"
+    return "image" if extension in {*ImageFolder.EXTENSIONS, *NEWER_EXTENSIONS} else ""
 
 
 def _card_decides(root: Path) -> bool:
@@ -123,16 +142,13 @@ def _walk(folder: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 def _images(folder: Path) -> Iterator[ImageFile | None]:
     """Images below a folder; None for a file that says more than folders do."""
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-
-    extensions = {*ImageFolder.EXTENSIONS, *NEWER_EXTENSIONS}
     for path, real, files in _walk(folder):
         relative = Path(path).relative_to(folder)
         for name in files:
-            extension = os.path.splitext(name.lower())[1]
-            if extension in (".parquet", ".arrow") or name.lower() in ("metadata.csv", "metadata.jsonl"):
+            kind = _kind(name)
+            if kind == "table":
                 yield None
-            elif extension in extensions:
+            elif kind == "image":
                 file = os.path.join(path, name)
                 target = os.path.realpath(file) if os.path.islink(file) else os.path.join(real, name)
                 yield ImageFile(file, relative.name, len(relative.parts), target)

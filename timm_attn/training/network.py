@@ -68,7 +68,7 @@ def build(
         "std": recipe.std,
         "num_classes": classes,
         # Small images are read whole; those that were resized, bilinearly.
-        **({"crop_pct": 1.0, "interpolation": "bilinear"} if split.pixels is not None else {}),
+        **({"crop_pct": 1.0, "interpolation": "bilinear"} if _small(split) is not None else {}),
     }
     return _laid_out(network, recipe), recipe
 
@@ -244,8 +244,12 @@ def _pool_size(cfg: dict[str, Any], size: tuple[int, ...]) -> tuple[int, ...] | 
     )
 
 
+def _small(split: Split) -> tuple[int, ...] | None:
+    """Height and width of a split's images if these are small."""
+    return split.native if split.pixels is None else tuple(split.pixels.shape[1:3])
+
+
 def _image_size(network: Any, recipe: Recipe, split: Split) -> tuple[int, ...]:
     """Height and width of the images of a run."""
-    if split.pixels is not None:
-        return tuple(split.pixels.shape[1:3])
-    return (recipe.img_size,) * 2 if recipe.img_size else tuple(network.pretrained_cfg["input_size"][1:])
+    asked = (recipe.img_size,) * 2 if recipe.img_size else None
+    return _small(split) or asked or tuple(network.pretrained_cfg["input_size"][1:])

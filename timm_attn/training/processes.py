@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag_from_env
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    parse_flag_from_env,
+)
 
 from ..errors import UserError, install
 from .recipe import Recipe
@@ -44,7 +49,9 @@ def make_accelerator(precision: str, **kwargs: Any) -> Accelerator:
         mixed_precision=precision,
         # Without a word from us Accelerate ignores the other processes of a `torchrun` on CPUs.
         cpu=not torch.accelerator.is_available(),
-        dynamo_backend="no",  # whatever `accelerate config` says: the recipe decides
+        # Whatever `accelerate config` and the environment say: the recipe decides.
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[patience],
         **kwargs,
     )

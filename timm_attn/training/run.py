@@ -21,7 +21,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import PartialState
-from timm.models import save_for_hf
+from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
@@ -38,7 +37,7 @@ from ..files import disk_errors, replace_file, sha256, write_json
 from ..load import ENVIRONMENT, RECIPE, is_run
 from ..version import __version__
 from ..weights import CONFIG, WEIGHTS, read_config
-from .checkpoint import sync
+from .checkpoint import separate, sync
 from .processes import device_of_process
 from .recipe import Recipe
 from .recipe_file import load_recipe, save_recipe
@@ -134,11 +133,10 @@ def save_model(model: nn.Module, folder: Path, label_names: list[str]) -> None:
     ``num_classes`` stays out of ``model_args``, since transformers passes it a second time.
     """
     partial = folder / ".model.partial"
-    # safetensors refuses channels-last tensors.
-    model = deepcopy(model).to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    partial.mkdir(exist_ok=True)
     try:
         with disk_errors(folder / WEIGHTS):
-            save_for_hf(model, str(partial), safe_serialization=True)
+            save_file(separate(model.state_dict()), partial / WEIGHTS)
         _write_config(model, partial / CONFIG, label_names)
         # safetensors lets nobody else read the file.
         shutil.copymode(partial / CONFIG, partial / WEIGHTS)

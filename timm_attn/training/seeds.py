@@ -45,13 +45,14 @@ def train_seeds(model: str, recipe: Recipe, out: str | Path, seeds: Sequence[int
         raise UserError(f"seeds must be different numbers, got {' '.join(map(str, seeds))}")
     refuse_full_folder(out)
     recipe = resolve_folders(recipe)  # it is read again when the rest is trained, perhaps from another folder
+    recipes = [dataclasses.replace(recipe, seed=seed) for seed in seeds]
     # When a run starts its input has been checked: until then nothing is left behind.
     announce = partial(_announce, model, recipe, out, seeds)
     failed: list[str] = []
-    for seed in seeds:
-        run = out / f"seed-{seed}"
+    for recipe in recipes:
+        run = out / f"seed-{recipe.seed}"
         with _noted(run, failed):
-            train(model, dataclasses.replace(recipe, seed=seed), run, on_start=announce)
+            train(model, recipe, run, on_start=announce)
     return _summary_or_failure(out, seeds, failed)
 
 
@@ -66,7 +67,12 @@ def resume_seeds(out: str | Path, data: str | None = None) -> dict[str, Any]:
     asked = json.loads((out / SEEDS).read_text(encoding="utf-8"))
     recipe = load_recipe(out / RECIPE)
     runs = seed_runs(out)
-    like = next((run for run in runs if is_run(run)), None)
+    started = [run for run in runs if is_run(run)]
+    like = next(iter(started), None)
+    if data is None:  # a run remembers where its data had gone when it was resumed
+        data = next(
+            (open_run(run)["moved_to"] for run in reversed(started) if "moved_to" in open_run(run)), None
+        )
     failed: list[str] = []
     for seed, run in zip(asked["seeds"], runs, strict=True):
         with _noted(run, failed):

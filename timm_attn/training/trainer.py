@@ -97,6 +97,10 @@ class Trainer:
         self.wrapped, self.optimizer = accelerator.prepare(network, optimizer)
         self.model = torch.compile(self.wrapped) if recipe.compile else self.wrapped
         self.network: nn.Module = accelerator.unwrap_model(self.wrapped)
+        # Bounds that do nothing, as timm's Gemma 4 has, are infinite from the start.
+        self.unbounded = {
+            key for key, b in self.network.named_buffers() if b.is_floating_point() and not b.isfinite().all()
+        }
         self.trained = [p for p in self.network.parameters() if p.requires_grad]
         self.clipped = self.trained
         if recipe.clip_mode == "agc":
@@ -105,7 +109,13 @@ class Trainer:
             self.clipped = [p for p in self.trained if id(p) not in head]
         self.ema = None
         if recipe.ema_decay is not None:
-            self.ema = ModelEmaV3(self.network, recipe.ema_decay, use_warmup=recipe.ema_warmup)
+            # An average of two infinities would be NaN.
+            self.ema = ModelEmaV3(
+                self.network,
+                recipe.ema_decay,
+                use_warmup=recipe.ema_warmup,
+                exclude_buffers=bool(self.unbounded),
+            )
 
         self.aux_scales = [b for key, b in self.network.named_buffers() if key.endswith("aux_scale")]
         self.criterion = make_criterion(recipe, mixed=self.mixup is not None).to(device)
@@ -446,7 +456,8 @@ class Trainer:
 
     def _finite(self) -> bool:
         """Whether the state can be saved, on all processes."""
-        state = [t for t in self.network.state_dict().values() if t.is_floating_point()]
+        tensors = self.network.state_dict().items()
+        state = [t for key, t in tensors if t.is_floating_point() and key not in self.unbounded]
         bad = torch.stack([~t.isfinite().all() for t in state]).any()
         return not self._reduce(bad.to(self.sums.dtype)[None])[0]
 
