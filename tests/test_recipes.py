@@ -462,19 +462,20 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
 
 
 def test_folders_are_remembered_by_their_whole_paths(tmp_path, monkeypatch):
-    train("resnet20", Recipe(**FAST), tmp_path / "plain")
+    train("resnet20", Recipe(**FAST), tmp_path / "our:plain")  # as a drive is told on Windows
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    recipe = Recipe(**FAST, init="graft:plain", teacher="plain")
+    recipe = Recipe(**FAST, init="graft:local-dir:our:plain", teacher="our:plain")
     with pytest.raises(Stopped):
         train("resnet20_asr", recipe, "a", on_step=stop_at(2))
     monkeypatch.chdir(tmp_path / "elsewhere")
     resume("../a")
     made = load_recipe(tmp_path / "a" / "recipe.yaml")
-    assert (made.init, made.teacher) == (f"graft:{tmp_path / 'plain'}", str(tmp_path / "plain"))
+    plain = str(tmp_path / "our:plain")
+    assert (made.init, made.teacher) == (f"graft:local-dir:{plain}", plain)
     monkeypatch.chdir(tmp_path)
     (exported, _) = export(Path("a"), "t", Path("hub"), dataset_license="mit")
-    assert (exported.recipe["init"], exported.recipe["teacher"]) == ("graft:plain", "plain")
+    assert (exported.recipe["init"], exported.recipe["teacher"]) == ("graft:local-dir:our:plain", "our:plain")
     assert str(tmp_path) not in (exported.folder / "recipe.yaml").read_text()
     assert str(tmp_path) not in (exported.folder / "README.md").read_text()
 

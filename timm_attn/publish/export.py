@@ -25,7 +25,7 @@ from ..training.data import load_split
 from ..training.recipe_file import load_recipe
 from ..training.run import CURVES, METRICS, RESULTS, machines, open_run, read_results, run_recipe, save_model
 from ..training.seeds import is_seeds, seed_runs, spread
-from ..training.splits import HELD_OUT, split_options
+from ..training.splits import HELD_OUT, split_kind, split_options
 from ..weights import Checkpoint
 from .datasets import license_of
 from .deploy import ONNX, PROGRAM, write_onnx, write_program
@@ -96,9 +96,9 @@ def export(
     paper = paper_of(mechanism)
     resolved = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
     for key in ("init", "teacher"):  # where they lay is nobody's business
-        if resolved.get(key) and Path(str(resolved[key]).rpartition(":")[2]).is_absolute():
-            kind, colon, path = str(resolved[key]).rpartition(":")
-            resolved[key] = f"{kind}{colon}{Path(path).name}"
+        kind, path = split_kind(str(resolved.get(key) or ""))
+        if Path(path).is_absolute():
+            resolved[key] = f"{kind}{Path(path).name}"
     fields = {
         "recipe": {key: value for key, value in resolved.items() if key not in ("data", "seed")},
         "dataset": {

@@ -41,7 +41,7 @@ from .checkpoint import separate, sync
 from .processes import device_of_process
 from .recipe import Recipe
 from .recipe_file import load_recipe, save_recipe
-from .splits import Splits
+from .splits import Splits, resolved
 
 METRICS, CURVES, STEPS, RESULTS = "metrics.jsonl", "curves.png", "steps.jsonl", "results.json"
 
@@ -80,9 +80,7 @@ def open_run(path: Path, finished: bool = False) -> dict[str, Any]:
 def run_recipe(run: Path, data: str | None = None) -> Recipe:
     """The recipe of a run, with its data where it was last seen, or where the caller says."""
     recipe = load_recipe(run / RECIPE)
-    if data is not None and Path(data).is_dir():
-        data = str(Path(data).resolve())
-    return dataclasses.replace(recipe, data=data or open_run(run).get("moved_to", recipe.data))
+    return dataclasses.replace(recipe, data=resolved(data) or open_run(run).get("moved_to", recipe.data))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

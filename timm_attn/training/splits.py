@@ -130,9 +130,14 @@ def resolved(source: str | None) -> str | None:
     """A source of data or weights, with its whole path if it is a folder."""
     if source is None or source == "digits":
         return source
-    kind = next((kind for kind in ("graft:", "local-dir:") if source.startswith(kind)), "")
-    path = Path(source.removeprefix(kind))
-    return f"{kind}{path.resolve()}" if path.is_dir() else source
+    kind, path = split_kind(source)
+    return f"{kind}{Path(path).resolve()}" if Path(path).is_dir() else source
+
+
+def split_kind(source: str) -> tuple[str, str]:
+    """What stands before the name or folder in a source, ``graft:`` and ``local-dir:``, and this."""
+    rest = source.removeprefix("graft:").removeprefix("local-dir:")
+    return source.removesuffix(rest), rest
 
 
 def resolve_recipe(recipe: Recipe, split: Split, cfg: dict[str, Any] | None) -> Recipe:
