@@ -2,6 +2,7 @@
 
 import sys
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import timm
@@ -213,7 +214,8 @@ def test_an_empty_model_is_named():
 )
 def test_inputs_that_are_no_images_are_named(inputs, message):
     model = narrow("resnet20_asr")
-    for check in (timm_attn.fold, lambda model, inputs: verify_fold(model, model, inputs)):
+    fold = timm_attn.fold
+    for check in (fold, partial(fold, layer_scale=True), lambda m, inputs: verify_fold(m, m, inputs)):
         with pytest.raises(ValueError, match=message):
             check(model, inputs)
 

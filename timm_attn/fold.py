@@ -81,10 +81,10 @@ def fold(model: nn.Module, inputs: Inputs | None = None, layer_scale: bool = Fal
             contains no tensor; or the model cannot be copied, as it is pruned by hooks.
         FoldError: max|Δlogit| ÷ max|logit| is above ``timm_attn.compare.BOUNDS``, or an output is not finite.
     """
-    original, folded = _fold(model, layer_scale, inputs)
     if inputs is not None:
         _check_inputs(model, inputs)
-        inputs = tree_map_only(Tensor, Tensor.cpu, inputs)
+    original, folded = _fold(model, layer_scale, inputs)
+    inputs = tree_map_only(Tensor, Tensor.cpu, inputs)
     dtype = _dtype(original)
     for given in (_example_that_runs(original, inputs is None), inputs):
         if given is None:
