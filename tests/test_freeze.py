@@ -19,6 +19,7 @@ from torch import nn
 import timm_attn
 from timm_attn import cli
 from timm_attn.absorb import build_frozen
+from timm_attn.compare import relative_difference
 from timm_attn.errors import UserError
 from timm_attn.freeze import _parts
 from timm_attn.gates import Gate, find_gates, gate_of
@@ -632,3 +633,23 @@ def test_classes_that_make_no_difference_have_no_share():
         found.labels = torch.arange(300) % 100
         model(coloured(300))
     assert found.statistics["gate"].class_share < 0.1
+
+
+def test_gates_after_a_norm_of_dias_own_are_recorded_and_frozen():
+    """The authors' pre-activation networks, in which a norm stands between branch and gate."""
+    torch.manual_seed(0)
+    model = timm.create_model("preresnet164_dia", layers=(2, 1, 1), num_classes=5)
+    x = coloured(400, 5)
+    with torch.no_grad():
+        model.train()(x[:64])
+    with record(model.eval()) as found, torch.no_grad():
+        model(x)
+    ends = [f"stages.{path}.drop_path.1" for path in ("0.blocks.0", "0.blocks.1", "1.blocks.0", "2.blocks.0")]
+    assert [gate.path for gate in found.gates] == ends and not found.unknown
+    report = timm_attn.freeze(model, x, every=True, keep=["stages.0*"])
+    assert report.frozen == 2 and {row.where for row in report.gates} >= {"in stages.2.blocks.0.dia_norm"}
+    again = timm.create_model("frozen", **report.model._model_args).eval()
+    again.load_state_dict(report.model.state_dict())
+    assert torch.equal(again(x[:4]), report.model(x[:4]))
+    with held(model, {g: found[g.path].mean.float() for g in found.gates[2:]}), torch.no_grad():
+        assert relative_difference(model, again, x[:4]) < 0.02

@@ -180,6 +180,24 @@ def _nearest(node: Any, wanted: set[_State]) -> _State | None:
     return None
 
 
+class NormEnd(nn.Module):
+    """A norm of a block, applied at the end of its branch.
+
+    Args:
+        block: The block, which has the norm.
+        name: Of the norm.
+    """
+
+    def __init__(self, block: nn.Module, name: str) -> None:
+        super().__init__()
+        self._block = (block,)  # in a tuple, it is no child
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B × C × H × W to the same."""
+        return self._block[0].get_submodule(self.name)(x)
+
+
 class DIAEnd(BranchEnd):
     """One step of a cell that a run of branches shares, which the first of them owns.
 
@@ -187,7 +205,7 @@ class DIAEnd(BranchEnd):
         block, branch, key, mechanism, home: Of ``BranchEnd``.
         run: Hands the state from step to step.
         step: Which one of them, from 0.
-        new_norm: The branch's affine is that of a norm which is applied here, before the cell reads the map.
+        new_norm: The branch's affine is that of a ``NormEnd`` before this.
     """
 
     all_tokens = True
@@ -221,8 +239,6 @@ class DIAEnd(BranchEnd):
         return eager(x)
 
     def attend(self, x: Tensor) -> Tensor:
-        if self.new_norm:
-            x = self.block.get_submodule(self.norm)(x)
         if self.branch.axis == 1:
             g = channel_mean(x)
         else:

@@ -32,7 +32,7 @@ def remove_gate(model: nn.Module, path: str, constant: FrozenGate | None = None)
     parent, _, name = path.rpartition(".")
     if isinstance(gate, DIAEnd):
         left = gate.inner if constant is None else nn.Sequential(constant, gate.inner or nn.Identity())
-        setattr(gate.block, name, left)
+        setattr(model.get_submodule(parent), name, left or (nn.Identity() if gate.new_norm else None))
         gate.run.steps -= 1
         if not gate.run.steps:
             delattr(gate.home, gate.key)

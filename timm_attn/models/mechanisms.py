@@ -15,7 +15,7 @@ from timm.layers import EcaModule, SEModule, get_attn
 from torch import nn
 
 from ..branches import runs
-from ..dia_end import DIAEnd, DIARun
+from ..dia_end import DIAEnd, DIARun, NormEnd
 from ..ends import BranchEnd, GatedNorm, GateEnd, mixed
 from ..layers import ASR, SEM, SPEM, ConAM, ConstantGate, DIACell
 from ..layers.options import check_choice, check_flag, check_whole
@@ -202,7 +202,7 @@ def _dia(
         key = free_name(first, "dia" + run[0].suffix)
         shared, home = DIARun(len(run)), None
         for step, branch in enumerate(run):
-            block = model.get_submodule(branch.block)
+            block, before = model.get_submodule(branch.block), []
             if norm:
                 name = free_name(block, "dia_norm" + branch.suffix)
                 setattr(
@@ -210,10 +210,12 @@ def _dia(
                     name,
                     nn.BatchNorm2d(branch.channels, **like(model)).train(block.training),
                 )
+                before = [NormEnd(block, name)]
                 branch = replace(branch, affine=(f"{name}.weight", f"{name}.bias"), attention="")
             end = DIAEnd(block, branch, key, None if home else cell, home, shared, step, norm)
             home = end.home
-            setattr(block, branch.slot, end.train(block.training))
+            place = nn.Sequential(*before, end) if norm else end
+            setattr(block, branch.slot, place.train(block.training))
     gates_first(model)
 
 
