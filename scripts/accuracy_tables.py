@@ -27,7 +27,7 @@ def short_results() -> str:
         medians = [f"{float(t['ratio_median']):.2f}" for t in (times[c.name], folded)]
         parameters = f"{c.metrics['parameters']:,}"
         rows.append([f"`{c.architecture}`", parameters, figure(c.over_seeds["top1"]), *medians])
-    return markdown(["model", "parameters", "top-1 (%), mean ± std (n)", "time", "time, folded"], rows)
+    return markdown(["model", "parameters", "top-1 (%), mean ± std (n)", "time", "time, fused"], rows)
 
 
 def comparison() -> str:
@@ -61,7 +61,7 @@ def comparison() -> str:
         "difference from plain (95 % interval)",
         f"seed {seed} retrained",
         "time",
-        "time, folded",
+        "time, fused",
     ]
     return markdown([*header, "max\\|Δlogit\\| ÷ max\\|logit\\|"], rows)
 
@@ -81,7 +81,7 @@ def from_scratch(folder: str, plain: str) -> str:
             cells += [over_seeds(runs[network][split]), in_words(told) if told else ""]
         table.append([*cells, costs.get(network, "")])
     header = [f"{split}: {what}" for split in splits for what in ("top-1 (%), mean ± std (n)", FROM_PLAIN)]
-    return markdown(["network", *header, "time, folded"], table)
+    return markdown(["network", *header, "time, fused"], table)
 
 
 def transfer(name: str) -> str:

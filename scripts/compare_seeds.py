@@ -114,7 +114,7 @@ def draw(rows: list[dict[str, Any]], costs: dict[str, dict[str, str]], title: st
                 axes[-1].plot(middle, names.index(name), "s", color="C2")
         if costs:
             axes[-1].axvline(1, color="0.5", linewidth=1)
-            axes[-1].set(title="cost at inference", xlabel=f"time, folded, over {rows[0]['baseline']}'s")
+            axes[-1].set(title="cost at inference", xlabel=f"time, fused, over {rows[0]['baseline']}'s")
         axes[0].set_yticks(range(len(names)), [f"{name} (n = {counts[name]})" for name in names])
         write_png(figure, path)
 

@@ -6,7 +6,7 @@ from .variants import model_names, parse_name
 
 #: Meaning of each status, best first.
 STATUSES = {
-    "measured": "there are weights of at least three seeds, with their standard deviation",
+    "measured": "there are weights, with the mean and standard deviation of at least three seeds",
     "verified": "the mechanism agrees with a second implementation in the tests, and folds where it should",
     "experimental": "the placement is ours, or the paper has no code; trains and exports",
 }
