@@ -338,7 +338,6 @@ def test_an_error_that_is_kept_does_not_keep_the_process(start, tmp_path):
     images = [picture(i, (80, 80)) for i in range(6)]
     write(tmp_path / "d", images=[*images[:-1], {"bytes": b"no image", "path": None}])
     code = """
-import sys
 from timm_attn.training import Recipe, train
 try:
     fields = {"batch_size": 3, "epochs": 1, "lr": 0.1, "val_fraction": 0.3, "workers": 2}

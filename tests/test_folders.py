@@ -1,6 +1,5 @@
 """Folders of images and files: which file is in which split, whatever the folders are called."""
 
-import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -122,10 +121,11 @@ def test_encoded_images_of_either_binary_type_are_images(kind, tmp_path):
 
 def test_small_images_keep_their_size_however_many_they_are(tmp_path, monkeypatch):
     place(tmp_path, *(f"{split}/{c}/{i}.png" for split in ("train", "test") for c in "ab" for i in range(4)))
-    recipe = Recipe(data=str(tmp_path), batch_size=4, epochs=1, lr=0.01, workers=0)
-    train("resnet18", dataclasses.replace(recipe, model_kwargs=("layers=[1,1,1,1]",)), tmp_path / "few")
+    fields = {"batch_size": 4, "epochs": 1, "lr": 0.01, "workers": 0}
+    recipe = Recipe(data=str(tmp_path), model_kwargs=("layers=[1,1,1,1]",), **fields)
+    train("resnet18", recipe, tmp_path / "few")
     monkeypatch.setattr(data, "MEMORY", 8 * 8 * 8 * 3 - 1)
-    train("resnet18", dataclasses.replace(recipe, model_kwargs=("layers=[1,1,1,1]",)), tmp_path / "many")
+    train("resnet18", recipe, tmp_path / "many")
     for name in ("few", "many"):
         cfg = load_model(str(tmp_path / name)).pretrained_cfg
         assert (tuple(cfg["input_size"]), cfg["crop_pct"]) == ((3, 8, 8), 1.0)

@@ -10,24 +10,13 @@ import timm_attn
 from timm_attn.branches import branches, example_input
 from timm_attn.compare import BOUNDS, relative_difference
 
+SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (2, 1), "num_heads": (2, 2)}
 #: Their first maps are as wide and as high as they have channels.
 SQUARE = {
-    "swin_tiny_patch4_window7_224": {
-        "img_size": 64,
-        "window_size": 4,
-        "embed_dim": 16,
-        "depths": (2, 1),
-        "num_heads": (2, 2),
-    },
+    "swin_tiny_patch4_window7_224": SWIN,
     "maxvit_rmlp_pico_rw_256": {"img_size": 128, "depths": (1, 1), "embed_dim": (32, 64)},
     "maxvit_tiny_pm_256": {"img_size": 128, "depths": (1, 1), "embed_dim": (32, 64)},
-    "swinv2_cr_tiny_ns_224": {
-        "img_size": 64,
-        "window_size": 4,
-        "embed_dim": 16,
-        "depths": (2, 1),
-        "num_heads": (2, 2),
-    },
+    "swinv2_cr_tiny_ns_224": SWIN,
     "test_convnext": {"dims": (16, 24, 32, 48), "pretrained_cfg_overlay": {"input_size": (3, 64, 64)}},
 }
 

@@ -440,7 +440,7 @@ def test_stripes_of_a_run_with_an_average_are_those_of_averages(tmp_path):
     assert not same(average, load_file(tmp_path / "run" / "step-11" / "model.safetensors"))
 
 
-def test_confusions_of_many_classes_take_no_matrix(monkeypatch):
+def test_confusions_of_many_classes_take_no_matrix():
     labels = torch.tensor([5, 5, 7, 90_000])
     logits = torch.zeros(4, 100_000)
     logits[range(4), [6, 6, 7, 1]] = 1

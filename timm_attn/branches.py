@@ -7,7 +7,7 @@ what leaves it is added to the shortcut next. The slot owns no parameters.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -206,22 +206,12 @@ def _probe(model: nn.Module, inputs: Inputs) -> list[Branch]:
             readers: Readers = {}
             hooks = [
                 slot.register_forward_pre_hook(
-                    _watch(
-                        model,
-                        path,
-                        name,
-                        names,
-                        found,
-                        holders,
-                        readers,
-                        (images.shape[-2], images.shape[-1]),
-                    )
+                    _watch(model, path, name, names, found, holders, readers, images.shape[-2:])
                 )
                 for path, name, slot in places
             ]
             try:
-                given = tree_map_only(Tensor, for_autograd, inputs)
-                call(model, given if device is None else tree_map_only(Tensor, lambda t: t.to(device), given))
+                call(model, tree_map_only(Tensor, lambda t: for_autograd(t).to(device or t.device), inputs))
             finally:
                 for hook in hooks:
                     hook.remove()
@@ -250,7 +240,7 @@ def _watch(
     found: dict[tuple[str, str], Branch],
     holders: Counter[int],
     readers: Readers,
-    size: tuple[int, int],
+    size: Sequence[int],
 ) -> Any:
     prefix = f"{path}." if path else ""
 
@@ -303,7 +293,7 @@ def _within(prefix: str, names: list[str]) -> tuple[str, ...]:
 
 
 def _tokens(
-    model: nn.Module, path: str, tokens: int, size: tuple[int, int]
+    model: nn.Module, path: str, tokens: int, size: Sequence[int]
 ) -> tuple[int, tuple[int, int] | None]:
     """Number of tokens that are no patches, and the grid of the others if it is known.
 
@@ -326,7 +316,7 @@ def _tokens(
     return 0, _grid(tokens, size)
 
 
-def _grid(patches: int, size: tuple[int, int]) -> tuple[int, int] | None:
+def _grid(patches: int, size: Sequence[int]) -> tuple[int, int] | None:
     """The grid of so many square patches of an image, if there is one."""
     for side in range(1, min(size) + 1):
         for rounded in (math.floor, math.ceil):

@@ -89,7 +89,8 @@ def _network(
     if not key or (key == "se" and name != backbone):
         return model
     stock = copied(model) if stock_tag is not None else None
-    row.put(model, example_input(model, 1), **{k: v for k, v in kwargs.items() if k in row.put_options})
+    own = row.put_options
+    row.put(model, example_input(model, 1), **{k: v for k, v in kwargs.items() if k in own})
     if stock is not None:
         start_constant(model, model.stock_keys)
         images = example_input(model)

@@ -202,7 +202,7 @@ def _dia(
         key = free_name(first, "dia" + run[0].suffix)
         shared, home = DIARun(len(run)), None
         for step, branch in enumerate(run):
-            block, before = model.get_submodule(branch.block), []
+            block = model.get_submodule(branch.block)
             if norm:
                 name = free_name(block, "dia_norm" + branch.suffix)
                 setattr(
@@ -210,11 +210,10 @@ def _dia(
                     name,
                     nn.BatchNorm2d(branch.channels, **like(model)).train(block.training),
                 )
-                before = [NormEnd(block, name)]
                 branch = replace(branch, affine=(f"{name}.weight", f"{name}.bias"), attention="")
             end = DIAEnd(block, branch, key, None if home else cell, home, shared, step, norm)
             home = end.home
-            place = nn.Sequential(*before, end) if norm else end
+            place = nn.Sequential(NormEnd(block, end.norm), end) if norm else end
             setattr(block, branch.slot, place.train(block.training))
     gates_first(model)
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -111,12 +112,17 @@ def _says_more(root: Path) -> bool:
 
 def _kind(name: str) -> str:
     """``image``, ``table`` for a file that says more than folders do, or nothing for others."""
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-
     extension = os.path.splitext(name.lower())[1]
     if extension in (".parquet", ".arrow") or name.lower() in ("metadata.csv", "metadata.jsonl"):
         return "table"
-    return "image" if extension in {*ImageFolder.EXTENSIONS, *NEWER_EXTENSIONS} else ""
+    return "image" if extension in _extensions() else ""
+
+
+@cache
+def _extensions() -> frozenset[str]:
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    return frozenset((*ImageFolder.EXTENSIONS, *NEWER_EXTENSIONS))
 
 
 def _card_decides(root: Path) -> bool:

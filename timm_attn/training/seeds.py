@@ -70,9 +70,8 @@ def resume_seeds(out: str | Path, data: str | None = None) -> dict[str, Any]:
     started = [run for run in runs if is_run(run)]
     like = next(iter(started), None)
     if data is None:  # a run remembers where its data had gone when it was resumed
-        data = next(
-            (open_run(run)["moved_to"] for run in reversed(started) if "moved_to" in open_run(run)), None
-        )
+        moved = [about["moved_to"] for about in map(open_run, started) if "moved_to" in about]
+        data = moved[-1] if moved else None
     failed: list[str] = []
     for seed, run in zip(asked["seeds"], runs, strict=True):
         with _noted(run, failed):
