@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
-import itertools
 import math
 import signal
 import time
@@ -26,6 +24,7 @@ from .augment import seed_everything
 from .batches import Batch, Batches, Shard
 from .evaluation import evaluate, sum_dtype
 from .history import History
+from .memory import images_that_fit
 from .network import classifier_parameters, freeze_backbone, load_teacher
 from .optim import learning_rate, make_criterion, make_mixup, make_optimizer, make_scheduler
 from .processes import keep_freed_memory
@@ -322,31 +321,22 @@ class Trainer:
         return nn.functional.kl_div(logits.log_softmax(1), wanted, reduction="batchmean", log_target=True)
 
     def _out_of_memory(self, reason: str) -> str:
-        """What to say, with the batch size that fits, which is found by trying.
+        """What to say, with the batch size that fits; the run is over, and its weights are spoilt.
 
-        What is tried is the step of the run itself, with what the optimiser keeps. It spoils the weights, and
-        the run is over. The network is not compiled, which takes less time and if anything more memory. With
-        several processes nothing is tried: what broke off in one of them has the others waiting.
+        With several processes nothing is tried: what broke off in one of them has the others waiting.
         """
         assert self.part_shape is not None
-        size, *shape = self.part_shape
+        size, recipe = self.part_shape[0], self.recipe
         if self.accelerator.num_processes > 1:
             return (
                 f"out of memory ({reason}) with {size} images at a time: lower --batch-size, or raise "
                 f"--accumulation. {self._last_checkpoint()}"
             )
         least = 1 if self.mixup is None else 2  # mixup takes even numbers of images
-        self.model = self.network
-        fits = size // 2 // least * least
-        self._forget_step()
-        while fits:
-            try:
-                self._try_steps(fits, shape)
-                break
-            except torch.OutOfMemoryError:
-                fits = fits // 2 // least * least
-            self._forget_step()
-        recipe = self.recipe
+        self.model = self.network  # not compiled, which takes less time and if anything more memory
+        fits = images_that_fit(
+            self._update, self.part_shape, least, self.batches.format, self.accelerator, self.optimizer
+        )
         if not fits:
             images = "one image" if least == 1 else "two images"
             return f"out of memory ({reason}), even for {images}: take smaller images or a smaller network"
@@ -356,25 +346,6 @@ class Trainer:
             f"out of memory ({reason}) with {size} images at a time; {fits} fit: take --batch-size {batch}, "
             f"or --accumulation {parts} for the same steps. {self._last_checkpoint()}"
         )
-
-    def _try_steps(self, size: int, shape: list[int]) -> None:
-        """Two steps with so many images at a time: in the second the optimiser has all it keeps."""
-        device = self.accelerator.device
-        images = torch.zeros(size, *shape, device=device).contiguous(memory_format=self.batches.format)
-        batch = Batch(images, torch.zeros(size, dtype=torch.int64, device=device))
-        for _ in range(2):
-            self._update(itertools.repeat(batch))
-
-    def _forget_step(self) -> None:
-        """Give back what a step holds that broke off."""
-        self.optimizer.zero_grad()
-        scaler = self.accelerator.scaler
-        if scaler is not None:  # which may have unscaled gradients already, and would not do so again
-            scaler.scale(self.sums[:1])  # it has no scale before it is first used
-            scaler.update(scaler.get_scale())
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def _reduce(self, tensor: Tensor) -> list[float]:
         """Sum over all processes."""
