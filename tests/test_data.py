@@ -1,6 +1,7 @@
 """Reading data: columns, splits, sizes, and what is wrong with a data set."""
 
 import io
+import os
 from functools import partial
 from itertools import islice
 
@@ -348,6 +349,27 @@ except Exception as error:
 """
     result = start(code, cwd=tmp_path)
     assert "corrupt or unreadable image" in result.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_child_that_ends_leaves_its_parents_workers_alone(tmp_path):
+    write(tmp_path / "d", images=[picture(i, (80, 80)) for i in range(6)])
+    code = """
+import os, sys, torch
+from timm_attn.training import Recipe
+from timm_attn.training.batches import Batches, Shard
+from timm_attn.training.data import load_split
+config = {"input_size": (3, 72, 72), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+recipe = Recipe(data="d", batch_size=2, workers=1)
+batches = Batches(load_split("d", "train"), recipe, config, Shard(torch.device("cpu"))).train()
+next(batches)
+child = os.fork()
+if not child:
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print(sum(len(next(batches).labels) for _ in range(20)))
+"""
+    assert python("-c", code, cwd=tmp_path).stdout.strip() == "40"
 
 
 # ---------------------------------------------------------------------------------------------- bad input

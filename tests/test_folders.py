@@ -132,6 +132,17 @@ def test_small_images_keep_their_size_however_many_they_are(tmp_path, monkeypatc
     validate(load_model(str(tmp_path / "many")), Recipe(data=str(tmp_path)))
 
 
+def test_images_of_several_sizes_have_none_that_is_their_own(tmp_path, monkeypatch):
+    """However many they are."""
+    place(tmp_path, *(f"{split}/{c}/{i}.png" for split in ("train", "test") for c in "ab" for i in range(4)))
+    Image.new("RGB", (9, 8)).save(tmp_path / "train" / "b" / "2.png")
+    for memory in (data.MEMORY, 1):
+        monkeypatch.setattr(data, "MEMORY", memory)
+        with pytest.raises(DataError, match="row 6 .* has 9×8 pixels, the first row 8×8: give --img-size"):
+            load_split(str(tmp_path), "train")
+        assert len(load_split(str(tmp_path), "train", size=(8, 8))) == 8
+
+
 def test_what_is_hidden_or_no_image_is_passed_over(tmp_path):
     place(tmp_path, "train/a/1.png", "train/b/1.PNG", "test/b/2.png")
     for path in (

@@ -1,10 +1,14 @@
 """Where a branch ends: the axis of its channels and its class tokens, on maps of shapes that mislead."""
 
+import threading
+
 import pytest
 import timm
 import torch
 from test_attach import build, images, shaken
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.nn.utils import prune
 
 import timm_attn
 from timm_attn.branches import branches, example_input
@@ -19,6 +23,16 @@ SQUARE = {
     "swinv2_cr_tiny_ns_224": SWIN,
     "test_convnext": {"dims": (16, 24, 32, 48), "pretrained_cfg_overlay": {"input_size": (3, 64, 64)}},
 }
+
+
+#: A network of timm, an attention layer with a parameter of the same name as the network has, and where
+#: it shows.
+SHARED = [
+    ("caformer_s18", "cbam", {"mlp_bias": True}, "stages.0.blocks.0.mlp"),
+    ("vit_tiny_patch16_224", "lambda", {"qkv_bias": False}, "blocks.0.attn"),
+    ("mambaout_femto", "eca", {"kernel_size": 5}, "stages.0.blocks.0.conv"),
+    ("pit_ti_224", "lambda", {"stride": 4}, "patch_embed"),
+]
 
 
 @pytest.mark.parametrize("name", SQUARE)
@@ -77,13 +91,120 @@ def test_a_name_that_both_have_is_the_networks(attention):
     assert isinstance(attached.layer1[0].drop_path.mechanism.channel.act, nn.SiLU)
 
 
-@pytest.mark.parametrize("mechanism", ["bat", "halo"])
-def test_attention_that_cannot_read_the_maps_is_refused_at_once(mechanism):
-    model = build("resnet18")
+@pytest.mark.parametrize("backbone, mechanism, argument, where", SHARED)
+def test_timms_attention_leaves_a_network_its_arguments(backbone, mechanism, argument, where):
+    """Of networks that have parameters of these names."""
+    made = [
+        timm.create_model(backbone, **argument, device="meta"),
+        timm_attn.create_model(backbone, attention=mechanism, **argument, device="meta"),
+    ]
+    stock, ours = (model.get_submodule(where) for model in made)
+    assert str(stock) == str(ours)
+    (name,) = argument
+    assert str(stock) != str(timm.create_model(backbone, device="meta").get_submodule(where))
+    assert name not in timm_attn.models.mechanisms.mechanism(mechanism).own(backbone, argument)
+
+
+@pytest.mark.parametrize(
+    "mechanism, size, where",
+    [
+        ("bat", 72, r"18 × 18 in layer1\.0"),
+        ("halo", 72, r"18 × 18 in layer1\.0"),
+        ("halo", 224, r"28 × 28 in layer2\.0"),
+    ],
+)
+def test_attention_that_cannot_read_the_maps_is_refused_at_once(mechanism, size, where):
+    model = timm.create_model("resnet18")
     keys = list(model.state_dict())
-    with pytest.raises(ValueError, match=f"{mechanism} does not take the maps of ResNet on images"):
-        timm_attn.attach(model, mechanism)
+    message = rf"{mechanism} does not take the maps of ResNet, {where} .*\(\w.*\): choose"
+    with pytest.raises(ValueError, match=message):
+        timm_attn.attach(model, mechanism, torch.randn(1, 3, size, size))
     assert list(model.state_dict()) == keys
+    if size == 224:  # of its configuration
+        with pytest.raises(ValueError, match=message):
+            timm_attn.create_model("resnet18", attention=mechanism)
+
+
+def test_attention_that_reads_maps_of_one_size_is_taken_there():
+    model = timm_attn.attach(timm.create_model("resnet18").eval(), "halo", torch.randn(1, 3, 256, 256))
+    assert model(torch.randn(1, 3, 256, 256)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("mechanism", ["cbam", "asr", "dia"])
+def test_to_attach_draws_random_numbers_once(mechanism):
+    """Whatever is tried before."""
+    states = []
+    for make in (
+        lambda: timm_attn.attach(timm.create_model("resnet20"), mechanism),
+        lambda: timm_attn.create_model("resnet20", attention=mechanism),
+    ):
+        torch.manual_seed(0)
+        states.append(make().state_dict())
+    first, second = states
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_network_that_cannot_be_copied_takes_what_needs_no_copy():
+    model = build("test_convnext")
+    model.lock = threading.Lock()
+    with pytest.raises(
+        ValueError, match=r"ConvNeXt cannot be copied \(TypeError: cannot pickle '_thread.lock'"
+    ):
+        timm_attn.attach(model, "asr")
+    prune.random_unstructured(model.stages[0].blocks[0].mlp.fc1, "weight", 0.5)
+    assert timm_attn.attach(model, "eca")(images(model)).isfinite().all()
+
+
+PATCHES = [
+    ({"img_size": 224, "patch_size": (8, 32)}, (3, 224, 224), (28, 7)),
+    ({"img_size": (128, 256), "patch_size": (128, 2), "in_chans": 1}, (1, 128, 256), (1, 128)),
+    ({"img_size": 64, "patch_size": (8, 4), "dynamic_img_size": True}, (3, 48, 32), (6, 8)),
+]
+
+
+@pytest.mark.parametrize("options, shape, grid", PATCHES)
+def test_patches_need_not_be_squares(options, shape, grid):
+    model = VisionTransformer(embed_dim=48, depth=1, num_heads=3, num_classes=2, **options)
+    assert {b.grid for b in branches(model, torch.randn(1, *shape))} == {grid}
+
+
+def test_tokens_in_another_order_than_by_row_are_no_map():
+    """Hiera's follow one another by window."""
+    model = timm.create_model("hiera_tiny_224", stages=(1, 1, 1, 1), device="meta")
+    assert {b.grid for b in branches(model, example_input(model, 1))} == {None}
+
+
+class ScaledFirst(nn.Module):
+    """A block that is called with B × H × W × C, and writes the scale before the map, as InternImage does."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(width), nn.Linear(width, width)
+        self.gamma = nn.Parameter(torch.full((width,), 0.5))
+        self.drop_path = nn.Identity()
+
+    def forward(self, x):
+        return x + self.drop_path(self.gamma * (self.gamma.exp() * self.fc(self.norm(x))))
+
+
+class NHWC(nn.Module):
+    def __init__(self, width=24):
+        super().__init__()
+        self.stem, self.block, self.head = nn.Conv2d(3, width, 8, 8), ScaledFirst(width), nn.Linear(width, 4)
+
+    def forward(self, x):
+        return self.head(self.block(self.stem(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+@pytest.mark.parametrize("size", [64, 192, 224])
+def test_channels_are_found_behind_a_scale_that_is_written_first(size):
+    """On maps with more, as many, and fewer rows than channels."""
+    x = torch.randn(1, 3, size, size)
+    (found,) = branches(NHWC(), x)
+    assert (found.axis, found.channels, found.grid) == (-1, 24, (size // 8, size // 8))
+    model = timm_attn.attach(NHWC(), "se", x)
+    assert model.block.se.fc1.in_channels == 24
+    assert model(torch.randn(1, 3, 96, 96)).shape == (1, 4)
 
 
 class Scaled(nn.Module):

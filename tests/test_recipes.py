@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from functools import partial
@@ -19,7 +20,6 @@ from accelerate.state import GradientState
 from accelerate.utils import DistributedType
 from forked import started
 from helpers import ONE_IMAGE, Stopped, flip_last_bit, same, stop_at, timeless
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_data import encode, picture, write
@@ -305,13 +305,16 @@ def test_several_seeds_go_on_as_a_whole(tmp_path, capsys, monkeypatch):
     assert read_results(tmp_path / "a") == read_results(tmp_path / "whole")
 
 
-def test_several_seeds_remember_where_their_data_has_gone(tmp_path, monkeypatch):
+def two_classes(folder):
     for split, n in (("train", 4), ("test", 2)):
         for name in "ab":
-            (tmp_path / "old" / split / name).mkdir(parents=True)
+            (folder / split / name).mkdir(parents=True)
             for i in range(n):
-                pixels = np.random.default_rng(i + 9 * n).integers(0, 256, (8, 8, 3), np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "old" / split / name / f"{i}.png")
+                picture(i + 9 * n).save(folder / split / name / f"{i}.png")
+
+
+def test_several_seeds_remember_where_their_data_has_gone(tmp_path, monkeypatch):
+    two_classes(tmp_path / "old")
     recipe = Recipe(**{**FAST, "data": str(tmp_path / "old"), "batch_size": 4, "epochs": 1})
     with pytest.raises(UserError, match="seed must be finite and not negative"):
         train_seeds("resnet20", recipe, tmp_path / "a", [0, -1])
@@ -335,6 +338,34 @@ def test_several_seeds_remember_where_their_data_has_gone(tmp_path, monkeypatch)
         resume_seeds(tmp_path / "a", str(tmp_path / "new"))
     stop_in(-1)
     assert resume_seeds(tmp_path / "a")["top1"]["n"] == 3
+
+
+def test_a_run_whose_data_is_where_it_was_does_not_follow_another(tmp_path, monkeypatch):
+    """One of the runs may have gone on with a copy that is gone, or elsewhere."""
+    two_classes(tmp_path / "d")
+    recipe = Recipe(**{**FAST, "data": str(tmp_path / "d"), "batch_size": 4, "epochs": 1})
+    train_seeds("resnet20", recipe, tmp_path / "a", [0, 1, 2])
+    for seed in (0, 1):
+        (tmp_path / "a" / f"seed-{seed}" / "model.safetensors").unlink()
+    shutil.rmtree(tmp_path / "a" / "seed-2")
+    shutil.copytree(tmp_path / "d", tmp_path / "copy")
+    resume(tmp_path / "a" / "seed-1", data=str(tmp_path / "copy"))
+    shutil.rmtree(tmp_path / "copy")
+    assert resume_seeds(tmp_path / "a")["top1"]["n"] == 3
+    for seed in (0, 2):
+        run = tmp_path / "a" / f"seed-{seed}"
+        assert load_recipe(run / "recipe.yaml").data == str(tmp_path / "d")
+        assert "moved_to" not in json.loads((run / "environment.json").read_text())
+
+
+@pytest.mark.parametrize("seeds", [(), ("--seeds", "0", "1")])
+def test_no_data_is_not_the_current_folder(seeds, tmp_path, monkeypatch, capsys):
+    two_classes(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["train", "resnet20", "--out", "run", "--epochs", "1", *seeds])
+    assert "no data: give --data" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------ while it runs

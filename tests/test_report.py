@@ -138,6 +138,56 @@ def test_labels_are_those_of_the_images_that_a_part_of_the_network_is_called_wit
         model.forward_features(kinds[batches[2]])
 
 
+class Scaled(nn.Module):
+    """A network whose first argument is no image."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = se_network()
+
+    def forward(self, scale, x):
+        return self.net(scale * x)
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(1.0), torch.ones(1), torch.ones(1, 1, 1)])
+def test_images_are_told_from_other_arguments(scale):
+    model, data = Scaled(), sample(8)
+    for given, named in (((scale, data.images), {}), ((), {"scale": scale, "x": data.images})):
+        with timm_attn.record(model, keep=[1, 5]) as gates, torch.no_grad():
+            gates.labels = data.labels
+            model(*given, **named)
+        assert gates.images == 8 and len(gates.kept["net.layer1.0.se"]) == 2
+
+
+def test_a_pass_that_raised_may_be_tried_again():
+    """With the labels that were given to it; nor does it stay in the way of a part of the network."""
+    model, data = se_network(), sample(8)
+
+    def refuse(module, args):
+        raise RuntimeError("out of memory")
+
+    found = []
+    for failing in (False, True):
+        with timm_attn.record(model) as gates, torch.no_grad():
+            gates.labels = torch.arange(8) % 2
+            if failing:
+                hook = model.fc.register_forward_pre_hook(refuse)
+                with pytest.raises(RuntimeError, match="out of memory"):
+                    model(data.images)
+                hook.remove()
+            model(data.images)
+            assert gates.labels is None
+        found.append([gates[gate.path].class_share for gate in gates.gates])
+    assert found[0] == found[1] and len(found[0]) == 4 and not np.isnan(found[0]).any()
+    with timm_attn.record(model) as gates, torch.no_grad():
+        hook = model.fc.register_forward_pre_hook(refuse)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(data.images)
+        hook.remove()
+        model.forward_features(data.images)
+    assert gates.images == 8 and len(gates) == 4 and not gates.unknown
+
+
 def test_gates_kept_of_an_image_are_its_own_where_a_block_takes_patches_for_images():
     model = timm.create_model("mobilevit_xxs", num_classes=5)
     model = timm_attn.attach(model, "dia", images=torch.randn(1, 3, 64, 64)).eval()

@@ -16,10 +16,12 @@ import yaml
 from forked import run_code, started
 from helpers import ONE_IMAGE, Stopped, flip_last_bit, found, same, stop_at, timeless
 from safetensors.torch import load_file
+from torch import nn
 
 from timm_attn.compare import relative_difference
 from timm_attn.errors import UserError
 from timm_attn.load import load_model
+from timm_attn.models.cifar import CifarResNet
 from timm_attn.training import Recipe, resume, seeds, train, validate
 from timm_attn.training import checkpoint as checkpoints
 from timm_attn.training import trainer as trainers
@@ -76,6 +78,32 @@ def test_what_some_networks_of_timm_keep_is_saved_and_read(name, ema_decay, tmp_
     assert resume(tmp_path / "b") == whole and same_weights(tmp_path / "a", tmp_path / "b")
     top1 = validate(load_model(str(tmp_path / "a")), Recipe(data="digits"))["top1"]
     assert top1 == pytest.approx(whole["top1"], abs=ONE_IMAGE)
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_bounds_that_are_infinite_change_nothing_else(persistent, tmp_path, monkeypatch):
+    """Of a layer that stands in two places; batch norms are averaged all the same."""
+
+    class Bound(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("high", torch.tensor(torch.inf), persistent=persistent)
+
+    def bounded(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.low = self.high = Bound()
+
+    recipe = Recipe(**{**FAST, "epochs": 1}, ema_decay=0.9, epoch_steps=4)
+    train("resnet20", recipe, tmp_path / "without")
+    init = CifarResNet.__init__
+    monkeypatch.setattr(CifarResNet, "__init__", bounded)
+    train("resnet20", recipe, tmp_path / "with")
+    without, with_ = (load_file(tmp_path / name / "model.safetensors") for name in ("without", "with"))
+    bounds = {key: tensor for key, tensor in with_.items() if key not in without}
+    assert all(tensor == torch.inf for tensor in bounds.values()) and bool(bounds) == persistent
+    assert same(without, {key: tensor for key, tensor in with_.items() if key not in bounds})
+    last = load_file(tmp_path / "with" / "step-4" / "model.safetensors")
+    assert not torch.equal(last["bn1.running_mean"], with_["bn1.running_mean"])
 
 
 def test_a_run_leaves_what_it_says(run):

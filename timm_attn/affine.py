@@ -74,13 +74,26 @@ def _channels_last(x: Tensor) -> bool:
     node, moved = x.grad_fn, False
     while node is not None and _kind(node) not in _LAYER:
         moved ^= _moves_last_axis(node)
-        node = next((source for source in _inputs(node) if source is not None), None)
+        node = next((source for source in _inputs(node) if _comes_from_layer(source)), None)
     if node is None:
         return False
     width = _width(_inputs(node)[_LAYER[_kind(node)][1]])
     if (x.shape[1] == width) != (x.shape[-1] == width):
         return x.shape[-1] == width
     return moved != (_kind(node) in _CHANNELS_LAST)
+
+
+def _comes_from_layer(node: Any) -> bool:
+    """Whether a node is no parameter, nor computed from parameters alone."""
+    waiting, seen = [node], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            if _kind(node) in _LAYER:
+                return True
+            seen.add(node)
+            waiting += reversed(_inputs(node))
+    return False
 
 
 def _moves_last_axis(node: Any) -> bool:

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .branches import copied, evaluating, example_input, first_parameter
+from .branches import copied, example_input, first_parameter
 from .compare import FoldError
 from .ends import BranchEnd, GatedInput, GatedNorm, GateEnd, tensor_at
 from .fold import fold
 from .layers import ConAM, ConstantGate
 from .layers.fmm import FMM
 from .models import graft_obstacle, register, register_graft
-from .models.mechanisms import MECHANISMS, options_of
 from .models.mechanisms import mechanism as row_of
+from .models.mechanisms import options_of
 from .models.ssia import SSIANetwork, check_forward
 
 _ATTACHED = (BranchEnd, GatedInput, GatedNorm, SSIANetwork, ConAM, FMM)
@@ -62,29 +62,15 @@ def attach(model: nn.Module, mechanism: str, images: Tensor | None = None, **opt
     given = given if given.is_meta else given.to(first_parameter(model).device)
     if row.folds and not given.is_meta:
         trial: Any = copied(model)
-        with warnings.catch_warnings(action="ignore"):
+        devices = [given.device] if given.device.type == "cuda" else []
+        with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices):
             row.put(trial, given, **options)
         if isinstance(trial, SSIANetwork):
             check_forward(trial, given)
         else:
             _check_fold(trial, given, mechanism)
-    elif mechanism not in MECHANISMS and not given.is_meta:
-        _check_maps(copied(model), row.put, given, mechanism, options)
     row.put(model, given, **options)
     return model
-
-
-def _check_maps(trial: Any, put: Any, images: Tensor, mechanism: str, options: dict[str, Any]) -> None:
-    """Some of timm's attention layers need maps of certain sizes, and say so when they run."""
-    put(trial, images, **options)
-    try:
-        with evaluating(trial), torch.no_grad():
-            trial(images)
-    except Exception as error:
-        raise ValueError(
-            f"{mechanism} does not take the maps of {type(trial).__name__} on images {tuple(images.shape)}: "
-            f"{error or type(error).__name__}"
-        ) from error
 
 
 def _check_fold(trial: nn.Module, images: Tensor, mechanism: str) -> None:

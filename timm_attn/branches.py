@@ -39,7 +39,7 @@ class Branch:
         pixels: H · W, or the number of tokens N.
         rows: Its first size B: a block may take the patches of an image for images.
         prefix: Of the tokens, how many of the first are no patches (class token, registers).
-        grid: Of the tokens that are patches, H and W.
+        grid: H and W of the map; of tokens, of those that are patches, if it is known.
         affine: Names, from the block, of the parameters and buffers that can absorb a factor per channel:
             scaling their first axis by v scales the branch's output by v, and nothing else. Empty if there
             are none.
@@ -87,10 +87,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def copied(model: Any) -> Any:
-    """A deep copy, without the tensors that some networks keep between calls, which may have a graph."""
+    """A deep copy, without the tensors that some networks keep between calls, which may have a graph.
+
+    Raises:
+        ValueError: The model holds something that cannot be copied.
+    """
     with evaluating(model):
         pass
-    return deepcopy(model)
+    try:
+        return deepcopy(model)
+    except Exception as error:  # torch.nn.utils.prune and the old weight_norm put results beside parameters
+        raise ValueError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}): take out what it "
+            "holds besides parameters, buffers and values. Weights that are computed anew at each call are "
+            "made permanent, e.g. by torch.nn.utils.prune.remove(module, 'weight')"
+        ) from error
 
 
 def branches(model: nn.Module, images: Inputs) -> list[Branch]:
@@ -118,7 +129,7 @@ def taking(model: nn.Module, images: Inputs) -> Iterator[None]:
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
-            f"{type(model).__name__} does not take images {tuple(_images(images).shape)} "
+            f"{type(model).__name__} does not take images {tuple(images_of(images).shape)} "
             f"({type(error).__name__}: {reason}): give what it takes as images="
         ) from error
 
@@ -187,13 +198,14 @@ def for_autograd(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _images(inputs: Inputs) -> Tensor:
+def images_of(inputs: Any) -> Any:
+    """The images among the arguments of a network: the first of four dimensions, or of the most."""
     tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
-    return next((t for t in tensors if t.dim() == 4), tensors[0])
+    return next((t for t in tensors if t.dim() == 4), max(tensors, key=Tensor.dim, default=None))
 
 
 def _probe(model: nn.Module, inputs: Inputs) -> list[Branch]:
-    images = _images(inputs)
+    images = images_of(inputs)
 
     def run(device: torch.device | None) -> list[Branch]:
         found: dict[tuple[str, str], Branch] = {}
@@ -254,7 +266,11 @@ def _watch(
         if _shared(model.get_submodule(path), whole, holders):
             whole = ()
         channels = x.shape[axis]
-        tokens = _tokens(model, path, x.shape[1], size) if x.dim() == 3 and axis == -1 else (0, None)
+        if x.dim() == 3:
+            tokens = _tokens(model, path, x.shape[1], size)
+        else:
+            height, width = x.shape[2:] if axis == 1 else x.shape[1:3]
+            tokens = 0, (height, width)
         scaled = scaling_parameters(x, names, readers, leaves[0])[1] if len(leaves) == 1 else []
         inner = _within(prefix, scaled)
         pixels = x[0].numel() // channels
@@ -305,15 +321,25 @@ def _tokens(
         network: Any = model.get_submodule(".".join(parts[:end]))
         count = getattr(network, "num_prefix_tokens", None)
         if isinstance(count, int):
+            grid = _own_grid(getattr(network, "patch_embed", None), size)
+            if grid and tokens - math.prod(grid) in (0, count):
+                return tokens - math.prod(grid), grid
             for prefix in dict.fromkeys((count, 0)):
                 grid = _grid(tokens - prefix, size)
                 if grid:
                     return prefix, grid
-            grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
-            if grid and tokens - math.prod(grid) in (0, count):
-                return tokens - math.prod(grid), tuple(grid)
             return count if count < tokens else 0, None
+        if hasattr(network, "unroll"):  # Hiera's tokens follow one another by window, not by row
+            return 0, None
     return 0, _grid(tokens, size)
+
+
+def _own_grid(patch_embed: Any, size: Sequence[int]) -> tuple[int, int] | None:
+    """The grid of patches by a network's own account."""
+    if hasattr(patch_embed, "dynamic_feat_size") and not getattr(patch_embed, "strict_img_size", True):
+        return patch_embed.dynamic_feat_size(tuple(size))
+    grid = getattr(patch_embed, "grid_size", None)
+    return tuple(grid) if grid else None
 
 
 def _grid(patches: int, size: Sequence[int]) -> tuple[int, int] | None:

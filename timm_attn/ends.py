@@ -84,23 +84,28 @@ class BranchEnd(nn.Module):
         return self.on_map(self.mechanism, x)
 
     def on_map(self, module: nn.Module, x: Tensor) -> Tensor:
-        """A module on a map B × C × H × W; of tokens, on the patches.
-
-        Where these are not the grid that they were when this was put here, they are taken for a square, or
-        else for a column.
-        """
+        """A module on a map B × C × H × W; of tokens, on the patches."""
         if self.branch.axis == 1:
             return module(x)
         if x.dim() == 4:
             return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         others, patches = x[:, : self.branch.prefix], x[:, self.branch.prefix :]
-        count = patches.shape[1]
-        side = math.isqrt(count)
-        size = self.branch.grid or (side, side)
-        if math.prod(size) != count:
-            size = (side, side) if side * side == count else (count, 1)
+        size = map_size(self.branch, patches.shape[1])
         patches = module(patches.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)
         return torch.cat([others, patches], 1) if others.shape[1] else patches
+
+
+def map_size(branch: Branch, pixels: int) -> tuple[int, int]:
+    """H and W of a map of so many pixels, or patches, at the end of a branch.
+
+    Where these are not the grid that they were when it was found, they are taken for a square, or else for a
+    column.
+    """
+    side = math.isqrt(pixels)
+    size = branch.grid or (side, side)
+    if math.prod(size) != pixels:
+        size = (side, side) if side * side == pixels else (pixels, 1)
+    return size
 
 
 class GateEnd(BranchEnd):

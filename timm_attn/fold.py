@@ -109,22 +109,14 @@ def _fold(
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("a model on the meta device has no weights to fold")
     gates = foldable(model)
-    try:
-        original: Any = copied(model).cpu().eval()
-    except (
-        RuntimeError
-    ) as error:  # torch.nn.utils.prune and the old weight_norm put results beside parameters
-        raise ValueError(
-            f"{type(model).__name__} cannot be copied, as it computes weights anew at each call: make them "
-            f"permanent, e.g. by torch.nn.utils.prune.remove(module, 'weight') ({error})"
-        ) from error
+    original: Any = copied(model).cpu().eval()
     folded: Any = fuse_gates(deepcopy(original))
     left = foldable(folded)
     if left:
         raise FoldError(f"{left} of {gates} gates stand where no branch takes them in")
     changed = gates
     if layer_scale:
-        given = example_input(folded, 1) if inputs is None else inputs
+        given = _example_that_runs(folded, needed=True) if inputs is None else inputs
         device = _device(folded)
         changed += fuse_layer_scales(folded, tree_map_only(Tensor, lambda t: t.to(device), given))
     for path, network in _networks(folded).items():

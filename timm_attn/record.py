@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .branches import images_of
 from .compare import unwrapped
 from .gates import Gate, gate_in, gate_modules, gate_of, with_runs
 
@@ -177,9 +178,15 @@ class Record:
         now.gates[gate.path] = values.cpu(), finite.cpu()
 
     def begin_pass(self, images: int) -> None:
-        """Begin a forward pass of the whole network, and drop what is left of one that raised."""
+        """Begin a forward pass of the whole network."""
         self.end_part()
         self._begin(images)
+
+    def drop_pass(self, *_: Any) -> None:
+        """Drop a forward pass that raised. If it is tried again, it has the same labels."""
+        now = self._pass
+        if now is not None and now.images is not None:
+            self._pass, self.labels = None, now.labels if self.labels is None else self.labels
 
     def end_part(self) -> None:
         """End the passes of a part of the network, whose end nothing else tells."""
@@ -311,12 +318,13 @@ def record(
         return hook
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        images = _first_tensor(args, kwargs)
-        found.begin_pass(0 if images is None else len(images))
+        images = images_of((args, kwargs))
+        found.begin_pass(0 if images is None or not images.dim() else len(images))
 
     hooks = [module.register_forward_hook(watch(path), with_kwargs=True) for path, module in modules.items()]
     hooks.append(model.register_forward_pre_hook(begin, with_kwargs=True))
     hooks.append(model.register_forward_hook(found.end_pass))
+    hooks.append(model.register_forward_hook(found.drop_pass, always_call=True))
     try:
         with torch.compiler.set_stance("force_eager"):
             yield found

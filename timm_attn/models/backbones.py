@@ -1,5 +1,7 @@
 """The table of stock networks of which variants are registered."""
 
+import inspect
+import sys
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -125,6 +127,21 @@ def takes_attention(name: str) -> bool:
         return False
     network = timm.create_model(name, device="meta")
     return all(b.se is None for b in network.modules() if isinstance(b, BasicBlock | Bottleneck))
+
+
+#: Of timm's networks that are configured by a data class, not all arguments are parameters of the class.
+_USUAL = {"act_layer", "norm_layer", "aa_layer", "drop_layer", "drop_rate", "num_heads"}
+
+
+@cache
+def network_arguments(name: str) -> frozenset[str]:
+    """Names of the arguments that the networks in the module of one of timm's, or this package's, take."""
+    networks: list[Any] = [CifarResNet, CifarResNetV2]
+    if not spec_of(name).cifar:
+        members = vars(sys.modules[timm.model_entrypoint(name).__module__]).values()
+        networks = [m for m in members if isinstance(m, type) and issubclass(m, nn.Module)]
+    signatures = [inspect.signature(network).parameters for network in networks]
+    return frozenset(_USUAL).union(*(p for p in signatures if {"num_classes", "in_chans"} <= p.keys()))
 
 
 #: timm would round the SE paper's hidden width C / 16 up to a multiple of 8: too wide for 16 to 64 channels.

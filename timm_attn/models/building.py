@@ -22,7 +22,7 @@ from .grafting import (
     load_stock,
     start_constant,
 )
-from .mechanisms import mechanism
+from .mechanisms import mechanism, options_of
 from .variants import GRAFT, check_graft, parse_name
 
 
@@ -76,6 +76,7 @@ def _network(
     """The stock network with the mechanism; with a tag, of timm's weights, which are grafted."""
     backbone, key = parse_name(variant)
     row = mechanism(key)
+    own = row.own(backbone, kwargs)
     name, arguments = row.stock_network(backbone, kwargs)
     if stock_tag is not None:
         arguments["pretrained_cfg"] = stock_tag
@@ -84,13 +85,13 @@ def _network(
     model: Any = stock_network(name, pretrained=stock_tag is not None, **arguments)
     model.stock_keys = set(model.state_dict())
     if name != backbone:  # what the attention on top adds is no part of the backbone
-        plain = {k: v for k, v in kwargs.items() if k not in row.options and k != "block_args"}
+        plain = {k: v for k, v in kwargs.items() if k not in own and k != "block_args"}
         model.stock_keys &= set(stock_network(backbone, **{**plain, "device": "meta"}).state_dict())
     if not key or (key == "se" and name != backbone):
         return model
     stock = copied(model) if stock_tag is not None else None
-    own = row.put_options
-    row.put(model, example_input(model, 1), **{k: v for k, v in kwargs.items() if k in own})
+    options = options_of(row.put)
+    row.put(model, example_input(model, 1), **{k: v for k, v in own.items() if k in options})
     if stock is not None:
         start_constant(model, model.stock_keys)
         images = example_input(model)

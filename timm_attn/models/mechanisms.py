@@ -11,17 +11,18 @@ from functools import partial
 from typing import Any
 
 import timm
+import torch
 from timm.layers import EcaModule, SEModule, get_attn
 from torch import nn
 
-from ..branches import runs
+from ..branches import Branch, copied, runs
 from ..dia_end import DIAEnd, DIARun, NormEnd
-from ..ends import BranchEnd, GatedNorm, GateEnd, mixed
+from ..ends import BranchEnd, GatedNorm, GateEnd, map_size, mixed
 from ..layers import ASR, SEM, SPEM, ConAM, ConstantGate, DIACell
 from ..layers.options import check_choice, check_flag, check_whole
 from ..merging import gates_first
 from ..papers import PAPERS, Paper, paper_of
-from .backbones import Backbone, paper_se, spec_of, takes_attention
+from .backbones import Backbone, network_arguments, paper_se, spec_of, takes_attention
 from .cifar import CifarResNetV2
 from .placing import (
     branches_taking_gates,
@@ -39,10 +40,6 @@ from .ssia import put_ssia
 Put = Callable[..., None]
 
 
-#: Arguments of networks that some of timm's attention layers have, too.
-_OF_NETWORKS = {"act_layer", "norm_layer", "aa_layer", "drop_layer", "drop_rate", "num_heads"}
-
-
 @dataclass(frozen=True)
 class Mechanism:
     """A row of the table.
@@ -58,6 +55,7 @@ class Mechanism:
         fuses: It depends on the image; on ResNets its folded form (``folded=True``) is the same network with
             norms fused into convolutions.
         resnets: It can be put into ResNets of timm's or this package's blocks only.
+        of_timm: It is an attention layer of timm's.
         on: On which rows of the table of backbones it is registered.
     """
 
@@ -69,23 +67,28 @@ class Mechanism:
     folds: bool = False
     fuses: bool = False
     resnets: bool = False
+    of_timm: bool = False
     on: Callable[[Backbone], bool] = lambda backbone: True
 
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``create_model`` that belong to the mechanism, with their defaults."""
-        found = {**options_of(self.put), **options_of(self.stock)}
-        return {name: default for name, default in found.items() if name not in _OF_NETWORKS}
+        return {**options_of(self.put), **options_of(self.stock)}
 
-    @property
-    def put_options(self) -> set[str]:
-        """Those that ``put`` takes."""
-        return self.options.keys() & options_of(self.put).keys()
+    def own(self, backbone: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The options among arguments of ``create_model``.
+
+        Of names that timm's attention layers share with a network, such as ``act_layer``, the network has
+        the argument.
+        """
+        shared = network_arguments(backbone) if self.of_timm else frozenset()
+        return {k: v for k, v in kwargs.items() if k in self.options and k not in shared}
 
     def stock_network(self, backbone: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """Name and all arguments of the stock network of a variant that was created with ``kwargs``."""
         name, extra = self.stock(backbone, **{k: v for k, v in kwargs.items() if k in options_of(self.stock)})
-        arguments = {k: v for k, v in kwargs.items() if k not in self.options and k != "folded"}
+        own = self.own(backbone, kwargs)
+        arguments = {k: v for k, v in kwargs.items() if k not in own and k != "folded"}
         if "block_args" in extra:
             extra = {"block_args": (arguments.get("block_args") or {}) | extra["block_args"]}
         return name, arguments | extra
@@ -123,11 +126,28 @@ def on_branches(key: str, layer: Callable[..., nn.Module]) -> Put:
             ends = [(b, key, layer(b.channels, **given, **like(model))) for b in found]
         except AssertionError as error:  # of some of timm's
             raise ValueError(f"{key} cannot stand at the ends of branches: {error}") from None
+        if key not in MECHANISMS:
+            for branch, _, module in ends:
+                _check_map(model, branch, key, module, images)
         stand(model, ends, GateEnd if constant else BranchEnd)
 
     keyword_only = [p.replace(kind=p.KEYWORD_ONLY) for p in options]
     put.__signature__ = inspect.Signature(keyword_only)  # pyright: ignore[reportFunctionMemberAccess]
     return put
+
+
+def _check_map(model: nn.Module, branch: Branch, key: str, module: nn.Module, images: Any) -> None:
+    """Refuse a layer of timm's that needs maps of other sizes, which it would say when it runs."""
+    height, width = map_size(branch, branch.pixels - branch.prefix)
+    try:
+        with torch.no_grad():
+            copied(module).to("meta").eval()(torch.empty(1, branch.channels, height, width, device="meta"))
+    except Exception as error:
+        raise ValueError(
+            f"{key} does not take the maps of {type(model).__name__}, {height} × {width} in {branch.block} "
+            f"with images {tuple(images.shape)} ({str(error) or type(error).__name__}): choose another "
+            "mechanism, or attach it with images= of the size that you will use"
+        ) from error
 
 
 def _asr(
@@ -323,4 +343,4 @@ def mechanism(name: str) -> Mechanism:
         )
     constant = layer in (SEModule, EcaModule)
     reason = "" if constant else f"nobody has said how timm's {name} starts as a constant gate"
-    return Mechanism(on_branches(name, layer), paper_of(name), graft=reason)
+    return Mechanism(on_branches(name, layer), paper_of(name), graft=reason, of_timm=True)

@@ -204,6 +204,8 @@ def _end_workers_at_exit(process: int) -> None:
     """Let a process end its workers before `multiprocessing` waits for them; they ignore its signal."""
 
     def end() -> None:
+        if os.getpid() != process:  # a child that was forked shares the parent's workers
+            return
         for items in [items for items, owner in _OPEN.items() if owner == process]:
             items._shutdown_workers()
             for worker in items._workers:  # that were still starting, say

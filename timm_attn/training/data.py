@@ -23,7 +23,7 @@ from ..images import DataError, decode
 from ..weights import hub_unreachable
 from .folders import image_splits, image_table, readable_folder, split_folders
 from .labels import read_labels
-from .pixels import cache_folder, contents, decoded
+from .pixels import cache_folder, check_sizes, contents, decoded
 
 if TYPE_CHECKING:
     import datasets
@@ -157,6 +157,8 @@ def load_split(
     if encoded or max(width, height) > SMALL:
         return split
     if len(rows) * width * height * 3 > MEMORY:
+        if size is None:
+            check_sizes(rows, column, _sample(len(rows)), first.size, where, skip_corrupt)
         return dataclasses.replace(split, native=(height, width))
     pixels, kept = decoded(rows, column, (width, height), size is not None, where, skip_corrupt)
     skipped = len(rows) - len(kept)
@@ -166,11 +168,15 @@ def load_split(
 def _fingerprint(split: Split) -> str:
     """Digest of all labels and of a thousand images, evenly spaced: the same wherever the data lies."""
     digest = hashlib.blake2b(split.labels.numpy().tobytes(), digest_size=16)
-    step = -(-len(split) // 1000)
     assert split.rows is not None
-    for content in contents(split.rows.select(range(0, len(split), step)), split.column):
+    for content in contents(split.rows.select(_sample(len(split))), split.column):
         digest.update(len(content).to_bytes(8) + content)
     return digest.hexdigest()
+
+
+def _sample(rows: int) -> range:
+    """At most a thousand rows, evenly spaced."""
+    return range(0, rows, -(-rows // 1000))
 
 
 def _first_image(rows: "datasets.Dataset", column: str, where: str, skip: bool) -> Image.Image:

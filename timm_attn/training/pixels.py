@@ -4,13 +4,13 @@ import contextlib
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from PIL.Image import Resampling
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -100,24 +100,51 @@ def _key(rows: "datasets.Dataset", column: str, *options: Any) -> str:
     return digest.hexdigest()
 
 
-def _decode(
-    rows: "datasets.Dataset", column: str, size: tuple[int, int], resize: bool, where: str, skip: bool
-) -> tuple[Tensor, Tensor]:
-    width, height = size
-    pixels, kept = np.empty((len(rows), height, width, 3), np.uint8), []
-    for row, cell in enumerate(track(_cells(rows, column), len(rows), True, f"decoding {where}")):
+def check_sizes(
+    rows: "datasets.Dataset",
+    column: str,
+    numbers: Sequence[int],
+    size: tuple[int, int],
+    where: str,
+    skip: bool,
+) -> None:
+    """Raise a DataError if one of these rows has an image of another size."""
+    cells = zip(numbers, _cells(rows.select(numbers), column), strict=True)
+    for _ in _images_of_size(cells, size, where, skip):
+        pass
+
+
+def _images_of_size(
+    cells: Iterable[tuple[int, dict[str, Any]]], size: tuple[int, int] | None, where: str, skip: bool
+) -> Iterator[tuple[int, Image.Image]]:
+    """The images of undecoded cells, with the numbers of their rows; corrupt ones may be left out.
+
+    Raises:
+        DataError: An image is corrupt, or has another size than all are to have.
+    """
+    for row, cell in cells:
         try:
             image = decode(cell, f"row {row} of {where}")
         except DataError:
             if skip:
                 continue
             raise
+        if size is not None and image.size != size:
+            raise DataError(
+                f"row {row} of {where} has {image.width}×{image.height} pixels, the first row "
+                f"{size[0]}×{size[1]}: give --img-size to bring all to one size"
+            )
+        yield row, image
+
+
+def _decode(
+    rows: "datasets.Dataset", column: str, size: tuple[int, int], resize: bool, where: str, skip: bool
+) -> tuple[Tensor, Tensor]:
+    width, height = size
+    pixels, kept = np.empty((len(rows), height, width, 3), np.uint8), []
+    cells = enumerate(track(_cells(rows, column), len(rows), True, f"decoding {where}"))
+    for row, image in _images_of_size(cells, None if resize else size, where, skip):
         if image.size != size:
-            if not resize:
-                raise DataError(
-                    f"row {row} of {where} has {image.width}×{image.height} pixels, the first row "
-                    f"{width}×{height}: give --img-size to bring all to one size"
-                )
             image = ImageOps.fit(image, size, Resampling.BILINEAR)
         pixels[len(kept)] = np.asarray(image)
         kept.append(row)

@@ -19,7 +19,7 @@ from . import curves
 from .loop import resume, train
 from .recipe import Recipe
 from .recipe_file import load_recipe, save_recipe
-from .run import CURVES, RESULTS, open_run, read_metrics, read_results, refuse_full_folder
+from .run import CURVES, RESULTS, open_run, read_metrics, read_results, refuse_full_folder, run_recipe
 from .splits import resolve_folders
 
 SEEDS = "seeds.json"
@@ -69,18 +69,23 @@ def resume_seeds(out: str | Path, data: str | None = None) -> dict[str, Any]:
     runs = seed_runs(out)
     started = [run for run in runs if is_run(run)]
     like = next(iter(started), None)
-    if data is None:  # a run remembers where its data had gone when it was resumed
-        moved = [about["moved_to"] for about in map(open_run, started) if "moved_to" in about]
-        data = moved[-1] if moved else None
     failed: list[str] = []
     for seed, run in zip(asked["seeds"], runs, strict=True):
         with _noted(run, failed):
             if is_run(run):
-                resume(run, data=data)
+                resume(run, data=data or _moved(run_recipe(run).data, started))
             else:
-                again = dataclasses.replace(recipe, seed=seed, data=data or recipe.data)
+                place = data or _moved(recipe.data, started) or recipe.data
+                again = dataclasses.replace(recipe, seed=seed, data=place)
                 train(asked["model"], again, run, like=like)
     return _summary_or_failure(out, asked["seeds"], failed)
+
+
+def _moved(data: str, started: Sequence[Path]) -> str | None:
+    """Where data has gone that is no folder any more, as the runs that found it there remember; or None."""
+    places = [about["moved_to"] for about in map(open_run, started) if "moved_to" in about]
+    there = [place for place in places if Path(place).is_dir()]
+    return there[-1] if there and not Path(data).is_dir() else None
 
 
 @contextmanager

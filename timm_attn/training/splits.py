@@ -131,7 +131,7 @@ def resolved(source: str | None) -> str | None:
     if source is None or source == "digits":
         return source
     kind, path = split_kind(source)
-    return f"{kind}{Path(path).resolve()}" if Path(path).is_dir() else source
+    return f"{kind}{Path(path).resolve()}" if path and Path(path).is_dir() else source
 
 
 def split_kind(source: str) -> tuple[str, str]:

@@ -97,9 +97,7 @@ class Trainer:
         self.model = torch.compile(self.wrapped) if recipe.compile else self.wrapped
         self.network: nn.Module = accelerator.unwrap_model(self.wrapped)
         # Bounds that do nothing, as timm's Gemma 4 has, are infinite from the start.
-        self.unbounded = {
-            key for key, b in self.network.named_buffers() if b.is_floating_point() and not b.isfinite().all()
-        }
+        self.unbounded = [key for key, t in _floats(self.network) if not t.isfinite().all()]
         self.trained = [p for p in self.network.parameters() if p.requires_grad]
         self.clipped = self.trained
         if recipe.clip_mode == "agc":
@@ -108,13 +106,7 @@ class Trainer:
             self.clipped = [p for p in self.trained if id(p) not in head]
         self.ema = None
         if recipe.ema_decay is not None:
-            # An average of two infinities would be NaN.
-            self.ema = ModelEmaV3(
-                self.network,
-                recipe.ema_decay,
-                use_warmup=recipe.ema_warmup,
-                exclude_buffers=bool(self.unbounded),
-            )
+            self.ema = ModelEmaV3(self.network, recipe.ema_decay, use_warmup=recipe.ema_warmup)
 
         self.aux_scales = [b for key, b in self.network.named_buffers() if key.endswith("aux_scale")]
         self.criterion = make_criterion(recipe, mixed=self.mixup is not None).to(device)
@@ -303,6 +295,10 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.network, self.step + 1)
+            if self.unbounded:  # an average of two infinities is NaN
+                average, now = self.ema.module.state_dict(), self.network.state_dict()
+                for key in self.unbounded:
+                    average[key].copy_(now[key])
         return total, norm
 
     def _note_trouble(self, loss: Tensor, norm: Tensor) -> None:
@@ -427,8 +423,7 @@ class Trainer:
 
     def _finite(self) -> bool:
         """Whether the state can be saved, on all processes."""
-        tensors = self.network.state_dict().items()
-        state = [t for key, t in tensors if t.is_floating_point() and key not in self.unbounded]
+        state = [t for key, t in _floats(self.network) if key not in self.unbounded]
         bad = torch.stack([~t.isfinite().all() for t in state]).any()
         return not self._reduce(bad.to(self.sums.dtype)[None])[0]
 
@@ -450,3 +445,8 @@ class Trainer:
             "weights": "average" if self.ema else "last step",
             "best_epoch": {"epoch": best["epoch"], "split": self.splits.eval.name, "top1": best["top1"]},
         }
+
+
+def _floats(network: nn.Module) -> list[tuple[str, Tensor]]:
+    """What of a network's state can be infinite."""
+    return [(key, t) for key, t in network.state_dict().items() if t.is_floating_point()]
