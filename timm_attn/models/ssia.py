@@ -83,11 +83,11 @@ def check_forward(model: Any, images: Tensor) -> None:
 
 
 def _is_stem(model: nn.Module, name: str) -> bool:
-    """Whether a feature map is a stem's: the module is called so, or is a layer of one, and no block."""
+    """Whether a feature map is a stem's: the module is called so, or is a layer outside of blocks."""
     module = dict(model.named_modules()).get(name)
     inside = [] if module is None else [m for m in module.modules() if m is not module]
     is_layer = module is not None and not any(isinstance(m, nn.Conv2d | nn.Linear) for m in inside)
-    return "stem" in name or is_layer
+    return "stem" in name or (is_layer and "block" not in name)
 
 
 def put_ssia(model: Any, target: str, aux_weight: float) -> None:
