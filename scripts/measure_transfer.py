@@ -11,6 +11,7 @@ not made again, and a run that was stopped is resumed.
 """
 
 import argparse
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from timm_attn.files import read_csv, write_csv
 from timm_attn.load import load_model
 from timm_attn.training import Recipe, resume, train
 from timm_attn.training.recipe_file import load_recipe
-from timm_attn.training.run import hardware, is_run, read_results
+from timm_attn.training.run import is_run, machines, open_run, read_results
 
 FIELDS = (
     "network",
@@ -38,6 +39,8 @@ FIELDS = (
     "top1",
     "hardware",
 )
+#: In the folder of a part: of which data.
+ORIGIN = ".origin"
 assert timm_attn.__version__  # the models are registered
 
 
@@ -54,7 +57,11 @@ def part_of(data: str, share: float, held_out: float, folder: Path) -> str:
 
     if share == 1 and not held_out:
         return data
-    if (folder / "test.parquet").is_file():  # written last
+    origin = str(Path(data).resolve()) if Path(data).exists() else data
+    if folder.is_dir():
+        known = folder / ORIGIN
+        if not known.is_file() or known.read_text(encoding="utf-8") != origin:
+            raise UserError(f"{folder} is a part of other data than {origin}: choose another --runs")
         return str(folder)
     splits = datasets.load_dataset(data)
     train, test = splits["train"], splits.get("test")
@@ -71,10 +78,18 @@ def part_of(data: str, share: float, held_out: float, folder: Path) -> str:
             test = rest.train_test_split(test_size=count, **options)["test"]
     if test is None:
         raise UserError(f"{data} has no test split: hold some training images out with --held-out")
-    folder.mkdir(parents=True, exist_ok=True)
-    train.to_parquet(str(folder / "train.parquet"))
-    test.to_parquet(str(folder / "test.parquet"))
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    train.to_parquet(str(partial / "train.parquet"))
+    test.to_parquet(str(partial / "test.parquet"))
+    (partial / ORIGIN).write_text(origin, encoding="utf-8")
+    partial.rename(folder)
     return str(folder)
+
+
+def table_rows(table: Path) -> list[dict[str, Any]]:
+    """The rows that a table has so far."""
+    return [*read_csv(table)] if table.exists() else []
 
 
 def main() -> None:
@@ -95,9 +110,6 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/transfer"))
     arguments = parser.parse_args()
     plain = load_model(arguments.source).pretrained_cfg["architecture"]
-    rows: list[dict[str, Any]] = []
-    if arguments.table.exists():
-        rows = read_csv(arguments.table)
     plan = [
         (share, seed, lr, network)  # a seed of every network says more than all seeds of one
         for share in arguments.shares
@@ -110,6 +122,7 @@ def main() -> None:
         key = {"network": network, "source": source, "data": Path(arguments.data).name}
         key |= {"share": share, "lr": lr, "seed": seed, "epochs": arguments.epochs}
         key |= {"held_out": arguments.held_out, "recipe": arguments.recipe, "precision": arguments.precision}
+        rows = table_rows(arguments.table)
         if any(all(str(row[name]) == str(value) for name, value in key.items()) for row in rows):
             continue
         folder = arguments.runs / f"{key['data']}-{share}-{arguments.held_out}"
@@ -131,7 +144,9 @@ def main() -> None:
         else:
             train(network, Recipe(**fields), run)
         last = read_results(run)
-        rows.append(key | {"images": last["images"], "top1": round(last["top1"], 3), "hardware": hardware()})
+        where = ", then ".join(machines(open_run(run)))
+        row = key | {"images": last["images"], "top1": round(last["top1"], 3), "hardware": where}
+        rows = [*table_rows(arguments.table), row]  # with those of another process
         write_csv(arguments.table, [{name: row[name] for name in FIELDS} for row in rows])
 
 

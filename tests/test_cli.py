@@ -161,6 +161,28 @@ def test_recipe_with_an_equals_sign(tmp_path, monkeypatch):
     assert "batch_size: 300" in (tmp_path / "a" / "recipe.yaml").read_text()
 
 
+@pytest.mark.parametrize(
+    "typed, meant",
+    [
+        ("--out=~/runs/a", "--out=HOME/runs/a"),
+        ("--out=~", "--out=HOME"),
+        ("~/runs/a", "HOME/runs/a"),
+        ("local-dir:~/a", "local-dir:HOME/a"),
+        ("graft:local-dir:~/a", "graft:local-dir:HOME/a"),
+        ("--keep=~x", "--keep=~x"),
+        ("a~/b", "a~/b"),
+        ("--model-kwargs=a=~/b", "--model-kwargs=a=~/b"),
+    ],
+)
+def test_a_tilde_that_the_shell_left_is_the_home_folder(typed, meant, monkeypatch):
+    monkeypatch.setenv("HOME", "HOME")
+    monkeypatch.setenv("USERPROFILE", "HOME")
+    given = []
+    monkeypatch.setattr(cli, "_take_recipe", lambda arguments: given.extend(arguments) or (["list"], None))
+    cli.main([typed])
+    assert given == [meant]
+
+
 def test_a_file_where_a_folder_should_be(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     message = fails(

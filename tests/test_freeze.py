@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from test_data import picture, write
 from torch import nn
 
 import timm_attn
-from timm_attn import cli
+from timm_attn import cli, passes
 from timm_attn.absorb import build_frozen
 from timm_attn.compare import relative_difference
 from timm_attn.errors import UserError
@@ -29,8 +30,9 @@ from timm_attn.passes import Passes
 from timm_attn.publish import publish
 from timm_attn.record import held, record
 from timm_attn.search import GateSearch
-from timm_attn.training import Recipe
+from timm_attn.training import Recipe, validate
 from timm_attn.training.freezing import read_images
+from timm_attn.training.recipe_file import load_recipe
 from timm_attn.training.run import save_model
 
 
@@ -417,7 +419,7 @@ def test_bad_input_is_named_in_one_line(make, change, error, message):
 
 
 def test_the_command_writes_what_timm_loads_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
-    recipe = ["--data", "digits", "--img-size", "8", "--batch-size", "128"]
+    recipe = ["--data", "digits", "--img-size", "8", "--batch-size", "128", "--crop-padding", "1"]
     kwargs = ["--model-kwargs", "channels=[8,8,8]", "layers=[1,1,1]"]
     cli.main(["train", "resnet20_se", *recipe, "--epochs", "1", *kwargs, "--out", str(tmp_path / "run")])
     hub = tmp_path / "hub"
@@ -460,6 +462,10 @@ def test_the_command_writes_what_timm_loads_and_goes_on_where_it_was(tmp_path, c
     assert report["steps"] == 6 and report["images"] == [1437, 180, 180] and (out / "freeze.png").exists()
     model = timm.create_model(f"local-dir:{out}", pretrained=True)
     assert model.pretrained_cfg["architecture"] == "resnet20"
+    # It is trained and evaluated on images like the original's.
+    assert tuple(model.pretrained_cfg["input_size"]) == (3, 8, 8)
+    (again,) = (load_recipe(path / "run" / "recipe.yaml") for path in out.glob("recover-*"))
+    assert (again.img_size, again.crop_padding, again.hflip) == (8, 1, False)
     with pytest.raises(SystemExit):
         cli.main(freeze)
     assert "is not empty" in capsys.readouterr().err
@@ -477,6 +483,14 @@ def _exported_and_published(folders, hub, monkeypatch, capsys):
     """Frozen networks go into the index, have cards, and come back from the Hub as they went."""
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     loaded = [load_model(f"local-dir:{folder}") for folder in folders]
+
+    def validate_elsewhere(model, recipe):
+        """As with an accelerator, on which the model is left."""
+        figures = validate(model, recipe)
+        model.to("meta")
+        return figures
+
+    monkeypatch.setattr(sys.modules["timm_attn.publish.export_frozen"], "validate", validate_elsewhere)
     for folder in folders:
         cli.main(["export", str(folder), "--tag", "d_frozen", "--hub", str(hub)])
         before = (hub / "index.json").read_text()
@@ -500,9 +514,42 @@ def _exported_and_published(folders, hub, monkeypatch, capsys):
             assert torch.equal(again(images), model(images))
         features = timm.create_model("hf-hub:alice/frozen.d_frozen", pretrained=True, features_only=True)
         assert len(features(images)) == len(features.feature_info.channels())
+    torch.save(loaded[1](images), hub.parent / "outputs.pt")
+    run_code(REGISTERED, cwd=hub.parent)
     with pytest.raises(SystemExit):
         cli.main(["export", str(folders[0]), "--tag", "e", "--hub", str(hub.parent / "other")])
     assert "export that one first" in capsys.readouterr().err
+
+
+#: A folder with a frozen network is registered; saved again, the network has the options it was made with.
+REGISTERED = """
+import timm, timm_attn, torch
+from pathlib import Path
+from timm_attn.load import load_model
+from timm_attn.training.run import save_model
+assert "frozen.d_frozen" in timm_attn.register_folder("hub")
+x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+expected = torch.load("outputs.pt")
+for model in (timm.create_model("frozen.d_frozen", pretrained=True).eval(), load_model("frozen.d_frozen")):
+    assert torch.equal(model(x), expected)
+    assert model._model_args.keys() >= {"backbone", "kept", "multiplied", "channels", "layers"}
+Path("saved").mkdir()
+save_model(model, Path("saved"), list(model.pretrained_cfg["label_names"]))
+assert torch.equal(load_model("saved")(x), expected)
+"""
+
+
+def test_the_damage_of_each_gate_is_measured_on_all_classes(monkeypatch):
+    """Folders of images are sorted by class."""
+    monkeypatch.setattr(passes, "ALONE", 30)
+    model = narrow("resnet20_se").eval()
+    images, labels = torch.randn(100, 3, 32, 32), torch.arange(100) // 25
+    work = Passes(model, [], [(images, labels)], 16)
+    taken = torch.cat([y for _, y in work.batches(0, passes.ALONE)])
+    assert len(taken) == 30 and len(taken.unique()) == 4
+    again = torch.cat([x for x, _ in work.batches(0, passes.ALONE)])
+    assert torch.equal(again, torch.cat([x for x, _ in work.batches(0, passes.ALONE)]))
+    assert torch.equal(torch.cat([x for x, _ in work.batches(0)]), images)
 
 
 CLASSES = ("airplane", "automobile", "bird")  # of those that a resnet20 has by default

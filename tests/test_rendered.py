@@ -153,6 +153,12 @@ def test_a_card_says_how_far_it_is_from_its_controls():
         "(95 % interval: +0.23 to +0.77) is distinguishable from 0." in text
     )
     assert "is not distinguishable" in judge({"mean": 91.2, "std": 0.2, "n": 4}, plain.over_seeds["top1"])
+    # Decided by the figures themselves, and not by what is left of them in print.
+    near = [{"mean": mean, "std": 0.09575, "n": 4} for mean in (92.084, 91.916)]
+    assert half_width(*near) == pytest.approx(0.1657, abs=1e-4)
+    assert judge(*near).startswith(
+        "The difference of +0.17 points (95 % interval: +0.00 to +0.33) is disting"
+    )
     assert "No baseline was trained" in card(dataclasses.replace(dia, controls=[]), {})
     for few in ({"mean": 95.0, "std": None, "n": 1}, {"mean": 95.0, "std": 0.01, "n": 2}):
         assert "may be noise" in judge(few, plain.over_seeds["top1"])

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -38,6 +39,7 @@ from timm_attn.report.landscape import NOISE, accuracy_under_noise, gradient_nor
 from timm_attn.report.maps import activation_maps, confidences
 from timm_attn.report.page import calibration
 from timm_attn.report.stiffness import stiffness_of
+from timm_attn.training import Recipe, validate
 from timm_attn.training.validation import Evaluated
 
 
@@ -673,6 +675,27 @@ def test_the_command_names_what_it_passes_over(run, pictures, tmp_path, capsys):
     assert "none of 1 images can be read" in fails(capsys, "predict", str(run), str(tmp_path / "empty"))
 
 
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="names are Unicode there")
+def test_names_that_are_no_utf8_are_written_as_they_are(run, tmp_path, capsys):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    image = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    with open(folder + b"/\xff.png", "wb") as stream:
+        image.save(stream, "PNG")
+    cli.main(["predict", str(run), os.fsdecode(folder), "--topk", "1", "--out", str(tmp_path / "p.csv")])
+    assert folder + b"/\xff.png," in (tmp_path / "p.csv").read_bytes()
+
+
+def test_networks_that_take_no_rgb_images_say_so(run, tmp_path):
+    model = timm.create_model("resnet18", in_chans=1, num_classes=10).eval()
+    image = Image.new("RGB", (32, 32))
+    with pytest.raises(UserError, match="takes images of 1 channels, and files are read as RGB"):
+        timm_attn.predict(model, image)
+    assert len(timm_attn.predict(model, torch.zeros(2, 1, 32, 32))) == 2
+    with pytest.raises(UserError, match="takes images of 1 channels, and data is read as RGB"):
+        validate(model, Recipe(data="digits"))
+
+
 def test_classes_have_names():
     imagenet = timm.create_model("resnet18")
     assert class_names(imagenet)[207].startswith("golden retriever")
@@ -827,9 +850,25 @@ def test_a_bad_tag_of_a_frozen_network_is_refused_first(tmp_path):
 
 def test_networks_with_other_classes_than_the_first_are_not_compared():
     model = timm.create_model("resnet20", pretrained=True)
-    names, cfg = list(model.pretrained_cfg["label_names"]), model.pretrained_cfg
-    sample = Sample(torch.zeros(2, 3, 32, 32), torch.zeros(2).long(), names, cfg["mean"], cfg["std"])
-    check_same_input("again", model, sample)
-    other = Sample(sample.images, sample.labels, names[::-1], cfg["mean"], cfg["std"])
+    names = list(model.pretrained_cfg["label_names"])
+    check_same_input("again", model, model, names)
     with pytest.raises(UserError, match="again has other classes than the first model"):
-        check_same_input("again", model, other)
+        check_same_input("again", model, model, names[::-1])
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("crop_pct", 0.875),
+        ("interpolation", "bicubic"),
+        ("crop_mode", "squash"),
+        ("mean", (0.5, 0.5, 0.5)),
+        ("input_size", (3, 40, 40)),
+    ],
+)
+def test_networks_that_take_images_prepared_otherwise_are_not_compared(field, value):
+    first, other = (timm.create_model("resnet20", pretrained=True) for _ in range(2))
+    other.pretrained_cfg = other.default_cfg = {**other.pretrained_cfg, field: value}
+    names = list(first.pretrained_cfg["label_names"])
+    with pytest.raises(UserError, match=f"other takes other images than the first model .{field} "):
+        check_same_input("other", other, first, names)

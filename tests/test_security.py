@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import string
 
 import pytest
 import timm
@@ -12,10 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from timm_attn.errors import UserError
+import timm_attn
 from timm_attn.load import load_model
 from timm_attn.models import MECHANISMS
-from timm_attn.publish.card import read_card
 from timm_attn.weights import WeightsError, read_config, read_folder, read_index, schema
 from timm_attn.weights.config import check_weights
 
@@ -26,7 +24,6 @@ INDEX = json.loads((SHIPPED / "index.json").read_text())
 # Of all that ship, two forms of one network: the others have the same places.
 INDEX["checkpoints"] = {name: INDEX["checkpoints"][name] for name in (NAME, "resnet20.asr_cpu_c10_folded")}
 CONFIG = json.loads((SHIPPED / NAME / "config.json").read_text())
-CARD = (SHIPPED / NAME / "README.md").read_text()
 WEIGHTS = (SHIPPED / NAME / "model.safetensors").read_bytes()
 FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
@@ -150,17 +147,6 @@ def test_damaged_weights_without_an_index_give_our_error_or_a_tensor_each(
     assert load_file(path)
 
 
-@FUZZ
-@given(st.integers(0, 900), st.text(alphabet=string.printable, max_size=20), st.integers(0, 40))
-def test_any_card(position, new, gone):
-    text = CARD[:position] + new + CARD[position + gone :]
-    try:
-        data = read_card(text, "README.md")
-    except UserError:
-        return
-    assert data.license and data.library_name
-
-
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     return shutil.copytree(SHIPPED, tmp_path_factory.mktemp("shipped") / "hub", ignore=RESULTS)
@@ -197,6 +183,17 @@ def folder_with(tmp_path, **fields):
 def test_a_config_that_asks_for_too_much(fields, message, tmp_path):
     with pytest.raises(WeightsError, match=message):
         load_model(str(folder_with(tmp_path, **fields)))
+
+
+@pytest.mark.parametrize("architecture", ["resnet10t", "resnet10t_dia", "test_convnext_se"])
+def test_a_network_far_larger_than_its_weights(architecture, tmp_path):
+    """Whether its name is known before it is read or not."""
+    big = {"dims": [20_000] * 4} if "convnext" in architecture else {"channels": [20_000] * 4}
+    fields = {"architecture": architecture, "num_classes": 10, "model_args": big}
+    folder = folder_with(tmp_path, **fields)
+    for read in (load_model, lambda name: timm_attn.graft("resnet18_asr", f"local-dir:{name}")):
+        with pytest.raises(WeightsError, match="far fewer than .*: these are not its weights"):
+            read(str(folder))
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

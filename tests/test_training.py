@@ -30,6 +30,7 @@ from timm_attn.training.evaluation import evaluate
 from timm_attn.training.network import build
 from timm_attn.training.recipe_file import load_recipe, save_recipe
 from timm_attn.training.run import METRICS, machines, read_metrics, read_results, save_model
+from timm_attn.training.validation import evaluated
 from timm_attn.weights import WeightsError
 
 TINY = ("channels=[8,8,8]", "layers=[1,1,1]", "drop_path_rate=0.2")
@@ -161,9 +162,10 @@ def test_float32_is_what_is_computed_in_whatever_the_user_has_chosen(run, monkey
     def chosen():
         return [switch.fp32_precision for switch in switches]
 
-    validate(model, Recipe(data="digits"))
-    assert set(seen) == {(False, "ieee", "ieee", "ieee")} and chosen() == ["tf32"] * 3
-    del seen[:]
+    for evaluation in (validate, evaluated):
+        evaluation(model, Recipe(data="digits"))
+        assert set(seen) == {(False, "ieee", "ieee", "ieee")} and chosen() == ["tf32"] * 3
+        del seen[:]
     relative_difference(model, model, torch.randn(1, 3, 8, 8))  # by which folds and grafts are judged
     assert set(seen) == {(False, "ieee", "ieee", "ieee")} and chosen() == ["tf32"] * 3
 

@@ -244,7 +244,7 @@ def test_differences_are_scipys_paired_intervals(tmp_path):
 def test_held_out_images_are_none_of_those_trained_on(share, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from measure_transfer import part_of
+    from measure_transfer import UserError, part_of
 
     features = datasets.Features(x=datasets.Value("int64"), label=datasets.ClassLabel(names=["a", "b"]))
     for split, first, n in (("train", 0, 80), ("test", 1000, 10)):
@@ -258,5 +258,9 @@ def test_held_out_images_are_none_of_those_trained_on(share, tmp_path, monkeypat
     assert len(parts[0.0]["train"]) == share * 80
     assert len(parts[0.1]["test"]) == 8 and max(parts[0.1]["test"]) < 80
     assert not {*parts[0.1]["test"]} & {*parts[0.1]["train"]}
+    again = part_of(str(tmp_path / "d"), share, 0.1, tmp_path / "part-0.1")
+    assert datasets.load_dataset(again)["test"]["x"] == parts[0.1]["test"]
+    with pytest.raises(UserError, match="is a part of other data than .*: choose another --runs"):
+        part_of(str(tmp_path / "part-0.1"), share, 0.1, tmp_path / "part-0.1")
     if share < 1:  # the rate is chosen with the very images that it is used for
         assert parts[0.1]["train"] == parts[0.0]["train"]

@@ -221,9 +221,9 @@ def _check_images(images: Any, name: str) -> None:
     if not torch.is_tensor(images) or images.dim() != 4 or not images.is_floating_point() or not len(images):
         shape = tuple(images.shape) if torch.is_tensor(images) else type(images).__name__
         raise TypeError(f"{name} must be normalised, B × C × H × W, got {shape}")
-    bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten()
-    if len(bad):
-        raise ValueError(f"{name} hold NaN or infinity, first in image {int(bad[0])}: leave those out")
+    for i, image in enumerate(images):  # one by one: all may take much of the memory
+        if not image.isfinite().all():
+            raise ValueError(f"{name} hold NaN or infinity, first in image {i}: leave those out")
 
 
 def _check_labels(logits: Any, labels: Tensor | None, name: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .branches import copied, example_input
 from .compare import FoldError, above_bound, relative_difference, unwrapped
-from .load import create_pretrained
+from .load import create_pretrained, source_name
 from .models import mechanism as row_of
 from .models import model_names, parse_name
 from .models.backbones import stock_network
@@ -152,7 +152,7 @@ def _stock(
 ) -> Any:
     """The source as a network."""
     if isinstance(source, str):
-        return create_pretrained(source)
+        return create_pretrained(source_name(source) if ":" in source else source)
     if isinstance(source, nn.Module):
         return unwrapped(source)
     if not isinstance(source, Mapping):

@@ -54,7 +54,7 @@ def create_pretrained(name: str, **kwargs: Any) -> Any:
     Raises:
         WeightsError: The file cannot be had, or is damaged.
     """
-    if ":" not in name and name.partition(".")[0] not in model_names():
+    if ":" not in name and name.partition(".")[0] not in (*model_names(), "frozen"):
         with suppress(NoSuchFile):  # timm reads other files, too
             file = fetch_timm(name)
             if file is not None:

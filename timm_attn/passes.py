@@ -52,8 +52,11 @@ class Passes:
     def batches(self, part: int, most: int | None = None) -> Iterable[tuple[Tensor, Tensor | None]]:
         """Images on the network's device, and their labels."""
         images, labels = self.parts[part]
-        for i in range(0, min(len(images), most or len(images)), self.batch_size):
-            end = min(i + self.batch_size, most or len(images))
+        if most is not None and most < len(images):  # at random, as data sets are sorted by class
+            few = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:most]
+            images, labels = images[few], None if labels is None else labels[few]
+        for i in range(0, len(images), self.batch_size):
+            end = i + self.batch_size
             yield images[i:end].to(self.like), None if labels is None else labels[i:end].to(self.like.device)
 
     def few(self, n: int) -> Tensor:

@@ -64,6 +64,7 @@ def predict(
 
     Raises:
         DataError: An image cannot be read.
+        UserError: The model takes no RGB images, and ``images`` are no tensor.
         ValueError: There are no images; an argument is out of range.
     """
     if topk < 1 or batch_size < 1:
@@ -75,6 +76,12 @@ def predict(
     names = class_names(model)
     transform: Any = None
     if not isinstance(images, Tensor):
+        channels = getattr(model, "in_chans", 3)
+        if channels != 3:
+            raise UserError(
+                f"the model takes images of {channels} channels, and files are read as RGB: give predict a "
+                "tensor"
+            )
         config: dict[str, Any] = resolve_model_data_config(model)
         transform = create_transform(**config, is_training=False)
         images = list(images)

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import sys
 from functools import partial
 
@@ -19,9 +20,15 @@ from . import deploy, doctor, hub, look, train  # noqa: F401 (the commands, in t
 from .console import Stopped, app
 
 
+def _home_expanded(argument: str) -> str:
+    """An argument with the home folder for ~ where shells leave it: --out=~/a, local-dir:~/a."""
+    found = re.fullmatch(r"(--[\w-]+=|)((?:[\w-]+:)*)(~(?:/.*)?)", argument, re.DOTALL)
+    return found[1] + found[2] + os.path.expanduser(found[3]) if found else argument
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; wrong input ends with one message and exit status 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = [_home_expanded(a) for a in (sys.argv[1:] if arguments is None else arguments)]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not every encoding has a Δ
             stream.reconfigure(errors="replace")

@@ -63,9 +63,10 @@ def look_command(
     loaded = {name: load_model(source) for name, source in zip(short_names(models), models, strict=True)}
     if what == "stripes" and len(models) == 1:
         loaded = {**_checkpoints(Path(models[0]), loaded), **loaded}
-    sample = read_sample(next(iter(models)), next(iter(loaded.values())), images, max_images)
+    first = next(iter(loaded.values()))
+    sample = read_sample(next(iter(models)), first, images, max_images)
     for name, model in loaded.items():
-        check_same_input(name, model, sample)
+        check_same_input(name, model, first, sample.names)
     observation = OBSERVATIONS[what](loaded, sample, **({"gates": gates} if gates else {}))
     picture, rows = observation.write(out)
     table = Table("", "here", "paper")
@@ -104,19 +105,24 @@ def read_sample(source: str, model: Any, images: Images, most: int) -> Any:
     return Sample(x, y, names, config["mean"], config["std"])
 
 
-def check_same_input(name: str, model: Any, sample: Any) -> None:
-    """Raise a UserError if a model takes other images, or has other classes, than those that were read."""
-    config: dict[str, Any] = resolve_model_data_config(model)
-    want = tuple(config["mean"]), tuple(config["std"]), tuple(config["input_size"][1:])
-    if want != (tuple(sample.mean), tuple(sample.std), tuple(sample.images.shape[2:])):
+def check_same_input(name: str, model: Any, first: Any, classes: list[str]) -> None:
+    """Raise a UserError if a model takes other images than the first, or has other classes than the data."""
+    one, other = ({k: _plain(v) for k, v in resolve_model_data_config(m).items()} for m in (first, model))
+    apart = [key for key in one if one[key] != other.get(key)]
+    if apart:
         raise UserError(
-            f"{name} takes other images than the first model: compare models with one preparation"
+            f"{name} takes other images than the first model ({apart[0]} {other.get(apart[0])}, not "
+            f"{one[apart[0]]}): compare models with one preparation"
         )
-    if model.num_classes != len(sample.names):
-        raise UserError(f"{name} has {model.num_classes} classes, {len(sample.names)} are in the data")
+    if model.num_classes != len(classes):
+        raise UserError(f"{name} has {model.num_classes} classes, {len(classes)} are in the data")
     names = model.pretrained_cfg.get("label_names")
-    if names and list(names) != sample.names:
+    if names and list(names) != classes:
         raise UserError(f"{name} has other classes than the first model, or another order of them")
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _checkpoints(run: Path, loaded: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +210,7 @@ def predict_command(
             pairs = zip(prediction.classes, prediction.probabilities, strict=True)
             for rank, (name, p) in enumerate(pairs, 1):
                 writer.writerow((prediction.source, rank, name, f"{p:.6f}"))
-        replace_file(out, stream.getvalue().encode())
+        replace_file(out, stream.getvalue().encode(errors="surrogateescape"))  # names as they are on the disk
     if show is not None:
         from ..report.sheet import contact_sheet
         from ..style import style, write_png

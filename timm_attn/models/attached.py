@@ -253,9 +253,15 @@ def register_folder(folder: str | Path) -> list[str]:
     Raises:
         WeightsError: The folder is not a hub folder, or its index is invalid.
     """
-    found = [c for c in weights.add_folder(folder) if known_architecture(c.architecture)]
+    from . import frozen  # which needs this module
+
+    added = weights.add_folder(folder)
+    found = [c for c in added if c.architecture == "frozen" or known_architecture(c.architecture)]
     for variant in {c.architecture for c in found}:
-        _register_again(variant)
+        if variant == "frozen":
+            frozen.register_again()
+        else:
+            _register_again(variant)
     return [c.name for c in found]
 
 

@@ -1,6 +1,7 @@
 """Networks some of whose channel gates are gone: the architecture ``frozen``, of a backbone."""
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -83,8 +84,8 @@ default_cfgs = generate_default_cfgs(_CFGS)
 @register_model
 def frozen(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A network without some of its gates, as ``timm-attn freeze`` makes it; see ``frozen_network``."""
-    if pretrained:
-        kwargs |= weights.resolve("frozen", kwargs)
+    saved = weights.resolve("frozen", kwargs) if pretrained else {}
+    kwargs |= saved
     backbone = kwargs.pop("backbone", None)
     gates = {name: kwargs.pop(name, ()) for name in ("kept", "multiplied")}
     build: Any = partial(frozen_network, backbone, **gates)
@@ -96,8 +97,19 @@ def frozen(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         fields = cfg.to_dict(remove_source=True) | {"architecture": "frozen", "tag": None}
         fields["num_classes"] = kwargs.get("num_classes", fields["num_classes"])
         model.pretrained_cfg = model.default_cfg = fields
-    model._model_args = {"backbone": backbone, **{name: list(value) for name, value in gates.items()}}
+    # timm adds what create_model was given.
+    options = {k: v for k, v in saved.items() if not k.startswith("pretrained_cfg")}
+    model._model_args = options | {"backbone": backbone, **{name: list(gates[name]) for name in gates}}
     return model
+
+
+def register_again() -> None:
+    """Let timm know the checkpoints that there are by now."""
+    cfgs: dict[str, Any] = weights.pretrained_cfgs("frozen")
+    default_cfgs.update(generate_default_cfgs(cfgs))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Overwriting")
+        register_model(frozen)
 
 
 def without_gates(architecture: str, arguments: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:

@@ -12,7 +12,7 @@ from huggingface_hub import (
     eval_result_entries_to_yaml,
 )
 
-from ..errors import UserError, extra, install
+from ..errors import extra, install
 from ..models import known_architecture, parse_name, register_name, registering
 from ..papers import Paper, paper_of
 from ..training.splits import HELD_OUT
@@ -163,25 +163,6 @@ def eval_results(checkpoint: Checkpoint) -> dict[str, str]:
     )
     content = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
     return {f".eval_results/{dataset.split('/')[1]}.yaml": content}
-
-
-def read_card(text: str, where: str) -> ModelCardData:
-    """The metadata of a card.
-
-    Raises:
-        UserError: The card has none, or huggingface_hub cannot read them.
-    """
-    try:
-        data: Any = ModelCard(text).data
-        missing = [key for key in ("license", "library_name", "pipeline_tag") if not getattr(data, key, None)]
-    except Exception as error:  # YAML's, and whatever a wrong type leads to
-        lines = str(error).strip().splitlines() or [""]
-        raise UserError(
-            f"the metadata of {where} cannot be read: {type(error).__name__}: {lines[0]}"
-        ) from None
-    if missing:
-        raise UserError(f"the metadata of {where} have no {', '.join(missing)}: render the card again")
-    return data
 
 
 def _form(checkpoint: Checkpoint) -> str:
@@ -383,7 +364,7 @@ def judge(a: dict[str, Any], b: dict[str, Any]) -> str:
 
     With fewer than three runs, the standard deviation is too uncertain for an interval.
     """
-    difference = round(a["mean"], 2) - round(b["mean"], 2)  # as a reader subtracts them
+    difference = a["mean"] - b["mean"]
     said = f"The difference of {difference:+.2f} points"
     if min(a["n"], b["n"]) < 3:
         return f"{said} may be noise, with so few runs."

@@ -64,7 +64,8 @@ def export_frozen(folder: Path, tag: str, hub: Path, data: str | None = None) ->
         }
         save_model(model, new, list(model.pretrained_cfg["label_names"]))
         loaded = load_model(f"local-dir:{new}")
-        measured = validate(loaded, recipe)
+        difference = relative_difference(model, loaded, example_input(loaded, 8))
+        measured = validate(loaded, recipe)  # on the accelerator, if there is one
         figures = {key: measured[key] for key in ("top1", "top5", "loss")}
         for path in (folder / PICTURE, original.folder / RECIPE):
             shutil.copy(path, new / path.name)
@@ -83,7 +84,7 @@ def export_frozen(folder: Path, tag: str, hub: Path, data: str | None = None) ->
                 **{key: original.metrics[key] for key in ("epoch", "seed")},
                 **{key: measured[key] for key in (*figures, "images", "skipped") if key in measured},
                 "parameters": sum(p.numel() for p in loaded.parameters()),
-                "logit_difference": relative_difference(model, loaded, example_input(loaded, 8)),
+                "logit_difference": difference,
             },
             over_seeds={
                 "seeds": [original.metrics["seed"]],

@@ -1,5 +1,6 @@
 """Freezing gates with the data and the trainer of the command line."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import replace_file
 from ..freeze import FreezeReport, freeze
-from ..load import is_run, load_model
+from ..load import RECIPE, is_run, load_model
 from ..passes import Figures
 from ..search import Recover
 from ..style import new_figure, style, write_png
@@ -22,6 +23,7 @@ from .labels import match_classes
 from .loop import resume, train
 from .processes import own_accelerate_state
 from .recipe import Recipe
+from .recipe_file import load_recipe
 from .run import hardware, save_model, weights_digest
 from .splits import hold_out
 from .validation import model_options, prepared, split_tensors
@@ -29,6 +31,7 @@ from .validation import model_options, prepared, split_tensors
 REPORT, PICTURE = "freeze.json", "freeze.png"
 #: Images for the means, from the training split.
 MEANS = 4096
+_AUGMENTATION = ("crop_padding", "hflip", "crop_scale", "aa", "color_jitter", "reprob", "remode")
 
 
 def freeze_trained(
@@ -90,6 +93,10 @@ def freeze_trained(
         )
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from None
+    if report.frozen and not report.loads:
+        raise UserError(
+            f"timm has no name for {source} without these gates: freeze it in Python, with timm_attn.freeze"
+        )
     if report.frozen:
         out.mkdir(parents=True, exist_ok=True)
         save_model(report.model, out, names)
@@ -111,6 +118,9 @@ def freeze_trained(
 def recovery(source: str, recipe: Recipe, steps: int, out: Path, names: list[str]) -> Recover:
     """Distillation from the original by the trainer.
 
+    The images have the size that the network takes, and are augmented as in the original's training if it is
+    a run or a hub folder, whose recipe says how.
+
     Args:
         source: The original, as for ``load_model``.
         recipe: Data, optimiser and what goes with it.
@@ -119,9 +129,21 @@ def recovery(source: str, recipe: Recipe, steps: int, out: Path, names: list[str
         names: Of the classes.
     """
 
+    with contextlib.suppress(UserError):  # no recipe, or one of other software
+        own = load_recipe(Path(source.removeprefix("local-dir:")) / RECIPE)
+        recipe = dataclasses.replace(recipe, **{name: getattr(own, name) for name in _AUGMENTATION})
+
     def recover(network: Any) -> Any:
+        cfg = network.pretrained_cfg
+        height, width = cfg["input_size"][1:]
         asked = dataclasses.replace(
-            recipe, teacher=source, loss="ce", smoothing=0.0, epochs=1, epoch_steps=steps
+            recipe,
+            teacher=source,
+            loss="ce",
+            smoothing=0.0,
+            epochs=1,
+            epoch_steps=steps,
+            img_size=height if height == width else None,
         )
         start_of = [network.pretrained_cfg["architecture"], network._model_args, dataclasses.asdict(asked)]
         start_of.append(weights_digest(network))
@@ -137,7 +159,9 @@ def recovery(source: str, recipe: Recipe, steps: int, out: Path, names: list[str
             train(network.pretrained_cfg["architecture"], asked, run)
         else:
             resume(run)
-        return load_model(str(run))
+        found = load_model(str(run))
+        found.pretrained_cfg = found.default_cfg = cfg  # its images are prepared like the original's
+        return found
 
     return recover
 

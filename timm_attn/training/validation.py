@@ -102,6 +102,9 @@ def prepared(
     Raises:
         UserError: See ``evaluation_split``.
     """
+    channels = getattr(model, "in_chans", 3)
+    if channels != 3:
+        raise UserError(f"the model takes images of {channels} channels, and data is read as RGB")
     accelerator = make_accelerator(precision)
     config: dict[str, Any] = resolve_model_data_config(model)
     with accelerator.local_main_process_first():
@@ -125,11 +128,17 @@ def split_tensors(
     """
     rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:most].sort().values
     batches = Batches(split.select(rows, split.name), recipe, config, Shard(torch.device("cpu")))
-    parts = track(batches.evaluate(), batches.evaluation_steps, show, "reading images")
-    parts = [part for part in parts if len(part.labels)]  # of corrupt images nothing is left
-    if not parts:
+    images, labels, count = torch.empty(0), torch.empty(len(rows), dtype=torch.int64), 0
+    for part in track(batches.evaluate(), batches.evaluation_steps, show, "reading images"):
+        end = count + len(part.labels)
+        if end == count:  # of corrupt images nothing is left
+            continue
+        if not count:  # room for all, which may take much of the memory, is made once
+            images = part.images.new_empty(len(rows), *part.images.shape[1:])
+        images[count:end], labels[count:end], count = part.images, part.labels, end
+    if not count:
         raise DataError(f"no image of {split.data} ({split.name}) can be decoded: choose other data")
-    return torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
+    return images[:count], labels[:count]
 
 
 @own_accelerate_state()
@@ -198,7 +207,7 @@ def evaluated(model: Any, recipe: Recipe, show: bool = False, source: str | Path
     batches = Batches(split, recipe, config, Shard(accelerator.device))
     logits, labels = [], []
     for part in track(batches.evaluate(), batches.evaluation_steps, show):
-        with accelerator.autocast():
+        with accelerator.autocast(), full_float32():
             logits.append(model(part.images).float().cpu())
         labels.append(part.labels.cpu())
     return Evaluated(torch.cat(logits), torch.cat(labels), split.label_names, split, config, recipe)
