@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -18,6 +19,32 @@ from .layers.frozen import FrozenGate
 from .models.frozen import remove_gate, stock_network
 
 
+@dataclass(frozen=True)
+class _Taker:
+    """What takes in a constant: rows of parameters before the gate, or inputs of weights after it.
+
+    Attributes:
+        rows: Names of parameters whose first axis is the gate's channels.
+        inputs: Names of weights that read them, and their numbers of groups.
+    """
+
+    rows: Sequence[str] = ()
+    inputs: Sequence[tuple[str, int]] = ()
+
+    @property
+    def layer(self) -> str:
+        """Path of the first of the layers."""
+        names = [*self.rows, *(name for name, _ in self.inputs)]
+        return names[0].rpartition(".")[0]
+
+    def take_in(self, network: nn.Module, constant: Tensor) -> None:
+        """Multiply by the constant, in place."""
+        if self.rows:
+            scale(network, self.rows, constant, len(constant))
+        for name, groups in self.inputs:
+            _scale_inputs(network.get_parameter(name), constant, groups)
+
+
 @torch.no_grad()
 def build_frozen(original: Any, constants: dict[Gate, Tensor], images: Tensor) -> tuple[Any, dict[Gate, str]]:
     """A copy with some gates constant, absorbed where a layer takes them in; and what did."""
@@ -27,27 +54,25 @@ def build_frozen(original: Any, constants: dict[Gate, Tensor], images: Tensor) -
         remove_gate(held_by, gate.path, _constant(gate, constants[gate], images))
     plan = _plan(held_by, gates, images)
 
-    def absorbed(some: dict[Gate, Any]) -> Any:
+    def absorbed(some: dict[Gate, _Taker]) -> Any:
         network = deepcopy(original)
         for gate in gates:
             remove_gate(
                 network, gate.path, None if gate in some else _constant(gate, constants[gate], images)
             )
-        for gate, (kind, names, _) in some.items():
-            if kind == "rows":
-                scale(network, names, constants[gate], gate.channels)
-            else:
-                for name, groups in names:
-                    _scale_inputs(network.get_parameter(name), constants[gate], groups)
+        for gate, taker in some.items():
+            taker.take_in(network, constants[gate])
         return network
 
     network = absorbed(plan)
     if not _same(held_by, network, images):  # what the graph does not show: a weight in two places, say
-        plan = {gate: how for gate, how in plan.items() if _same(held_by, absorbed({gate: how}), images)}
+        plan = {
+            gate: taker for gate, taker in plan.items() if _same(held_by, absorbed({gate: taker}), images)
+        }
         network = absorbed(plan)
         if not _same(held_by, network, images):
             plan, network = {}, absorbed({})
-    where = {gate: f"in {plan[gate][2]}" if gate in plan else "a multiplication" for gate in gates}
+    where = {gate: f"in {plan[gate].layer}" if gate in plan else "a multiplication" for gate in gates}
     return network.eval(), where
 
 
@@ -71,8 +96,8 @@ def _same(a: nn.Module, b: nn.Module, images: Tensor) -> bool:
         return False
 
 
-def _plan(model: nn.Module, gates: list[Gate], images: Tensor) -> dict[Gate, tuple[str, Any, str]]:
-    """What takes in each constant: rows of parameters before it, or input channels of weights after it."""
+def _plan(model: nn.Module, gates: list[Gate], images: Tensor) -> dict[Gate, _Taker]:
+    """What takes in each constant, where there is something that does."""
     maps: dict[int, tuple[Tensor, Tensor]] = {}
     modules = {}
     for gate in gates:
@@ -82,7 +107,7 @@ def _plan(model: nn.Module, gates: list[Gate], images: Tensor) -> dict[Gate, tup
         module.register_forward_hook(lambda m, args, y: maps.__setitem__(id(m), (args[0], y)))
         for module in modules.values()
     ]
-    plan: dict[Gate, tuple[str, Any, str]] = {}
+    plan: dict[Gate, _Taker] = {}
     with leaves_of(model, None) as names:
         for module in modules.values():
             module.gate.requires_grad_(False)  # a gate before another is no layer that takes it in
@@ -99,13 +124,12 @@ def _plan(model: nn.Module, gates: list[Gate], images: Tensor) -> dict[Gate, tup
             if len(readers.get(x.grad_fn, [])) == 1:
                 found = scaling_parameters(x, names, readers)[1]
                 if found:
-                    plan[gate] = "rows", found, found[0].rpartition(".")[0]
+                    plan[gate] = _Taker(rows=found)
                     continue
             weights = reading_weights(y.grad_fn, gate.channels, readers)
-            unique = {id(leaf): (names.get(id(leaf)), groups) for leaf, groups in weights}
+            unique = {id(leaf): (names.get(id(leaf), ""), groups) for leaf, groups in weights}
             if unique and all(name for name, _ in unique.values()):
-                taken = list(unique.values())
-                plan[gate] = "inputs", taken, str(taken[0][0]).rpartition(".")[0]
+                plan[gate] = _Taker(inputs=list(unique.values()))
     return plan
 
 

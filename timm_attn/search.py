@@ -146,18 +146,25 @@ class GateSearch:
             budget: Points of top-1; infinite for all.
         """
         order = choice.order
-        low, high, best = len(choice.chosen), len(order), None
-        while low < high or (best is None and high):
-            count = high if math.isinf(budget) else (low + high + 1) // 2
+
+        def trained(count: int) -> tuple[Frozen, list[Gate]] | None:
             frozen = self.network(order[:count])
             frozen = frozen._replace(model=recover(frozen.model).eval().to(self.work.like))
             loss, error = self.work.loss_of(frozen.model)
-            if loss <= max(budget, error):
-                low, best = count, (frozen, order[:count])
-            elif count == low:  # what was chosen without training keeps the budget
-                break
+            return (frozen, order[:count]) if loss <= max(budget, error) else None
+
+        if math.isinf(budget):
+            return trained(len(order))
+        low, high, best = len(choice.chosen), len(order), None
+        while low < high:
+            count = (low + high + 1) // 2
+            found = trained(count)
+            if found:
+                low, best = count, found
             else:
                 high = count - 1
+        if best is None and low:  # no more than may go without training, which it may still help
+            best = trained(low)
         return best
 
     def figures(self, network: nn.Module) -> tuple[Figures, Figures]:
