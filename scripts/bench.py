@@ -109,6 +109,8 @@ def write(path: Path | None, rows: list[dict[str, Any]]) -> None:
     if path is None:
         return
     new = not path.is_file()
+    if not new and path.read_text().partition("\n")[0] != ",".join(rows[0]):
+        raise SystemExit(f"{path} has other columns, as those of another device: choose another --out")
     with path.open("a", newline="") as stream:
         writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
         if new:

@@ -351,6 +351,28 @@ except Exception as error:
     assert "corrupt or unreadable image" in result.stdout
 
 
+def test_photos_are_read_a_few_at_a_time(tmp_path, monkeypatch):
+    """To know a data set by its content takes a thousand of them."""
+    write(tmp_path / "d", images=[picture(i, (80, 80)) for i in range(40)])
+    read, cells = [], pixels._cells
+
+    def counted(rows, column, batch_size=1000):
+        read.append(batch_size)
+        return cells(rows, column, batch_size)
+
+    monkeypatch.setattr(pixels, "_cells", counted)
+    assert load_split(str(tmp_path / "d"), "train").fingerprint and max(read) <= 16
+
+
+def test_pixels_are_on_the_device_only_if_they_are_taken_from_there(tmp_path):
+    split = load_split(write(tmp_path / "d"), "train")
+    for policy, there in (("rand-m9", False), (None, True)):
+        recipe = Recipe(data="d", batch_size=2, workers=0, aa=policy)
+        batches = Batches(split, recipe, CONFIG, Shard(CPU))
+        assert next(batches.train()).images.shape == (2, 3, 8, 8)
+        assert ("pixels" in vars(batches)) == there
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_child_that_ends_leaves_its_parents_workers_alone(tmp_path):
     write(tmp_path / "d", images=[picture(i, (80, 80)) for i in range(6)])

@@ -132,6 +132,27 @@ def test_small_images_keep_their_size_however_many_they_are(tmp_path, monkeypatc
     validate(load_model(str(tmp_path / "many")), Recipe(data=str(tmp_path)))
 
 
+def test_a_folder_that_is_two_classes_is_refused(tmp_path):
+    place(tmp_path, "pool/1.png", "data/train/a/1.png", "data/test/a/1.png")
+    for name in "bc":
+        (tmp_path / "data" / "train" / name).symlink_to(tmp_path / "pool")
+    with pytest.raises(DataError, match=r"b/1.png and .*c/1.png are one image in two classes: take one away"):
+        load_split(str(tmp_path / "data"), "train")
+    (tmp_path / "data" / "train" / "c").unlink()
+    assert load_split(str(tmp_path / "data"), "train").label_names == ["a", "b"]
+
+
+def test_links_to_one_another_come_to_an_end(tmp_path):
+    place(tmp_path, "train/a/1.png", "train/b/1.png", "test/a/1.png")
+    (tmp_path / "train" / "a" / "up").symlink_to(tmp_path / "train")
+    assert len(load_split(str(tmp_path), "train")) == 2
+    (tmp_path / "train" / "a" / "up").unlink()
+    (tmp_path / "train" / "a" / "x").symlink_to(tmp_path / "train" / "b")
+    (tmp_path / "train" / "b" / "y").symlink_to(tmp_path / "train" / "a")
+    with pytest.raises(DataError, match="lie at different depths"):
+        load_split(str(tmp_path), "train")
+
+
 def test_images_of_several_sizes_have_none_that_is_their_own(tmp_path, monkeypatch):
     """However many they are."""
     place(tmp_path, *(f"{split}/{c}/{i}.png" for split in ("train", "test") for c in "ab" for i in range(4)))

@@ -521,6 +521,11 @@ def _exported_and_published(folders, hub, monkeypatch, capsys):
     assert "export that one first" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("shape, axis", [((2, 4, 3, 3), 1), ((2, 5, 4), -1)])
+def test_a_constant_keeps_the_precision_of_the_map(shape, axis):
+    assert FrozenGate(4, axis)(torch.randn(shape, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 #: A folder with a frozen network is registered; saved again, the network has the options it was made with.
 REGISTERED = """
 import timm, timm_attn, torch

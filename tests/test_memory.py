@@ -75,6 +75,18 @@ def test_optimisers_take_memory_at_their_first_step(tmp_path, monkeypatch):
         train("resnet20", RECIPE, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("batch", "most", "parts", "fields"),
+    [(200, 12, 20, {}), (120, 7, 20, {}), (20, 4, 10, {"mixup": 0.8})],
+)
+def test_the_parts_that_are_named_are_equal(batch, most, parts, fields, tmp_path, monkeypatch):
+    """So that a recipe takes them."""
+    small_memory(monkeypatch, most)
+    with pytest.raises(UserError, match=f"or --accumulation {parts} for the same steps"):
+        train("resnet20", replace(RECIPE, batch_size=batch, **fields), tmp_path / "run")
+    replace(RECIPE, batch_size=batch, accumulation=parts, **fields)
+
+
 @pytest.mark.parametrize(("most", "said"), [(5, "2 fit: take --batch-size 4"), (1, "even for two images")])
 def test_mixup_takes_even_numbers_of_images(most, said, tmp_path, monkeypatch):
     small_memory(monkeypatch, most)

@@ -22,9 +22,10 @@ from timm_attn.compare import relative_difference
 from timm_attn.errors import UserError
 from timm_attn.load import load_model
 from timm_attn.models.cifar import CifarResNet
-from timm_attn.training import Recipe, resume, seeds, train, validate
+from timm_attn.training import Recipe, processes, resume, seeds, train, validate
 from timm_attn.training import checkpoint as checkpoints
 from timm_attn.training import trainer as trainers
+from timm_attn.training.average import Average
 from timm_attn.training.data import load_split
 from timm_attn.training.evaluation import evaluate
 from timm_attn.training.network import build
@@ -264,6 +265,69 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     given_back, kept = (int(run_code(code, told).stdout) for told in ("", "yes"))
     assert kept < 100 < given_back
+
+
+@pytest.mark.parametrize("most", [32 << 20, 1 << 40, 0])
+def test_older_libraries_that_refuse_a_threshold_are_asked_for_less(most, monkeypatch):
+    asked = []
+
+    def mallopt(option, size):
+        asked.append(option)
+        return int(option == -1 or size <= most)
+
+    monkeypatch.setattr(processes.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    monkeypatch.setattr(processes.sys, "platform", "linux")
+    processes.keep_freed_memory()
+    # The trim threshold alone would have the other stay where it is, which is worse than nothing.
+    assert asked == {32 << 20: [-3, -3, -1], 1 << 40: [-3, -1], 0: [-3, -3]}[most]
+
+
+def test_what_stands_in_several_places_is_averaged_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = self.b = nn.Linear(2, 2)
+            self.norm = nn.BatchNorm1d(2)
+
+    model = Twice()
+    average = Average(model, 0.5, use_warmup=False, copied=())
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        model.a.weight += 1
+        model.norm.running_mean += 2
+        model.norm.num_batches_tracked += 3
+    average.update(model)
+    now = average.module.state_dict()
+    torch.testing.assert_close(now["a.weight"], before["a.weight"] + 0.5)
+    torch.testing.assert_close(now["norm.running_mean"], torch.ones(2))
+    assert now["b.weight"].data_ptr() == now["a.weight"].data_ptr() and now["norm.num_batches_tracked"] == 3
+
+
+def test_an_epoch_that_was_trained_before_has_no_speed(tmp_path, monkeypatch, capsys):
+    def stopped(*args):
+        raise Stopped
+
+    recipe = Recipe(**FAST, epochs=1)
+    whole = train("resnet20", recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(trainers, "evaluate", stopped)
+        train("resnet20", recipe, tmp_path / "a")
+    assert resume(tmp_path / "a") == whole
+    (line,) = read_metrics(tmp_path / "a")
+    assert line["images_per_second"] is None and "| – images/s" in capsys.readouterr().out
+
+
+def test_gates_on_norms_do_not_go_with_synchronised_norms(tmp_path):
+    recipe = Recipe(**{**FAST, "model_kwargs": (*TINY, "where=norms")}, epochs=1, sync_bn=True)
+    with pytest.raises(UserError, match="norms that asr with where=norms gates: leave one out"):
+        train("resnet20_asr", recipe, tmp_path / "a")
+
+
+def test_what_is_left_of_a_run_that_never_began_is_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "recipe.yaml").touch()
+    with pytest.raises(UserError, match="ended before its first step: remove it"):
+        train("resnet20", Recipe(**FAST, epochs=1), tmp_path / "a")
 
 
 def test_evaluation_is_that_of_a_loop(run):

@@ -240,6 +240,17 @@ def test_differences_are_scipys_paired_intervals(tmp_path):
     assert (alone["network"], alone["verdict"], alone["low"]) == ("fmmnet20", "not distinguishable", "-inf")
 
 
+def test_a_table_takes_rows_of_its_columns_only(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from bench import write
+
+    for _ in range(2):
+        write(tmp_path / "a.csv", [{"network": "a", "ms": 1}])
+    with pytest.raises(SystemExit, match="has other columns"):
+        write(tmp_path / "a.csv", [{"network": "a", "peak": 2, "ms": 1}])
+    assert (tmp_path / "a.csv").read_text() == "network,ms\na,1\na,1\n"
+
+
 @pytest.mark.parametrize("share", [1.0, 0.25])
 def test_held_out_images_are_none_of_those_trained_on(share, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")

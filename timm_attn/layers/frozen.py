@@ -21,4 +21,5 @@ class FrozenGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale the channels of x."""
-        return x * (self.gate[:, None, None] if self.axis == 1 else self.gate)
+        gate = self.gate.to(x.dtype)  # under autocast
+        return x * (gate[:, None, None] if self.axis == 1 else gate)

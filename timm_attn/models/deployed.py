@@ -81,7 +81,7 @@ def fuse_state(state: dict[str, Tensor], pairs: list[tuple[str, str, float]]) ->
         assert weight is not None and mean is not None and var is not None
         fused = fuse_conv_bn_weights(weight, bias, mean, var, eps, gamma, beta)
         for name, tensor in zip(("weight", "bias"), fused, strict=True):
-            state[f"{conv}.{name}"] = tensor.detach().to(kernel.dtype)
+            state[f"{conv}.{name}"] = tensor.detach().to(kernel)
     return state
 
 

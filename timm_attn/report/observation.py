@@ -139,7 +139,7 @@ def spaced(items: list[Any], most: int) -> list[Any]:
     """At most ``most`` items of a list, evenly spaced, including the first and the last."""
     if len(items) <= most:
         return items
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+    return [items[round(i * (len(items) - 1) / max(1, most - 1))] for i in range(most)]
 
 
 def round_to(value: float, digits: int = 4) -> float:

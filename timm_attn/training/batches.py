@@ -12,7 +12,7 @@ import signal
 import weakref
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,11 +75,15 @@ class Batches:
         self.config = config
         self.shard = shard
         self.labels = split.labels.to(shard.device)
-        self.pixels = None if split.pixels is None else split.pixels.to(shard.device)
         self.mean = torch.tensor(config["mean"], device=shard.device).view(1, 3, 1, 1) * 255
         self.std = torch.tensor(config["std"], device=shard.device).view(1, 3, 1, 1) * 255
         self.format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self._order = -1, torch.empty(0)  # epoch and permutation
+
+    @cached_property
+    def pixels(self) -> Tensor | None:
+        """Those of the split, on the device, which they may fill."""
+        return None if self.split.pixels is None else self.split.pixels.to(self.shard.device)
 
     @property
     def steps(self) -> int:
@@ -97,7 +101,7 @@ class Batches:
         Every step is ``accumulation`` batches.
         """
         keys = itertools.chain.from_iterable(map(self._keys, itertools.count(step)))
-        if self.pixels is None:
+        if self.split.pixels is None:
             yield from self._loader(_Rows(self.split, self.recipe, self.config, training=True), keys)
         elif self.recipe.aa:
             dataset = _Pixels(self.split, self.recipe, self.config)
@@ -106,6 +110,7 @@ class Batches:
             for key, batch in zip(again, self._loader(dataset, keys), strict=False):
                 yield batch._replace(images=self._augment(batch.images, key))
         else:
+            assert self.pixels is not None
             for key in keys:
                 index = key.indices.to(self.shard.device, non_blocking=True)
                 yield Batch(self._augment(self.pixels[index], key), self.labels[index])

@@ -135,13 +135,11 @@ def _card_decides(root: Path) -> bool:
 
 def _walk(folder: Path) -> Iterator[tuple[str, str, list[str]]]:
     """Each folder below one, links followed: its path, where that leads, and its files."""
-    seen = set()
     for path, names, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(path)
-        if real in seen:  # a link to a folder above
-            names.clear()
+        if os.path.islink(path) and real in map(os.path.realpath, Path(path).absolute().parents):
+            names.clear()  # it leads to a folder above
             continue
-        seen.add(real)
         names[:] = sorted(name for name in names if not _hidden(name))
         yield path, real, sorted(name for name in files if not _hidden(name))
 
@@ -176,7 +174,11 @@ def _check_classes(folder: Path, images: list[ImageFile]) -> None:
             f"the splits {', '.join(sorted(labels))} of {folder} lie in the class folders: put the class "
             "folders into the folders of the splits, e.g. train/CLASS"
         )
+    known: dict[str, ImageFile] = {}
     for image in images:
+        first = known.setdefault(image.real, image)
+        if first.label != image.label:
+            raise DataError(f"{first.path} and {image.path} are one image in two classes: take one away")
         try:
             image.path.encode()
         except UnicodeEncodeError:

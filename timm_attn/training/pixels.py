@@ -77,14 +77,14 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
         return file.get_tensor("pixels"), file.get_tensor("rows")
 
 
-def _cells(rows: "datasets.Dataset", column: str) -> Iterator[dict[str, Any]]:
-    for batch in rows.with_format("arrow").iter(1000):
+def _cells(rows: "datasets.Dataset", column: str, batch_size: int = 1000) -> Iterator[dict[str, Any]]:
+    for batch in rows.with_format("arrow").iter(batch_size):
         yield from batch.column(column).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def contents(rows: "datasets.Dataset", column: str) -> Iterator[bytes]:
-    """The encoded images of all rows; nothing for one that is missing."""
-    for cell in _cells(rows, column):
+def contents(rows: "datasets.Dataset", column: str, batch_size: int) -> Iterator[bytes]:
+    """The encoded images of all rows, so many read at a time; nothing for one that is missing."""
+    for cell in _cells(rows, column, batch_size):
         content = (cell or {}).get("bytes")
         if content is None:
             path = Path((cell or {}).get("path") or "")
@@ -94,7 +94,7 @@ def contents(rows: "datasets.Dataset", column: str) -> Iterator[bytes]:
 
 def _key(rows: "datasets.Dataset", column: str, *options: Any) -> str:
     digest = hashlib.blake2b(repr((DECODING, *options)).encode(), digest_size=16)
-    for content in contents(rows, column):
+    for content in contents(rows, column, 1000):
         digest.update(len(content).to_bytes(8))
         digest.update(content)
     return digest.hexdigest()

@@ -92,9 +92,9 @@ def keep_freed_memory() -> None:
     with zeros anew at every step. Without glibc nothing is done.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for threshold in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-            mallopt(threshold, 1 << 30)
+    # Before 2.35, glibc takes no more than 32 MiB; to set the other alone would make it keep even less.
+    if mallopt is not None and any(mallopt(_M_MMAP_THRESHOLD, size) for size in (1 << 30, 32 << 20)):
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def recipe_accelerator(recipe: Recipe, run: Path) -> Accelerator:

@@ -70,10 +70,13 @@ class Bar:
     def epoch(self, line: dict[str, Any]) -> None:
         """Print the metrics of an epoch."""
         skipped = line.get("skipped_images", 0) + line.get("skipped", 0)
+        rate = line[
+            "images_per_second"
+        ]  # None if it was trained before
         self.console.print(
             f"epoch {line['epoch']:3d}  loss {line['train_loss']:.4f}  top-1 {line['train_top1']:6.2f}"
             f" | eval loss {line['loss']:.4f}  top-1 {line['top1']:6.2f}  top-5 {line['top5']:6.2f}"
-            f" | {line['images_per_second']:.0f} images/s  {line['seconds']:.1f} s"
+            f" | {'–' if rate is None else f'{rate:.0f}'} images/s  {line['seconds']:.1f} s"
             + (f" | corrupt images left out: {skipped}" if skipped else ""),
             highlight=False,
             soft_wrap=True,

@@ -49,11 +49,11 @@ METRICS, CURVES, STEPS, RESULTS = "metrics.jsonl", "curves.png", "steps.jsonl", 
 def refuse_full_folder(path: Path) -> None:
     """Raise a UserError if a new run cannot be made here, since there is something already."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        hint = (
-            f"resume with --resume {path}, or choose another --out"
-            if is_run(path)
-            else "choose another --out"
-        )
+        hint = "choose another --out"
+        if is_run(path):
+            hint = f"resume with --resume {path}, or {hint}"
+        elif (path / RECIPE).is_file():
+            hint = "it is what is left of a run that ended before its first step: remove it"
         raise UserError(f"{path} is not empty: {hint}")
 
 

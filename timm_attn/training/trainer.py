@@ -14,13 +14,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from timm.data import resolve_model_data_config
 from timm.layers import convert_sync_batchnorm
-from timm.utils import ModelEmaV3, dispatch_clip_grad
+from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
+from ..ends import GatedNorm
 from ..errors import UserError
 from ..files import write_json
 from . import checkpoint
 from .augment import seed_everything
+from .average import Average
 from .batches import Batch, Batches, Shard
 from .evaluation import evaluate, sum_dtype
 from .history import History
@@ -86,6 +88,8 @@ class Trainer:
         self.mixup = make_mixup(recipe, len(splits.train.label_names))
 
         if recipe.sync_bn:
+            if any(isinstance(module, GatedNorm) for module in network.modules()):
+                raise UserError("--sync-bn replaces the norms that asr with where=norms gates: leave one out")
             if device.type != "cuda":
                 raise UserError("--sync-bn needs GPUs: PyTorch has no SyncBatchNorm for CPUs")
             network = convert_sync_batchnorm(network)  # timm's: its norms may hold their activation
@@ -106,7 +110,7 @@ class Trainer:
             self.clipped = [p for p in self.trained if id(p) not in head]
         self.ema = None
         if recipe.ema_decay is not None:
-            self.ema = ModelEmaV3(self.network, recipe.ema_decay, use_warmup=recipe.ema_warmup)
+            self.ema = Average(self.network, recipe.ema_decay, recipe.ema_warmup, self.unbounded)
 
         self.aux_scales = [b for key, b in self.network.named_buffers() if key.endswith("aux_scale")]
         self.criterion = make_criterion(recipe, mixed=self.mixup is not None).to(device)
@@ -222,8 +226,8 @@ class Trainer:
         if epoch + 1 < self.recipe.epochs:
             self._check_signal()
 
-    def _train(self, epoch: int, batches: Iterator[Batch], bar: Bar) -> float:
-        """The steps of an epoch that are left; images per second of all processes."""
+    def _train(self, epoch: int, batches: Iterator[Batch], bar: Bar) -> float | None:
+        """The steps of an epoch that are left; images per second of all processes, None if none are."""
         recipe = self.recipe
         if self.step == epoch * self.steps:
             self.sums.zero_()
@@ -257,7 +261,8 @@ class Trainer:
                 self._save()
         self._check_trouble()
         self._check_signal()  # before the evaluation, which may take long
-        return (self.step - first) * recipe.batch_size / (time.perf_counter() - started)
+        steps = self.step - first
+        return steps * recipe.batch_size / (time.perf_counter() - started) if steps else None
 
     def _update(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
         """One optimiser step; this process's loss and the gradient's norm."""
@@ -295,10 +300,6 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.network, self.step + 1)
-            if self.unbounded:  # an average of two infinities is NaN
-                average, now = self.ema.module.state_dict(), self.network.state_dict()
-                for key in self.unbounded:
-                    average[key].copy_(now[key])
         return total, norm
 
     def _note_trouble(self, loss: Tensor, norm: Tensor) -> None:
@@ -337,7 +338,8 @@ class Trainer:
             images = "one image" if least == 1 else "two images"
             return f"out of memory ({reason}), even for {images}: take smaller images or a smaller network"
         batch = fits * recipe.accumulation
-        parts = recipe.accumulation * -(-size // fits)
+        equal = (n for n in range(1, size + 1) if size % n == 0 and size // n % least == 0)
+        parts = recipe.accumulation * next(n for n in equal if size // n <= fits)
         return (
             f"out of memory ({reason}) with {size} images at a time; {fits} fit: take --batch-size {batch}, "
             f"or --accumulation {parts} for the same steps. {self._last_checkpoint()}"
