@@ -70,9 +70,7 @@ class Bar:
     def epoch(self, line: dict[str, Any]) -> None:
         """Print the metrics of an epoch."""
         skipped = line.get("skipped_images", 0) + line.get("skipped", 0)
-        rate = line[
-            "images_per_second"
-        ]  # None if it was trained before
+        rate = line["images_per_second"]  # None if it was trained before
         self.console.print(
             f"epoch {line['epoch']:3d}  loss {line['train_loss']:.4f}  top-1 {line['train_top1']:6.2f}"
             f" | eval loss {line['loss']:.4f}  top-1 {line['top1']:6.2f}  top-5 {line['top5']:6.2f}"
