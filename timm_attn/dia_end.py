@@ -38,6 +38,16 @@ class DIARun:
     In a forward pass, a step takes what its thread has left for it last. A block that is run again, as under
     gradient checkpointing, finds what it read then: the graph of its pass keeps that, as long as it lives.
 
+    ===============================  =================================  ================
+    a step is run                    its state is held by               and found by
+    ===============================  =================================  ================
+    in a forward pass with a graph   the graph; ``_left`` is weak       ``_find``
+    in one without a graph           ``_left``                          ``_find``
+    again, in a backward pass        the graph; ``_alive`` is weak      ``_read_before``
+    by a compiler or tracer          ``_traced``                        ``before``
+    by another thread than the last  either, if nothing else is found   ``_of_another``
+    ===============================  =================================  ================
+
     Args:
         steps: Number of branches of the run.
     """
