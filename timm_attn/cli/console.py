@@ -1,6 +1,5 @@
 """What the commands share: the app, the console, and options that say which images are evaluated."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,10 +7,9 @@ from typing import Any, Literal
 from tyro.extras import SubcommandApp
 
 from ..errors import UserError
-from ..load import RECIPE
 from ..training import Recipe
 from ..training.progress import PipedConsole
-from ..training.recipe_file import load_recipe
+from ..training.recipe_file import own_recipe
 
 app = SubcommandApp()
 console = PipedConsole(soft_wrap=True, highlight=False, markup=False)  # names may hold brackets
@@ -60,9 +58,7 @@ class Images:
             UserError: The model was trained with another ``val_fraction``, or a value is out of range.
         """
         fields = {name: value for name, value in vars(self).items() if name != "split"}
-        own = Recipe(val_fraction=self.val_fraction or 0.0)
-        with suppress(UserError):  # no recipe, or one of other software
-            own = load_recipe(Path(source.removeprefix("local-dir:")) / RECIPE)
+        own = own_recipe(source) or Recipe(val_fraction=self.val_fraction or 0.0)
         if self.val_fraction and self.val_fraction != own.val_fraction:
             raise UserError(
                 f"{source} was trained with --val-fraction {own.val_fraction}, not "

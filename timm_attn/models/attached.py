@@ -16,7 +16,8 @@ The classes of the layers document the options. timm lists a model under the las
 """
 
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -112,11 +113,18 @@ def _register(variant: str) -> None:
     globals()[variant] = register_model(entry)
 
 
+@contextmanager
+def overwriting() -> Iterator[None]:
+    """Register what timm knows already without its warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Overwriting")
+        yield
+
+
 def _register_again(variant: str) -> None:
     """Let timm know the checkpoints that an architecture has by now."""
     default_cfgs.update(generate_default_cfgs(_cfgs(variant)))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Overwriting")
+    with overwriting():
         _register(variant)
 
 

@@ -65,9 +65,16 @@ def create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     if by_timm:
         # Here and not in the tag's configuration, which timm also gives a model with random weights.
         model.pretrained_cfg["description"] = graft_description(str(model.pretrained_cfg.get("hf_hub_id")))
-    # timm adds what create_model was given; a folded or exported copy needs what the weights brought, too.
-    model._model_args = {k: v for k, v in saved.items() if not k.startswith("pretrained_cfg")}
+    model._model_args = saved_options(saved)
     return model
+
+
+def saved_options(saved: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that weights brought, of what ``weights.resolve`` gave.
+
+    timm adds what create_model was given; a folded or exported copy needs these, too.
+    """
+    return {k: v for k, v in saved.items() if not k.startswith("pretrained_cfg")}
 
 
 def _network(

@@ -1,7 +1,6 @@
 """Networks some of whose channel gates are gone: the architecture ``frozen``, of a backbone."""
 
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -15,8 +14,8 @@ from .. import weights
 from ..dia_end import DIAEnd
 from ..ends import BranchEnd
 from ..layers.frozen import FrozenGate
-from .attached import register_name
-from .building import feature_cfg
+from .attached import overwriting, register_name
+from .building import feature_cfg, saved_options
 from .variants import model_names, parse_name
 
 
@@ -97,9 +96,8 @@ def frozen(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         fields = cfg.to_dict(remove_source=True) | {"architecture": "frozen", "tag": None}
         fields["num_classes"] = kwargs.get("num_classes", fields["num_classes"])
         model.pretrained_cfg = model.default_cfg = fields
-    # timm adds what create_model was given.
-    options = {k: v for k, v in saved.items() if not k.startswith("pretrained_cfg")}
-    model._model_args = options | {"backbone": backbone, **{name: list(gates[name]) for name in gates}}
+    made_of = {"backbone": backbone, **{name: list(value) for name, value in gates.items()}}
+    model._model_args = saved_options(saved) | made_of
     return model
 
 
@@ -107,8 +105,7 @@ def register_again() -> None:
     """Let timm know the checkpoints that there are by now."""
     cfgs: dict[str, Any] = weights.pretrained_cfgs("frozen")
     default_cfgs.update(generate_default_cfgs(cfgs))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Overwriting")
+    with overwriting():
         register_model(frozen)
 
 

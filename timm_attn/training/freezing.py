@@ -1,6 +1,5 @@
 """Freezing gates with the data and the trainer of the command line."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,7 +13,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import replace_file
 from ..freeze import FreezeReport, freeze
-from ..load import RECIPE, is_run, load_model
+from ..load import is_run, load_model
 from ..passes import Figures
 from ..search import Recover
 from ..style import new_figure, style, write_png
@@ -23,7 +22,7 @@ from .labels import match_classes
 from .loop import resume, train
 from .processes import own_accelerate_state
 from .recipe import Recipe
-from .recipe_file import load_recipe
+from .recipe_file import own_recipe
 from .run import hardware, save_model, weights_digest
 from .splits import hold_out
 from .validation import model_options, prepared, split_tensors
@@ -129,8 +128,8 @@ def recovery(source: str, recipe: Recipe, steps: int, out: Path, names: list[str
         names: Of the classes.
     """
 
-    with contextlib.suppress(UserError):  # no recipe, or one of other software
-        own = load_recipe(Path(source.removeprefix("local-dir:")) / RECIPE)
+    own = own_recipe(source)
+    if own is not None:
         recipe = dataclasses.replace(recipe, **{name: getattr(own, name) for name in _AUGMENTATION})
 
     def recover(network: Any) -> Any:

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..errors import UserError
 from ..files import replace_file
+from ..load import RECIPE
 from .recipe import Recipe
 
 
@@ -59,6 +60,14 @@ def load_recipe(path: str | Path) -> Recipe:
         raise UserError(f"recipe {path}: {name} {problem['input']!r}: {problem['msg']}") from None
     except UserError as error:
         raise UserError(f"recipe {path}: {error}") from None
+
+
+def own_recipe(source: str) -> Recipe | None:
+    """The recipe of a run or hub folder; None if the source has none, or one of other software."""
+    try:
+        return load_recipe(Path(source.removeprefix("local-dir:")) / RECIPE)
+    except UserError:
+        return None
 
 
 def _listed(value: Any, kind: Any) -> Any:

@@ -69,21 +69,21 @@ def resume_seeds(out: str | Path, data: str | None = None) -> dict[str, Any]:
     runs = seed_runs(out)
     started = [run for run in runs if is_run(run)]
     like = next(iter(started), None)
+    moved = [about["moved_to"] for about in map(open_run, started) if "moved_to" in about]
     failed: list[str] = []
     for seed, run in zip(asked["seeds"], runs, strict=True):
         with _noted(run, failed):
             if is_run(run):
-                resume(run, data=data or _moved(run_recipe(run).data, started))
+                resume(run, data=data or _moved(run_recipe(run).data, moved))
             else:
-                place = data or _moved(recipe.data, started) or recipe.data
+                place = data or _moved(recipe.data, moved) or recipe.data
                 again = dataclasses.replace(recipe, seed=seed, data=place)
                 train(asked["model"], again, run, like=like)
     return _summary_or_failure(out, asked["seeds"], failed)
 
 
-def _moved(data: str, started: Sequence[Path]) -> str | None:
-    """Where data has gone that is no folder any more, as the runs that found it there remember; or None."""
-    places = [about["moved_to"] for about in map(open_run, started) if "moved_to" in about]
+def _moved(data: str, places: Sequence[str]) -> str | None:
+    """Where data has gone that is no folder any more, of the places where runs have found it; or None."""
     there = [place for place in places if Path(place).is_dir()]
     return there[-1] if there and not Path(data).is_dir() else None
 
