@@ -4,6 +4,7 @@
     python scripts/gpu_check.py --device cpu --small --out /tmp/check.json    # what of it a CPU can do
 
 Out of memory; CUDA graphs; fp16 with a scaler; the pinned loader; exact resume after SIGKILL; SyncBatchNorm;
+from training to the exported network by the command line;
 fold, graft, freeze and channels last; outputs and gradients of every mechanism on four families in each
 precision; compilation. Every check is one entry: passed or not, only measured, or why it was left out, with
 what was measured and its bound. It begins no check after --seconds and ends at most 90 seconds later; run the
@@ -38,7 +39,7 @@ from gpu_check_networks import (
     sync_bn_conversion,
     sync_bn_two,
 )
-from gpu_check_training import out_of_memory, pinned_loader, resuming, training
+from gpu_check_training import deploying, out_of_memory, pinned_loader, resuming, training
 from rich.console import Console
 from rich.table import Table
 
@@ -68,6 +69,7 @@ def checks(setting: Setting) -> dict[str, Check]:
         ),
         "pinned loader": lambda: pinned_loader(setting),
         "resume, deterministic": lambda: resuming(setting, True),
+        "deploying resnet20_dia": lambda: deploying(setting, "resnet20_dia"),
         "sync bn conversion": lambda: sync_bn_conversion(setting, "dia"),
         "sync bn, two processes": lambda: sync_bn_two(setting, "dia"),
     }

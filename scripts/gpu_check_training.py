@@ -90,6 +90,26 @@ def training(setting: Setting, model: str, *options: str) -> dict[str, Any]:
     return {"passed": results["top1"] > 30, "top1": results["top1"], "bound": 30}
 
 
+def deploying(setting: Setting, model: str) -> dict[str, Any]:
+    """A trained network in a hub folder, by the command line: as it is, with norms fused, and frozen."""
+    with tempfile.TemporaryDirectory() as scratch:
+        run, hub, frozen = (str(Path(scratch) / name) for name in ("run", "hub", "frozen"))
+        ready = f"{hub}/{model}.check"
+        for arguments in (
+            ["train", model, *shlex.split(TRAIN), "--out", run],
+            ["export", run, "--tag", "check", "--hub", hub],
+            ["freeze", ready, "--data", "digits", "--all", "--out", frozen],
+            ["export", frozen, "--tag", "check_frozen", "--hub", hub],
+            ["report", ready, "--data", "digits", "--out", f"{scratch}/report"],
+        ):
+            done = command(setting, *arguments)
+            if done.returncode:
+                return {"passed": False, "why": f"{arguments[0]}: {done.stderr[-500:]}"}
+        index = json.loads((Path(hub) / "index.json").read_text())
+    top1 = {name: checkpoint["metrics"]["top1"] for name, checkpoint in index["checkpoints"].items()}
+    return {"passed": len(top1) == 3 and min(top1.values()) > 30, "top1": top1, "bound": 30}
+
+
 def out_of_memory(setting: Setting) -> dict[str, Any]:
     """A batch that no GPU holds: one error with the batch size that fits, and that one does fit."""
     if setting.device.type != "cuda":
