@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -206,83 +207,84 @@ def images_of(inputs: Any) -> Any:
 
 def _probe(model: nn.Module, inputs: Inputs) -> list[Branch]:
     images = images_of(inputs)
-
-    def run(device: torch.device | None) -> list[Branch]:
-        found: dict[tuple[str, str], Branch] = {}
-        with (
-            standing(model) as places,
-            evaluating(model),
-            leaves_of(model, device) as names,
-        ):
-            holders = _holders(model)
-            readers: Readers = {}
-            hooks = [
-                slot.register_forward_pre_hook(
-                    _watch(model, path, name, names, found, holders, readers, images.shape[-2:])
-                )
-                for path, name, slot in places
-            ]
-            try:
-                call(model, tree_map_only(Tensor, lambda t: for_autograd(t).to(device or t.device), inputs))
-            finally:
-                for hook in hooks:
-                    hook.remove()
-        last = {path: (name, found.pop((path, name))) for path, name in list(found) if name in ATTENTION}
-        for (path, name), branch in found.items():
-            attention, given = last.get(path, ("", None))
-            if not branch.affine and given and given.affine and given.channels == branch.channels:
-                found[path, name] = replace(branch, affine=given.affine, attention=attention)
-        return list(found.values())
-
     if images.device.type == "cpu" and images.shape[-1] <= 64:  # arithmetic takes less time than its absence
-        return run(None)
+        return _observed(model, inputs, None)
     if images.device.type != "meta":
         try:
-            return run(torch.device("meta"))
+            return _observed(model, inputs, torch.device("meta"))
         except Exception:  # whatever a network raises that looks at values
-            return run(None)
-    return run(images.device)
+            return _observed(model, inputs, None)
+    return _observed(model, inputs, images.device)
 
 
-def _watch(
-    model: nn.Module,
-    path: str,
-    name: str,
-    names: dict[int, str],
-    found: dict[tuple[str, str], Branch],
-    holders: Counter[int],
-    readers: Readers,
-    size: Sequence[int],
-) -> Any:
-    prefix = f"{path}." if path else ""
+def _observed(model: nn.Module, inputs: Inputs, device: torch.device | None) -> list[Branch]:
+    """The branches that a pass on the device shows, or on the tensors' own."""
+    with standing(model) as places, evaluating(model), leaves_of(model, device) as names:
+        observer = _Observer(model, names, images_of(inputs).shape[-2:])
+        hooks = [
+            slot.register_forward_pre_hook(partial(observer.slot_reached, path, name))
+            for path, name, slot in places
+        ]
+        try:
+            call(model, tree_map_only(Tensor, lambda t: for_autograd(t).to(device or t.device), inputs))
+        finally:
+            for hook in hooks:
+                hook.remove()
+    found = observer.found
+    last = {path: (name, found.pop((path, name))) for path, name in list(found) if name in ATTENTION}
+    for (path, name), branch in found.items():
+        attention, given = last.get(path, ("", None))
+        if not branch.affine and given and given.affine and given.channels == branch.channels:
+            found[path, name] = replace(branch, affine=given.affine, attention=attention)
+    return list(found.values())
 
-    def hook(slot: nn.Module, args: tuple[Any, ...]) -> None:
+
+class _Observer:
+    """Collects branches during a forward pass, by block and slot.
+
+    Args:
+        names: Names of the leaves, by their ``id``.
+        size: Height and width of the images.
+    """
+
+    def __init__(self, model: nn.Module, names: dict[int, str], size: Sequence[int]):
+        self.model, self.names, self.size = model, names, size
+        self.found: dict[tuple[str, str], Branch] = {}
+        self.readers: Readers = {}
+        self.holders = _holders(model)
+
+    def slot_reached(self, path: str, name: str, slot: nn.Module, args: tuple[Any, ...]) -> None:
+        """The forward pre-hook of a slot."""
         x = args[0]
         if not isinstance(x, Tensor) or x.dim() not in (3, 4):
             return
-        consumers([x.grad_fn] if x.grad_fn else [], readers)
-        axis, leaves = scaling_parameters(x, names, readers)
-        whole = _within(prefix, leaves)
-        if _shared(model.get_submodule(path), whole, holders):
-            whole = ()
-        channels = x.shape[axis]
+        branch, before = self.branch(path, name, x), self.found.get((path, name))
+        if before:  # one gate serves both if they are alike, and both take it in
+            both = branch == before and branch.affine and before.affine
+            affine = tuple(sorted({*branch.affine, *before.affine})) if both else ()
+            branch = replace(branch, affine=affine, calls=before.calls + 1)
+        self.found[path, name] = branch
+
+    def branch(self, path: str, name: str, x: Tensor) -> Branch:
+        """The branch that x leaves."""
+        prefix = f"{path}." if path else ""
+        consumers([x.grad_fn] if x.grad_fn else [], self.readers)
+        axis, leaves = scaling_parameters(x, self.names, self.readers)
+        affine = _within(prefix, leaves)
+        if _shared(self.model.get_submodule(path), affine, self.holders):
+            affine = ()
+        scaled: list[str] = []
+        if len(leaves) == 1:
+            _, scaled = scaling_parameters(x, self.names, self.readers, leaves[0])
         if x.dim() == 3:
-            tokens = _tokens(model, path, x.shape[1], size)
+            tokens = _tokens(self.model, path, x.shape[1], self.size)
         else:
             height, width = x.shape[2:] if axis == 1 else x.shape[1:3]
             tokens = 0, (height, width)
-        scaled = scaling_parameters(x, names, readers, leaves[0])[1] if len(leaves) == 1 else []
-        inner = _within(prefix, scaled)
+        channels = x.shape[axis]
         pixels = x[0].numel() // channels
-        branch = Branch(path, name, channels, axis, pixels, x.shape[0], *tokens, whole, inner)
-        before = found.get((path, name))
-        if before:  # one gate serves both if they are alike, and both take it in
-            both = branch == before and whole and before.affine
-            affine = tuple(sorted({*whole, *before.affine})) if both else ()
-            branch = replace(branch, affine=affine, calls=before.calls + 1)
-        found[path, name] = branch
-
-    return hook
+        inner = _within(prefix, scaled)
+        return Branch(path, name, channels, axis, pixels, x.shape[0], *tokens, affine, inner)
 
 
 def _holders(model: nn.Module) -> Counter[int]:

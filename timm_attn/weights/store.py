@@ -168,16 +168,20 @@ def resolve(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
                 stacklevel=2,
             )
         first = others[0]
-    file = first.weights()
-    if first.folder.parent != shipped_folder() or not first.here:  # what ships came with the package
-        if first.repo_id and not first.here and signer_wanted():
-            fetch(first.repo_id, CONFIG, first.revision)
-            fetch_signature(first.repo_id, first.revision)
-        check_signature(file.parent)
-    return {
-        **_not_given(first.model_args, kwargs),
-        "pretrained_cfg_overlay": {**overlay, "file": str(file)},
-    }
+    file = str(_verified(first))
+    return {**_not_given(first.model_args, kwargs), "pretrained_cfg_overlay": {**overlay, "file": file}}
+
+
+def _verified(checkpoint: Checkpoint) -> Path:
+    """The file of the weights, which is what the index says; signed, where TIMM_ATTN_SIGNER asks for it."""
+    file = checkpoint.weights()
+    if checkpoint.here and checkpoint.folder.parent == shipped_folder():
+        return file  # it came with the package
+    if checkpoint.repo_id and not checkpoint.here and signer_wanted():
+        fetch(checkpoint.repo_id, CONFIG, checkpoint.revision)
+        fetch_signature(checkpoint.repo_id, checkpoint.revision)
+    check_signature(file.parent)
+    return file
 
 
 def _of_organisation(repo_id: str, architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
