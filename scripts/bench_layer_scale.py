@@ -3,12 +3,13 @@
 python scripts/bench_layer_scale.py hub/results/layer_scale.csv
 """
 
+import argparse
 import csv
 import itertools
 import os
 import statistics
-import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -33,6 +34,11 @@ def seconds(model: Any, x: torch.Tensor, bf16: bool) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="CSV file")
+    arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     rows = []
     for name, precision in itertools.product(("convnext_tiny", "deit3_small_patch16_224"), ("fp32", "bf16")):
@@ -53,7 +59,7 @@ def main() -> None:
         row = (name, precision, BATCH, ROUNDS, *figures, hardware())
         rows.append(dict(zip(FIELDS, row, strict=True)))
         print(rows[-1], flush=True)
-    with open(sys.argv[1], "w", newline="") as stream:
+    with arguments.out.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -8,7 +8,8 @@ Reads ``<folder>/<network>/seed-<seed>``, as scripts/train_zoo.py writes them, o
 is the plain one. Accuracy is that of the last epoch, on the test split and on images held out of the training
 split, where the recipe held some out. A difference is taken between runs of the same seed, which saw the same
 images in the same order; intervals are Student's t, 95 %, and cover what another seed would change, not what
-another recipe or data set would.
+another recipe or data set would. Corrected ones are wider, for as many comparisons as there are networks
+beside the plain one (Bonferroni).
 ``needed`` is the number of seeds with which half a point would be found four times out of five, at the
 deviation seen here. --cost is a table of scripts/bench_deployed.py, drawn beside the differences.
 """
@@ -30,7 +31,7 @@ from timm_attn.training.splits import HELD_OUT
 
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
-    console.width = 140
+    console.width = 170
 
 
 def top1_by_seed(network: Path) -> dict[str, dict[int, float]]:
@@ -71,19 +72,21 @@ def compare(folder: Path, baseline: str) -> list[dict[str, Any]]:
     plain = top1_by_seed(first)
     if not plain:
         raise ValueError(f"{first} has no finished run")
+    runs = {network.name: top1_by_seed(network) for network in others}
+    comparisons = max(1, sum(bool(found) for found in runs.values()))
     rows = []
-    for network in others:
-        for split, found in top1_by_seed(network).items():
-            told = difference(found, plain.get(split, {}))
+    for network, splits in runs.items():
+        for split, found in splits.items():
+            told = difference(found, plain.get(split, {}), comparisons)
             if told:
-                rows.append({"split": split, "network": network.name, "baseline": baseline, **told})
+                rows.append({"split": split, "network": network, "baseline": baseline, **told})
     if not rows:
         raise ValueError(f"{folder} has no finished run beside those of {baseline}")
     return sorted(rows, key=lambda row: (row["split"], -row["difference"]))
 
 
 def draw(rows: list[dict[str, Any]], costs: dict[str, dict[str, str]], title: str, path: Path) -> None:
-    """Differences with their intervals, a panel a split and a line a network; then the networks' costs."""
+    """Differences with intervals of one comparison each, a panel a split and a line a network; then costs."""
     splits = list(dict.fromkeys(row["split"] for row in rows))
     names = list(dict.fromkeys(row["network"] for row in reversed(rows)))
     counts = {row["network"]: row["n"] for row in rows}
@@ -101,7 +104,7 @@ def draw(rows: list[dict[str, Any]], costs: dict[str, dict[str, str]], title: st
                     names.index(row["network"]),
                     xerr=half if math.isfinite(half) else None,
                     fmt="o",
-                    color="C0" if row["verdict"] == "not distinguishable" else "C3",
+                    color="C0",
                     capsize=3,
                 )
             axis.axvline(0, color="0.5", linewidth=1)
@@ -132,7 +135,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = compare(arguments.folder, arguments.baseline)
     table = Table(
-        "images", "network", "n", "top-1", "difference", "95 % interval", "", "seeds for half a point"
+        *("images", "network", "n", "top-1", "difference", "95 % interval", ""),
+        *("corrected", "seeds for half a point"),
     )
     for row in rows:
         table.add_row(
@@ -143,6 +147,7 @@ def main() -> None:
             f"{row['difference']:+.2f}",
             f"{row['low']:+.2f} to {row['high']:+.2f}" if row["n"] >= FEWEST else "",
             row["verdict"],
+            f"{row['corrected_low']:+.2f} to {row['corrected_high']:+.2f}" if row["n"] >= FEWEST else "",
             str(row["needed"]),
         )
     console.print(table)

@@ -5,8 +5,8 @@
 With a shell pattern of names, only these are counted anew.
 """
 
+import argparse
 import csv
-import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -17,7 +17,12 @@ import timm_attn
 TABLE = Path(__file__).parents[1] / "tests" / "parameter_counts.csv"
 
 
-def main(pattern: str = "*") -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pattern", nargs="?", default="*")
+    pattern = parser.parse_args().pattern
     with TABLE.open(newline="") as stream:
         known = {row["model"]: list(row.values()) for row in csv.DictReader(stream)}
     rows = []
@@ -33,4 +38,4 @@ def main(pattern: str = "*") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

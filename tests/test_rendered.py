@@ -153,6 +153,15 @@ def test_a_card_says_how_far_it_is_from_its_controls():
         "(95 % interval: +0.23 to +0.77) is distinguishable from 0." in text
     )
     assert "is not distinguishable" in judge({"mean": 91.2, "std": 0.2, "n": 4}, plain.over_seeds["top1"])
+    # Two comparisons: the interval of each is wider.
+    se = checkpoint("resnet20_se.a", "se", 91.19, 0.1, 4)
+    both = dataclasses.replace(dia, controls=["resnet20.a", "resnet20_se.a"])
+    text = card(both, {"resnet20.a": plain, "resnet20_se.a": se})
+    wider = "95 % interval, corrected for 2 comparisons"
+    assert f"+0.50 points ({wider}: +0.17 to +0.83) is distinguishable from 0." in text
+    assert f"+0.31 points ({wider}: -0.02 to +0.64) is not distinguishable from 0." in text
+    alone = judge(dia.over_seeds["top1"], se.over_seeds["top1"])
+    assert alone.endswith("(95 % interval: +0.04 to +0.58) is distinguishable from 0.")
     # Decided by the figures themselves, and not by what is left of them in print.
     near = [{"mean": mean, "std": 0.09575, "n": 4} for mean in (92.084, 91.916)]
     assert half_width(*near) == pytest.approx(0.1657, abs=1e-4)
@@ -171,6 +180,15 @@ def test_intervals_of_cards_are_scipys():
     ours = half_width(spread(a), spread(b))
     difference = statistics.mean(a) - statistics.mean(b)
     assert (difference - ours, difference + ours) == pytest.approx(tuple(theirs), rel=1e-3)
+
+
+def test_a_card_says_that_its_curves_are_of_other_images_than_its_figures():
+    run = checkpoint("resnet20.a", "resnet", 91.0)
+    images = {"train": 90, "train, held out": 10, "test": 20}
+    assert "The curves" not in card(run, {})
+    for split, told in (("test", True), ("train, held out", False)):
+        text = card(dataclasses.replace(run, dataset={**run.dataset, "images": images, "split": split}), {})
+        assert ("The curves show 10 images held out of training, not the test split." in text) == told
 
 
 def test_a_card_says_which_of_the_seeds_it_is():

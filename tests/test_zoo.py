@@ -234,6 +234,8 @@ def test_differences_are_scipys_paired_intervals(tmp_path):
     assert [row["split"] for row in rows] == ["held out", "held out", "test", "test"]
     assert float(twice["difference"]) == pytest.approx(2 * float(better["difference"]), abs=1e-3)
     wanted = stats.ttest_rel(values["resnet20_se"], values["resnet20"]).confidence_interval(0.95)
+    wider = stats.ttest_rel(values["resnet20_se"], values["resnet20"]).confidence_interval(1 - 0.05 / 2)
+    assert float(better["corrected_low"]) == pytest.approx(wider.low, abs=1e-3)  # of two networks
     assert float(better["low"]) == pytest.approx(wanted.low, abs=1e-3)
     assert float(better["high"]) == pytest.approx(wanted.high, abs=1e-3)
     assert (better["network"], better["verdict"], better["n"]) == ("resnet20_se", "above", "3")

@@ -17,6 +17,7 @@ from ..models import known_architecture, parse_name, register_name, registering
 from ..papers import Paper, paper_of
 from ..training.splits import HELD_OUT
 from ..weights import Checkpoint
+from .datasets import NOTES
 
 TEMPLATE = """---
 {metadata}
@@ -38,7 +39,7 @@ TEMPLATE = """---
 
 Top-1, top-5 and cross-entropy were measured with the files of this repository, in float32, on all
 {images:,} images of the {split} split of {dataset}. The weights are those of the last epoch, {epoch}
-(seed {seed}).{spread}
+(seed {seed}).{spread}{data_note}
 
 {picture}
 
@@ -72,8 +73,6 @@ Weights: {license}. Images of {dataset}: {dataset_license}.
 {bibtex}
 ```
 """
-_PICTURE = "![loss, accuracy and learning rate by epoch](curves.png)"
-_FROZEN_PICTURE = "![accuracy lost against time as gates are frozen one by one](freeze.png)"
 RUNTIMES = {"model.onnx": "ONNX runtimes", "model.pt2": "`torch.export.load`"}
 SETTINGS = ("opt", "lr", "momentum", "weight_decay", "batch_size", "sched", "warmup_epochs", "smoothing")
 _LICENSES = {
@@ -122,7 +121,8 @@ def card(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], owner: str | 
         measured=_measured(checkpoint, others),
         spread=_spread(checkpoint),
         claim=_claim(checkpoint, others, paper),
-        picture=_FROZEN_PICTURE if checkpoint.frozen_from else _PICTURE,
+        data_note="".join(f"\n\n{note}" for note in [NOTES.get(dataset["id"])] if note),
+        picture=_picture(checkpoint),
         trained=(checkpoint.derived_from or checkpoint.name).split(".")[0],
         start=f"`{recipe['init']}`" if recipe.get("init") else "random weights",
         settings=_settings(recipe),
@@ -299,21 +299,33 @@ def _spread(checkpoint: Checkpoint) -> str:
     )
 
 
+def _picture(checkpoint: Checkpoint) -> str:
+    if checkpoint.frozen_from:
+        return "![accuracy lost against time as gates are frozen one by one](freeze.png)"
+    images = checkpoint.dataset["images"]
+    held_out = next((split for split in images if split.endswith(HELD_OUT)), checkpoint.dataset["split"])
+    curves = "![loss, accuracy and learning rate by epoch](curves.png)"
+    if held_out == checkpoint.dataset["split"]:
+        return curves
+    return (
+        f"{curves}\n\nThe curves show {images[held_out]:,} images held out of training, not the test split."
+    )
+
+
 def _claim(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], paper: Paper) -> str:
     if checkpoint.frozen_from:
         return _frozen(checkpoint)
     lines = [f"The paper reports: {paper.claim}"] if paper.claim else []
     if checkpoint.is_control:
         lines = ["This network is a baseline; we make no claim about it."]
-    measured = checkpoint.over_seeds.get("top1")
-    for name in checkpoint.controls:
-        control = others[name].over_seeds.get("top1") if name in others else None
-        if not measured or not control:
-            continue
+    measured = checkpoint.over_seeds.get("top1") or {}
+    found = {name: others[name].over_seeds.get("top1") for name in checkpoint.controls if name in others}
+    controls = {name: control for name, control in found.items() if control and measured}
+    for name, control in controls.items():
         lines.append(
             f"Here, with the same recipe: {_mean(measured)} % (n = {measured['n']}) against "
             f"{_mean(control)} % (n = {control['n']}) for `{name}`. "
-            f"{judge(measured, control)}"
+            f"{judge(measured, control, len(controls))}"
         )
     if len(lines) < 2 and not checkpoint.controls and not checkpoint.is_control:
         lines.append("No baseline was trained with the same recipe, so the claim is not tested here.")
@@ -346,20 +358,21 @@ def _frozen(checkpoint: Checkpoint) -> str:
     )
 
 
-def half_width(a: dict[str, Any], b: dict[str, Any]) -> float:
+def half_width(a: dict[str, Any], b: dict[str, Any], comparisons: int = 1) -> float:
     """Half the width of the 95 % interval of the difference of two means over seeds, in the same unit.
 
     Student's t, with a common standard deviation. Runs are not paired by seed: those of one seed may be from
-    different machines, which changes as much as another seed does.
+    different machines, which changes as much as another seed does. Of several comparisons, all intervals hold
+    at once with 95 % (Bonferroni).
     """
     with extra("train"):
         from scipy.stats import t
     freedom = a["n"] + b["n"] - 2
     variance = ((a["n"] - 1) * a["std"] ** 2 + (b["n"] - 1) * b["std"] ** 2) / freedom
-    return float(t.ppf(0.975, freedom)) * (variance * (1 / a["n"] + 1 / b["n"])) ** 0.5
+    return float(t.ppf(1 - 0.025 / comparisons, freedom)) * (variance * (1 / a["n"] + 1 / b["n"])) ** 0.5
 
 
-def judge(a: dict[str, Any], b: dict[str, Any]) -> str:
+def judge(a: dict[str, Any], b: dict[str, Any], comparisons: int = 1) -> str:
     """What can be said of the difference of two means over seeds, as a sentence.
 
     With fewer than three runs, the standard deviation is too uncertain for an interval.
@@ -368,9 +381,12 @@ def judge(a: dict[str, Any], b: dict[str, Any]) -> str:
     said = f"The difference of {difference:+.2f} points"
     if min(a["n"], b["n"]) < 3:
         return f"{said} may be noise, with so few runs."
-    half = half_width(a, b)
+    half = half_width(a, b, comparisons)
     verdict = "is distinguishable from 0" if abs(difference) > half else "is not distinguishable from 0"
-    return f"{said} (95 % interval: {difference - half:+.2f} to {difference + half:+.2f}) {verdict}."
+    corrected = f", corrected for {comparisons} comparisons" if comparisons > 1 else ""
+    return (
+        f"{said} (95 % interval{corrected}: {difference - half:+.2f} to {difference + half:+.2f}) {verdict}."
+    )
 
 
 def _settings(recipe: Mapping[str, Any]) -> str:

@@ -14,6 +14,16 @@ LICENSES = {
     "Tiny-ImageNet-200 at 32 pixels": "imagenet",
 }
 
+#: What a reader of cards must know of a data set's images.
+NOTES = {
+    "Tiny-ImageNet-200 at 32 pixels": (
+        "A third party resized the images, those of the test split with a sharper filter than those of the "
+        "training split. Accuracy on the test split is therefore lower than on images held out of training, "
+        "and differences between networks are not the same. "
+        "[Results](https://github.com/timm-attn/timm_attn/blob/main/docs/results.md) has both, of more seeds."
+    ),
+}
+
 
 def license_of(dataset: str, given: str | None) -> str:
     """The licence that was given, or else the known one of a data set.
