@@ -40,6 +40,19 @@ SIZES = {
 }
 
 
+def test_feature_maps_are_the_last_ones_of_a_vit_of_any_depth():
+    small = {"img_size": 64, "embed_dim": 48}
+    for depth, options in ((4, {}), (16, {}), (2, {"out_indices": (0, 1)})):
+        names = ["vit_tiny_patch16_224", "vit_tiny_patch16_224_asr", "vit_tiny_patch16_224_dia"]
+        stock, *ours = (
+            timm.create_model(n, features_only=True, depth=depth, device="meta", **small, **options)
+            for n in names
+        )
+        assert [model.feature_info.out_indices for model in ours] == [stock.feature_info.out_indices] * 2
+    vit = {"backbone": names[0] + "_se", "kept": [0, 3], "depth": 4, "device": "meta"}
+    assert timm.create_model("frozen", features_only=True, **vit).feature_info.out_indices == (1, 2, 3)
+
+
 @pytest.mark.parametrize("indices", [None, (1, 2)])
 @pytest.mark.parametrize("name", SIZES)
 def test_feature_maps_are_those_of_the_stock_network(name, indices):

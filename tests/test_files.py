@@ -16,6 +16,20 @@ def test_a_link_stays_one(tmp_path):
     assert (tmp_path / "a.csv").is_symlink() and (tmp_path / "there" / "a.csv").read_bytes() == b"new"
 
 
+def test_a_link_to_itself_is_an_error_of_the_disk(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "a")
+    with pytest.raises(OSError, match=r"symbolic links: .*a"):
+        replace_file(tmp_path / "a", b"new")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_who_may_read_a_file_stays(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    (tmp_path / "a").chmod(0o600)
+    replace_file(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new" and (tmp_path / "a").stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
 def test_a_pipe_or_device_is_written_to(tmp_path):
     pipe, found = tmp_path / "pipe", []

@@ -332,6 +332,28 @@ def test_what_is_left_is_built_by_name(name, tmp_path):
         assert result is None or result.stdout.strip() == "10", result.stderr
 
 
+@pytest.mark.parametrize("name", ["resnet20_se", "resnet20_dia", "ese_vovnet39b"])
+def test_a_frozen_network_is_frozen_further(name, tmp_path):
+    """Also where a constant of the first time is a multiplication, and the second takes the rest."""
+    model = lively(
+        timm.create_model(name, num_classes=10, **({} if "vov" in name else {"channels": [4, 8, 8]}))
+    )
+    x, names = coloured(340, 32 if "vov" in name else 8), [str(i) for i in range(10)]
+    paths = [gate.path for gate in find_gates(model, x[:4])[0]]
+    network = model
+    for keep in (paths[:3], paths[:1], []):
+        found = timm_attn.freeze(network, x, every=True, keep=keep)
+        assert found.loads and len(found.gates) - found.frozen == len(keep)
+        folder = tmp_path / str(len(keep))
+        folder.mkdir()
+        save_model(found.model, folder, names)
+        network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        assert torch.equal(network(x[:4]), found.model(x[:4]))
+        assert len(find_gates(network, x[:4])[0]) == len(keep)
+    at_once = timm_attn.freeze(model, x, every=True).model
+    assert network.state_dict().keys() == at_once.state_dict().keys()
+
+
 def test_recovery_is_asked_for_more_gates_until_the_budget_ends(trained):
     x = coloured(400, 16)
     with torch.no_grad():

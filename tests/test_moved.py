@@ -74,6 +74,19 @@ def test_seeds_that_are_left_have_the_data_of_the_others(tmp_path):
     assert not (tmp_path / "s" / "seed-1").exists()
 
 
+def test_seeds_that_were_trained_where_the_data_is_now_say_where_that_is(tmp_path):
+    arguments = ["--epochs", "1", "--batch-size", "4", "--model-kwargs", "layers=[1,1,1]"]
+    data, out = write(tmp_path / "d"), tmp_path / "s"
+    main(["train", "resnet20", "--data", data, "--out", str(out), "--seeds", "0", "1", "2", *arguments])
+    for seed in (1, 2):
+        shutil.rmtree(out / f"seed-{seed}")
+    shutil.move(data, tmp_path / "moved")
+    resume_seeds(out, data=str(tmp_path / "moved"))
+    shutil.rmtree(out / "seed-2")
+    resume_seeds(out)
+    assert (out / "seed-2" / "model.safetensors").is_file()
+
+
 def relabelled(data):
     strings(data, "train", [*TRAIN[1:], TRAIN[0]])
 

@@ -1,6 +1,10 @@
 """Where a branch ends: the axis of its channels and its class tokens, on maps of shapes that mislead."""
 
+import inspect
+import math
+import re
 import threading
+from functools import partial
 
 import pytest
 import timm
@@ -13,6 +17,7 @@ from torch.nn.utils import prune
 import timm_attn
 from timm_attn.branches import branches, example_input
 from timm_attn.compare import BOUNDS, relative_difference
+from timm_attn.ends import reads_neighbours
 
 SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (2, 1), "num_heads": (2, 2)}
 #: Their first maps are as wide and as high as they have channels.
@@ -125,6 +130,63 @@ def test_attention_that_cannot_read_the_maps_is_refused_at_once(mechanism, size,
             timm_attn.create_model("resnet18", attention=mechanism)
 
 
+#: All that ``timm.layers.create_attn`` makes.
+ATTENTION = re.findall(
+    r"attn_type == '(\w+)'", inspect.getsource(timm.layers.create_attn.__globals__["get_attn"])
+)
+#: Of these, what cannot stand in a small ResNet: by a fault of timm's, or for the size of its maps.
+NOT_THERE = {"ge", "bat", "halo", "bottleneck"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_attention_of_timm_stands_in_networks_of_any_precision(dtype):
+    x = torch.randn(2, 3, 64, 64, dtype=dtype)
+    assert len(ATTENTION) > 15 and {*ATTENTION} > NOT_THERE
+    for name in {*ATTENTION} - NOT_THERE:
+        model = timm_attn.attach(timm.create_model("resnet10t", num_classes=5).to(dtype).eval(), name, x)
+        assert model(x).dtype == dtype
+    with pytest.raises(ValueError, match="ge cannot stand at the ends of branches"):
+        timm_attn.attach(timm.create_model("resnet10t"), "ge")
+
+
+@pytest.mark.parametrize("name", sorted({*ATTENTION} - NOT_THERE))
+def test_which_attention_reads_neighbours(name):
+    """Pixels in another order give the outputs in that order, unless it does."""
+    torch.manual_seed(0)
+    layer = timm.layers.create_attn(name, 16).double().eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(0, 0.5)
+        x, order = torch.randn(1, 16, 4, 6, dtype=torch.double), torch.randperm(24)
+        shuffled = x.flatten(2)[..., order].unflatten(2, (4, 6))
+        kept = torch.allclose(layer(shuffled).flatten(2), layer(x).flatten(2)[..., order])
+    assert reads_neighbours(layer) != kept
+
+
+def test_attention_that_reads_neighbours_knows_which_these_are():
+    options = {"depth": 1, "dynamic_img_size": True, "num_classes": 3, "global_pool": "avg"}
+    vit = partial(timm.create_model, "vit_tiny_patch16_224", embed_dim=48, **options)
+    cbam, pooled = (timm_attn.attach(vit(), name).eval() for name in ("cbam", "se"))
+    wide = torch.randn(1, 3, 64, 96)
+    with pytest.raises(
+        ValueError, match=r"how 24 of them lie is not known \(it was attached for \(14, 14\)\)"
+    ):
+        cbam(wide)
+    assert pooled(wide).shape == cbam(wide[..., :64]).shape == (1, 3)
+    cbam = timm_attn.attach(vit(), "cbam", images=wide).eval()
+    end, x = cbam.blocks[0].drop_path1, torch.randn(1, 1 + 96, 48)  # twice the height and the width
+    expected = end.mechanism(x[:, 1:].transpose(1, 2).unflatten(2, (8, 12))).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(end(x)[:, 1:], expected)
+    hiera = timm.create_model("hiera_tiny_224", stages=(1, 1, 1, 1), device="meta")
+    keys = list(hiera.state_dict())
+    with pytest.raises(
+        ValueError, match=r"cbam reads neighbouring pixels, and the tokens of Hiera are no map"
+    ):
+        timm_attn.attach(hiera, "cbam")
+    assert list(hiera.state_dict()) == keys
+    timm_attn.attach(hiera, "ese")
+
+
 def test_attention_that_reads_maps_of_one_size_is_taken_there():
     model = timm_attn.attach(timm.create_model("resnet18").eval(), "halo", torch.randn(1, 3, 256, 256))
     assert model(torch.randn(1, 3, 256, 256)).shape == (1, 1000)
@@ -172,6 +234,15 @@ def test_tokens_in_another_order_than_by_row_are_no_map():
     """Hiera's follow one another by window."""
     model = timm.create_model("hiera_tiny_224", stages=(1, 1, 1, 1), device="meta")
     assert {b.grid for b in branches(model, example_input(model, 1))} == {None}
+
+
+@pytest.mark.parametrize("name", ["pit_ti_224", "crossvit_tiny_240", "coat_lite_tiny"])
+def test_a_class_token_that_a_network_does_not_count_is_none_of_its_map(name):
+    model = timm.create_model(name, device="meta")
+    assert not hasattr(model, "num_prefix_tokens")
+    found = branches(model, example_input(model, 1))
+    for branch in (b for b in found if b.rows == 1 and b.axis == -1 and b.pixels > 1):
+        assert branch.prefix == 1 and math.prod(branch.grid) == branch.pixels - 1, branch
 
 
 class ScaledFirst(nn.Module):

@@ -824,6 +824,11 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(
     monkeypatch.setattr("timm_attn.cli.look.load_model", None)  # it is not reached
     no = str(tmp_path / "no" / "a")
     assert "does not exist: make it" in fails(capsys, "report", str(run), "--data", "digits", "--out", no)
+    link = tmp_path / "link.html"
+    link.symlink_to(no)
+    assert "does not exist: make it" in fails(
+        capsys, "report", str(run), "--data", "digits", "--out", str(link)
+    )
     for option in ("--out", "--show"):
         assert "does not exist" in fails(capsys, "predict", str(run), str(pictures), option, no)
         assert "is a folder" in fails(capsys, "predict", str(run), str(pictures), option, str(tmp_path))

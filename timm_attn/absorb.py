@@ -148,21 +148,30 @@ def named_network(
     if not isinstance(cfg, dict) or not timm.is_model(str(cfg.get("architecture"))):
         return None
     arguments = {**getattr(original, "_model_args", {}), "num_classes": original.num_classes}
-    paths = list(gate_modules(original))
+    backbone, paths = cfg["architecture"], list(gate_modules(original))
+    numbers, multiplied = [*range(len(paths))], []
+    if backbone == "frozen":  # some of its backbone's gates are gone already
+        backbone, numbers, multiplied = (arguments.pop(key) for key in ("backbone", "kept", "multiplied"))
+    if len(numbers) != len(paths):  # of a network that was changed since it was made
+        return None
+    numbered = dict(zip(paths, sorted(numbers), strict=True))
     gone = {gate.path: gate for gate in chosen}
     multiplied = [
-        [i, gone[path].channels, gone[path].axis]
-        for i, path in enumerate(paths)
-        if path in gone and where[gone[path]] == "a multiplication"
+        *multiplied,
+        *(
+            [number, gone[path].channels, gone[path].axis]
+            for path, number in numbered.items()
+            if path in gone and where[gone[path]] == "a multiplication"
+        ),
     ]
     if gone.keys() == set(paths) and not multiplied:
-        stock = stock_network(network, cfg["architecture"], arguments)
+        stock = stock_network(network, backbone, arguments)
         if stock is not None and _same(network, stock, images):
             return stock
-    kept = [i for i, path in enumerate(paths) if path not in gone]
+    kept = [number for path, number in numbered.items() if path not in gone]
     try:
         named: Any = timm.create_model(
-            "frozen", backbone=cfg["architecture"], kept=kept, multiplied=multiplied, **arguments
+            "frozen", backbone=backbone, kept=kept, multiplied=multiplied, **arguments
         )
         named.to(next(network.parameters())).load_state_dict(network.state_dict())
     except (TypeError, ValueError, RuntimeError):  # a network that was changed since it was made

@@ -333,7 +333,11 @@ def _tokens(
             return count if count < tokens else 0, None
         if hasattr(network, "unroll"):  # Hiera's tokens follow one another by window, not by row
             return 0, None
-    return 0, _grid(tokens, size)
+    for prefix in (0, 1):  # there may be a class token that the network does not count
+        grid = _grid(tokens - prefix, size)
+        if grid:
+            return prefix, grid
+    return 0, None
 
 
 def _own_grid(patch_embed: Any, size: Sequence[int]) -> tuple[int, int] | None:
@@ -345,13 +349,14 @@ def _own_grid(patch_embed: Any, size: Sequence[int]) -> tuple[int, int] | None:
 
 
 def _grid(patches: int, size: Sequence[int]) -> tuple[int, int] | None:
-    """The grid of so many square patches of an image, if there is one."""
+    """The grid of so many square patches of an image, if there is one; patches of a square may overlap."""
     for side in range(1, min(size) + 1):
         for rounded in (math.floor, math.ceil):
             height, width = (rounded(length / side) for length in size)
             if height * width == patches:
                 return height, width
-    return None
+    side = math.isqrt(patches)
+    return (side, side) if size[0] == size[1] and side * side == patches else None
 
 
 def first_parameter(model: nn.Module) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers.coord_attn import CoordAttn, EfficientLocalAttn, SimpleCoordAttn
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -84,28 +85,47 @@ class BranchEnd(nn.Module):
         return self.on_map(self.mechanism, x)
 
     def on_map(self, module: nn.Module, x: Tensor) -> Tensor:
-        """A module on a map B × C × H × W; of tokens, on the patches."""
+        """A module on a map B × C × H × W; of tokens, on the patches.
+
+        Raises:
+            ValueError: It reads neighbouring patches, and which these are is not known.
+        """
         if self.branch.axis == 1:
             return module(x)
         if x.dim() == 4:
             return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         others, patches = x[:, : self.branch.prefix], x[:, self.branch.prefix :]
         size = map_size(self.branch, patches.shape[1])
+        if size is None and reads_neighbours(module):
+            raise ValueError(
+                f"{type(module).__name__} reads neighbouring patches, and how {patches.shape[1]} of them lie "
+                f"is not known (it was attached for {self.branch.grid}): attach it with images= of this size"
+            )
+        size = size or (patches.shape[1], 1)
         patches = module(patches.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)
         return torch.cat([others, patches], 1) if others.shape[1] else patches
 
 
-def map_size(branch: Branch, pixels: int) -> tuple[int, int]:
-    """H and W of a map of so many pixels, or patches, at the end of a branch.
+def map_size(branch: Branch, pixels: int) -> tuple[int, int] | None:
+    """H and W of a map of so many pixels, or patches, at the end of a branch; None if that is not known.
 
-    Where these are not the grid that they were when it was found, they are taken for a square, or else for a
-    column.
+    It is the grid that it was when the branch was found, or one of the same shape.
     """
-    side = math.isqrt(pixels)
-    size = branch.grid or (side, side)
-    if math.prod(size) != pixels:
-        size = (side, side) if side * side == pixels else (pixels, 1)
-    return size
+    if branch.grid is None or math.prod(branch.grid) == pixels:
+        return branch.grid
+    height, width = branch.grid
+    rows = math.isqrt(pixels * height // width)
+    columns = pixels // max(rows, 1)
+    return (rows, columns) if rows * columns == pixels and rows * width == columns * height else None
+
+
+def reads_neighbours(module: nn.Module) -> bool:
+    """Whether a layer on maps looks at neighbouring pixels or at rows, and not at each pixel or at all."""
+    layers = [*module.modules()]
+    convolutions = (m for m in layers if isinstance(m, nn.Conv2d | nn.Conv3d))
+    if any(max(convolution.kernel_size) > 1 for convolution in convolutions):
+        return True
+    return any(isinstance(m, CoordAttn | SimpleCoordAttn | EfficientLocalAttn) for m in layers)
 
 
 class GateEnd(BranchEnd):

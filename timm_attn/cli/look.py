@@ -13,7 +13,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from ..branches import copied
 from ..errors import UserError
-from ..files import replace_file
+from ..files import link_target, replace_file
 from ..images import DataError
 from ..load import load_model
 from ..predict import find_images, predict
@@ -80,8 +80,9 @@ def check_file(path: Path, option: str) -> None:
     """Raise a UserError if a file cannot be written there, before the work is done."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file with {option}")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{path.parent} does not exist: make it, or choose another {option}")
+    folder = link_target(path).parent
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist: make it, or choose another {option}")
 
 
 def check_folder(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Builds variants for ``timm.create_model``: stock network, mechanism, weights, folded form."""
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -59,7 +60,7 @@ def create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         variant,
         pretrained and not by_timm,
         pretrained_filter_fn=checkpoint_filter,
-        feature_cfg=feature_cfg(backbone, kwargs) | kwargs.pop("feature_cfg", {}),
+        feature_cfg=_feature_cfg(variant, kwargs) | kwargs.pop("feature_cfg", {}),
         **kwargs,
     )
     if by_timm:
@@ -191,19 +192,40 @@ def checkpoint_filter(state_dict: dict[str, Tensor], model: Any) -> dict[str, Te
     return state_dict
 
 
-def feature_cfg(backbone: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """How timm takes feature maps from the stock network, so that their keys are the same."""
+#: Arguments of ``timm.create_model`` that are none of a network.
+_OF_TIMM = {
+    *inspect.signature(build_model_with_cfg).parameters,
+    "features_only",
+    "feature_cls",
+    "device",
+    "dtype",
+}
+
+
+def _feature_cfg(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     if not kwargs.get("features_only"):
         return {}
+    backbone, key = parse_name(variant)
+    return feature_cfg(backbone, mechanism(key).stock_network(backbone, kwargs)[1])
+
+
+def feature_cfg(backbone: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """How timm takes feature maps from a stock network, so that their keys are the same.
+
+    Args:
+        arguments: That it is created with.
+    """
     spec = spec_of(backbone)
     if spec.cifar:
         return {"out_indices": tuple(range(len(spec.layers) + 1)), "flatten_sequential": spec.preact}
     if spec.layers:
         return {}
-    stock: Any = timm.create_model(backbone, features_only=True, device="meta")
+    arguments = {name: value for name, value in arguments.items() if name not in _OF_TIMM}
+    stock: Any = timm.create_model(backbone, features_only=True, device="meta", **arguments)
     cfg = {"out_indices": tuple(stock.feature_info.out_indices), "feature_cls": type(stock)}
     if isinstance(stock, FeatureDictNet | FeatureHookNet):
-        whole = stock_network(backbone, device="meta")
+        arguments.pop("out_indices", None)
+        whole = stock_network(backbone, device="meta", **arguments)
         parts, flat = ({name for name, _ in net.named_children()} for net in (whole, stock))
         return {**cfg, "flatten_sequential": flat != {"body"} and not flat <= parts}
     return cfg if isinstance(stock, FeatureGetterNet) else {**cfg, "feature_cls": feature_maps}

@@ -88,7 +88,7 @@ def frozen(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     backbone = kwargs.pop("backbone", None)
     gates = {name: kwargs.pop(name, ()) for name in ("kept", "multiplied")}
     build: Any = partial(frozen_network, backbone, **gates)
-    if kwargs.get("features_only"):
+    if kwargs.get("features_only") and register_name(str(backbone)):
         kwargs["feature_cfg"] = feature_cfg(str(backbone), kwargs) | kwargs.pop("feature_cfg", {})
     model: Any = build_model_with_cfg(build, "frozen", pretrained, **kwargs)
     if not pretrained:

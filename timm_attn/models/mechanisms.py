@@ -17,7 +17,7 @@ from torch import nn
 
 from ..branches import Branch, copied, runs
 from ..dia_end import DIAEnd, DIARun, NormEnd
-from ..ends import BranchEnd, GatedNorm, GateEnd, map_size, mixed
+from ..ends import BranchEnd, GatedNorm, GateEnd, map_size, mixed, reads_neighbours
 from ..layers import ASR, SEM, SPEM, ConAM, ConstantGate, DIACell
 from ..layers.options import check_choice, check_flag, check_whole
 from ..merging import gates_first
@@ -124,11 +124,10 @@ def on_branches(key: str, layer: Callable[..., nn.Module]) -> Put:
         found = branches_taking_gates(model, images) if constant else branches_with_own_slots(model, images)
         try:
             ends = [(b, key, layer(b.channels, **given, **like(model))) for b in found]
-        except AssertionError as error:  # of some of timm's
+        except (AssertionError, TypeError) as error:  # of some of timm's
             raise ValueError(f"{key} cannot stand at the ends of branches: {error}") from None
         if key not in MECHANISMS:
-            for branch, _, module in ends:
-                _check_map(model, branch, key, module, images)
+            _check_maps(model, ends, images)
         stand(model, ends, GateEnd if constant else BranchEnd)
 
     keyword_only = [p.replace(kind=p.KEYWORD_ONLY) for p in options]
@@ -136,18 +135,27 @@ def on_branches(key: str, layer: Callable[..., nn.Module]) -> Put:
     return put
 
 
-def _check_map(model: nn.Module, branch: Branch, key: str, module: nn.Module, images: Any) -> None:
-    """Refuse a layer of timm's that needs maps of other sizes, which it would say when it runs."""
-    height, width = map_size(branch, branch.pixels - branch.prefix)
-    try:
-        with torch.no_grad():
-            copied(module).to("meta").eval()(torch.empty(1, branch.channels, height, width, device="meta"))
-    except Exception as error:
-        raise ValueError(
-            f"{key} does not take the maps of {type(model).__name__}, {height} × {width} in {branch.block} "
-            f"with images {tuple(images.shape)} ({str(error) or type(error).__name__}): choose another "
-            "mechanism, or attach it with images= of the size that you will use"
-        ) from error
+def _check_maps(model: nn.Module, ends: Sequence[tuple[Branch, str, nn.Module]], images: Any) -> None:
+    """Refuse layers of timm's that need other maps, which they would say when they run, or not at all."""
+    dtype = like(model)["dtype"]
+    for branch, key, module in ends:
+        size = map_size(branch, branch.pixels - branch.prefix)
+        if size is None and reads_neighbours(module):
+            raise ValueError(
+                f"{key} reads neighbouring pixels, and the tokens of {type(model).__name__} are no map in "
+                f"{branch.block}: choose another mechanism"
+            )
+        height, width = size or (branch.pixels - branch.prefix, 1)
+        try:
+            with torch.no_grad():
+                x = torch.empty(1, branch.channels, height, width, device="meta", dtype=dtype)
+                copied(module).to("meta").eval()(x)
+        except Exception as error:
+            raise ValueError(
+                f"{key} does not take the maps of {type(model).__name__}, {height} × {width} in "
+                f"{branch.block} with images {tuple(images.shape)} ({str(error) or type(error).__name__}): "
+                "choose another mechanism, or attach it with images= of the size that you will use"
+            ) from error
 
 
 def _asr(

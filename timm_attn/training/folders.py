@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -89,7 +89,7 @@ def image_splits(root: Path) -> dict[str, list[ImageFile]]:
         return {}
     folders = split_folders(root) or {"train": root}
     found = {split: list(_images(folder)) for split, folder in folders.items()}
-    images = {split: [image for image in some if image] for split, some in found.items()}
+    images = {split: _once(image for image in some if image) for split, some in found.items()}
     labelled = any(image.depth for some in images.values() for image in some)
     if not labelled or any(None in some for some in found.values()):
         return {}
@@ -137,7 +137,8 @@ def _walk(folder: Path) -> Iterator[tuple[str, str, list[str]]]:
     """Each folder below one, links followed: its path, where that leads, and its files."""
     for path, names, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(path)
-        if os.path.islink(path) and real in map(os.path.realpath, Path(path).absolute().parents):
+        below = path != os.fspath(folder)
+        if below and os.path.islink(path) and real in map(os.path.realpath, Path(path).absolute().parents):
             names.clear()  # it leads to a folder above
             continue
         names[:] = sorted(name for name in names if not _hidden(name))
@@ -156,6 +157,14 @@ def _images(folder: Path) -> Iterator[ImageFile | None]:
                 file = os.path.join(path, name)
                 target = os.path.realpath(file) if os.path.islink(file) else os.path.join(real, name)
                 yield ImageFile(file, relative.name, len(relative.parts), target)
+
+
+def _once(images: Iterable[ImageFile]) -> list[ImageFile]:
+    """The images without those that another link of the same class has led to."""
+    known: dict[tuple[str, str], ImageFile] = {}
+    for image in images:
+        known.setdefault((image.real, image.label), image)
+    return list(known.values())
 
 
 def _check_classes(folder: Path, images: list[ImageFile]) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from .validation import model_options, prepared, split_tensors
 REPORT, PICTURE = "freeze.json", "freeze.png"
 #: Images for the means, from the training split.
 MEANS = 4096
+_NAMELESS = "timm has no name for {} without these gates: freeze it in Python, with timm_attn.freeze"
 _AUGMENTATION = ("crop_padding", "hflip", "crop_scale", "aa", "color_jitter", "reprob", "remode")
 
 
@@ -93,9 +95,7 @@ def freeze_trained(
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from None
     if report.frozen and not report.loads:
-        raise UserError(
-            f"timm has no name for {source} without these gates: freeze it in Python, with timm_attn.freeze"
-        )
+        raise UserError(_NAMELESS.format(source))
     if report.frozen:
         out.mkdir(parents=True, exist_ok=True)
         save_model(report.model, out, names)
@@ -154,6 +154,11 @@ def recovery(source: str, recipe: Recipe, steps: int, out: Path, names: list[str
             start = folder / "start"
             start.mkdir(exist_ok=True)
             save_model(network, start, names)
+            try:
+                load_model(str(start))
+            except UserError:
+                shutil.rmtree(folder)
+                raise UserError(_NAMELESS.format(source)) from None
             asked = dataclasses.replace(asked, init=str(start.resolve()))
             train(network.pretrained_cfg["architecture"], asked, run)
         else:

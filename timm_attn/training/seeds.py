@@ -69,14 +69,14 @@ def resume_seeds(out: str | Path, data: str | None = None) -> dict[str, Any]:
     runs = seed_runs(out)
     started = [run for run in runs if is_run(run)]
     like = next(iter(started), None)
-    moved = [about["moved_to"] for about in map(open_run, started) if "moved_to" in about]
+    seen = [run_recipe(run).data for run in started]
     failed: list[str] = []
     for seed, run in zip(asked["seeds"], runs, strict=True):
         with _noted(run, failed):
             if is_run(run):
-                resume(run, data=data or _moved(run_recipe(run).data, moved))
+                resume(run, data=data or _moved(run_recipe(run).data, seen))
             else:
-                place = data or _moved(recipe.data, moved) or recipe.data
+                place = data or _moved(recipe.data, seen) or recipe.data
                 again = dataclasses.replace(recipe, seed=seed, data=place)
                 train(asked["model"], again, run, like=like)
     return _summary_or_failure(out, asked["seeds"], failed)
