@@ -8,14 +8,15 @@ Reads ``<folder>/<network>/seed-<seed>``, as scripts/train_zoo.py writes them, o
 is the plain one. Accuracy is that of the last epoch, on the test split and on images held out of the training
 split, where the recipe held some out. A difference is taken between runs of the same seed, which saw the same
 images in the same order; intervals are Student's t, 95 %, and cover what another seed would change, not what
-another recipe or data set would. Corrected ones are wider, for as many comparisons as there are networks
-beside the plain one (Bonferroni).
+another recipe or data set would. Corrected ones are wider, for as many comparisons as there are networks with
+an interval (Bonferroni).
 ``needed`` is the number of seeds with which half a point would be found four times out of five, at the
 deviation seen here. --cost is a table of scripts/bench_deployed.py, drawn beside the differences.
 """
 
 import argparse
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,16 @@ def compare(folder: Path, baseline: str) -> list[dict[str, Any]]:
     if not plain:
         raise ValueError(f"{first} has no finished run")
     runs = {network.name: top1_by_seed(network) for network in others}
-    comparisons = max(1, sum(bool(found) for found in runs.values()))
+    comparisons = Counter(
+        split
+        for splits in runs.values()
+        for split, found in splits.items()
+        if len(found.keys() & plain.get(split, {}).keys()) >= FEWEST
+    )
     rows = []
     for network, splits in runs.items():
         for split, found in splits.items():
-            told = difference(found, plain.get(split, {}), comparisons)
+            told = difference(found, plain.get(split, {}), max(1, comparisons[split]))
             if told:
                 rows.append({"split": split, "network": network, "baseline": baseline, **told})
     if not rows:
@@ -135,7 +141,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = compare(arguments.folder, arguments.baseline)
     table = Table(
-        *("images", "network", "n", "top-1", "difference", "95 % interval", ""),
+        *("images", "network", "n", "top-1", "difference", "95 % interval", "by itself"),
         *("corrected", "seeds for half a point"),
     )
     for row in rows:

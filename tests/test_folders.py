@@ -148,15 +148,18 @@ def test_a_folder_may_be_reached_by_a_link_in_itself(tmp_path):
     assert len(image_splits(tmp_path / "latest")["train"]) == 2
 
 
-def test_an_image_that_links_lead_to_twice_counts_once(tmp_path):
+def test_a_folder_that_links_lead_to_twice_counts_once(tmp_path):
     place(tmp_path, "train/one/a/1.png", "train/one/b/1.png", "train/two/b/2.png", "test/one/a/1.png")
     (tmp_path / "train" / "two" / "a").symlink_to(tmp_path / "train" / "one" / "a")
-    (tmp_path / "train" / "two" / "b" / "3.png").symlink_to(tmp_path / "train" / "one" / "b" / "1.png")
+    (tmp_path / "train" / "two" / "b" / "3.png").symlink_to(
+        tmp_path / "train" / "one" / "b" / "1.png"
+    )  # on purpose
     images = image_splits(tmp_path)["train"]
     assert [str(Path(image.path).relative_to(tmp_path / "train")) for image in images] == [
         "one/a/1.png",
         "one/b/1.png",
         "two/b/2.png",
+        "two/b/3.png",
     ]
 
 

@@ -83,7 +83,9 @@ def test_seeds_that_were_trained_where_the_data_is_now_say_where_that_is(tmp_pat
     shutil.move(data, tmp_path / "moved")
     resume_seeds(out, data=str(tmp_path / "moved"))
     shutil.rmtree(out / "seed-2")
-    resume_seeds(out)
+    (out / "seed-0" / "recipe.yaml").write_text("no recipe")
+    with pytest.raises(UserError, match="seed-0"):
+        resume_seeds(out)  # the others are resumed all the same
     assert (out / "seed-2" / "model.safetensors").is_file()
 
 

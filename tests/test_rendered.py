@@ -155,8 +155,12 @@ def test_a_card_says_how_far_it_is_from_its_controls():
     assert "is not distinguishable" in judge({"mean": 91.2, "std": 0.2, "n": 4}, plain.over_seeds["top1"])
     # Two comparisons: the interval of each is wider.
     se = checkpoint("resnet20_se.a", "se", 91.19, 0.1, 4)
-    both = dataclasses.replace(dia, controls=["resnet20.a", "resnet20_se.a"])
-    text = card(both, {"resnet20.a": plain, "resnet20_se.a": se})
+    ours = ["resnet20.a", "resnet20_se.a"]
+    fused = checkpoint("resnet20_dia.a_folded", "dia", 91.5, 0.2, 4, folded_from=dia.name, controls=ours)
+    asr = checkpoint("resnet20_asr.a", "asr", 91.3, 0.2, 3, controls=ours)
+    few = checkpoint("resnet20_sem.a", "sem", 91.3, 0.2, 2, controls=ours)
+    others = {c.name: c for c in (plain, se, dataclasses.replace(dia, controls=ours), fused, asr, few)}
+    text = card(others[dia.name], others)
     wider = "95 % interval, corrected for 2 comparisons"
     assert f"+0.50 points ({wider}: +0.17 to +0.83) is distinguishable from 0." in text
     assert f"+0.31 points ({wider}: -0.02 to +0.64) is not distinguishable from 0." in text
@@ -182,13 +186,35 @@ def test_intervals_of_cards_are_scipys():
     assert (difference - ours, difference + ours) == pytest.approx(tuple(theirs), rel=1e-3)
 
 
+def test_a_card_of_what_was_made_in_two_steps_names_what_was_trained():
+    trained = checkpoint("resnet20_dia.a", "dia", 91.5, 0.2, 4)
+    frozen = {
+        "gates": 9,
+        "frozen": 3,
+        "budget": 1.0,
+        "steps": 0,
+        "images": 5,
+        "batch_size": 8,
+        "hardware": "a",
+    }
+    frozen |= {"means": "train", "split": "test"}
+    figures = {"top1": 91.0, "agreement": 99.0, "kl": 0.1, "milliseconds": 1.0}
+    frozen |= {"before": figures, "after": figures}
+    plain = checkpoint("resnet20.a", "resnet", 91.0, 0.1, 4)
+    first = checkpoint("frozen.a1", "dia", 91.0, frozen_from=trained.name, frozen=frozen)
+    second = checkpoint("frozen.a2", "dia", 91.0, frozen_from=first.name, frozen=frozen)
+    linked = {c.name: c for c in link([plain, trained, first, second])}
+    assert linked["frozen.a2"].controls == linked["frozen.a1"].controls == ["resnet20.a"]
+    assert "timm-attn train resnet20_dia --recipe" in card(linked["frozen.a2"], linked)
+
+
 def test_a_card_says_that_its_curves_are_of_other_images_than_its_figures():
     run = checkpoint("resnet20.a", "resnet", 91.0)
     images = {"train": 90, "train, held out": 10, "test": 20}
     assert "The curves" not in card(run, {})
     for split, told in (("test", True), ("train, held out", False)):
         text = card(dataclasses.replace(run, dataset={**run.dataset, "images": images, "split": split}), {})
-        assert ("The curves show 10 images held out of training, not the test split." in text) == told
+        assert ("are of 10 images held out of training, not of the test split." in text) == told
 
 
 def test_a_card_says_which_of_the_seeds_it_is():

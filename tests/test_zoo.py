@@ -207,7 +207,8 @@ def test_every_run_is_a_process_of_its_own(tmp_path):
     assert "runs/resnet20/seed-0" in command and f"--out {tmp_path}" not in command
 
 
-def test_differences_are_scipys_paired_intervals(tmp_path):
+def test_differences_are_scipys_paired_intervals(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     stats = pytest.importorskip("scipy.stats")
     values = {
         "resnet20": [50.0, 51.0, 50.4],
@@ -234,8 +235,12 @@ def test_differences_are_scipys_paired_intervals(tmp_path):
     assert [row["split"] for row in rows] == ["held out", "held out", "test", "test"]
     assert float(twice["difference"]) == pytest.approx(2 * float(better["difference"]), abs=1e-3)
     wanted = stats.ttest_rel(values["resnet20_se"], values["resnet20"]).confidence_interval(0.95)
-    wider = stats.ttest_rel(values["resnet20_se"], values["resnet20"]).confidence_interval(1 - 0.05 / 2)
-    assert float(better["corrected_low"]) == pytest.approx(wider.low, abs=1e-3)  # of two networks
+    assert better["corrected_low"] == better["low"]  # the only network with an interval
+    from paired import difference
+
+    wider = stats.ttest_rel(values["resnet20_se"], values["resnet20"]).confidence_interval(1 - 0.05 / 7)
+    told = difference(*(dict(enumerate(values[name])) for name in ("resnet20_se", "resnet20")), 7)
+    assert (told["corrected_low"], told["corrected_high"]) == pytest.approx((wider.low, wider.high))
     assert float(better["low"]) == pytest.approx(wanted.low, abs=1e-3)
     assert float(better["high"]) == pytest.approx(wanted.high, abs=1e-3)
     assert (better["network"], better["verdict"], better["n"]) == ("resnet20_se", "above", "3")

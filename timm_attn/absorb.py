@@ -151,7 +151,8 @@ def named_network(
     backbone, paths = cfg["architecture"], list(gate_modules(original))
     numbers, multiplied = [*range(len(paths))], []
     if backbone == "frozen":  # some of its backbone's gates are gone already
-        backbone, numbers, multiplied = (arguments.pop(key) for key in ("backbone", "kept", "multiplied"))
+        backbone = arguments.pop("backbone", None)
+        numbers, multiplied = (arguments.pop(key, ()) for key in ("kept", "multiplied"))
     if len(numbers) != len(paths):  # of a network that was changed since it was made
         return None
     numbered = dict(zip(paths, sorted(numbers), strict=True))

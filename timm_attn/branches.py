@@ -243,6 +243,7 @@ class _Observer:
     """Collects branches during a forward pass, by block and slot.
 
     Args:
+        model: The network.
         names: Names of the leaves, by their ``id``.
         size: Height and width of the images.
     """
@@ -333,7 +334,7 @@ def _tokens(
             return count if count < tokens else 0, None
         if hasattr(network, "unroll"):  # Hiera's tokens follow one another by window, not by row
             return 0, None
-    for prefix in (0, 1):  # there may be a class token that the network does not count
+    for prefix in (0, 1, 2):  # there may be class tokens that the network does not count
         grid = _grid(tokens - prefix, size)
         if grid:
             return prefix, grid
@@ -350,6 +351,8 @@ def _own_grid(patch_embed: Any, size: Sequence[int]) -> tuple[int, int] | None:
 
 def _grid(patches: int, size: Sequence[int]) -> tuple[int, int] | None:
     """The grid of so many square patches of an image, if there is one; patches of a square may overlap."""
+    if patches < 1:
+        return None
     for side in range(1, min(size) + 1):
         for rounded in (math.floor, math.ceil):
             height, width = (rounded(length / side) for length in size)

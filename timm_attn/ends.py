@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import BatNonLocalAttn, GatherExcite
+from timm.layers.bottleneck_attn import BottleneckAttn
 from timm.layers.coord_attn import CoordAttn, EfficientLocalAttn, SimpleCoordAttn
+from timm.layers.halo_attn import HaloAttn
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -15,6 +18,9 @@ from .branches import Branch
 from .compare import double, unwrapped
 from .layers import ConstantGate
 from .layers.eager import eager
+
+#: Attention of timm's without such convolutions that reads neighbours, or rows of a map.
+_ON_MAPS = (CoordAttn, SimpleCoordAttn, EfficientLocalAttn, BottleneckAttn, HaloAttn, BatNonLocalAttn)
 
 
 class BranchEnd(nn.Module):
@@ -97,9 +103,11 @@ class BranchEnd(nn.Module):
         others, patches = x[:, : self.branch.prefix], x[:, self.branch.prefix :]
         size = map_size(self.branch, patches.shape[1])
         if size is None and reads_neighbours(module):
+            grid = self.branch.grid
+            attached = f" (it was attached for {grid[0]} × {grid[1]})" if grid else ""
             raise ValueError(
                 f"{type(module).__name__} reads neighbouring patches, and how {patches.shape[1]} of them lie "
-                f"is not known (it was attached for {self.branch.grid}): attach it with images= of this size"
+                f"is not known{attached}: name this size with img_size= of the network, or with images="
             )
         size = size or (patches.shape[1], 1)
         patches = module(patches.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)
@@ -109,7 +117,7 @@ class BranchEnd(nn.Module):
 def map_size(branch: Branch, pixels: int) -> tuple[int, int] | None:
     """H and W of a map of so many pixels, or patches, at the end of a branch; None if that is not known.
 
-    It is the grid that it was when the branch was found, or one of the same shape.
+    If it can be, it is taken for the grid that it was when the branch was found, or for one of that shape.
     """
     if branch.grid is None or math.prod(branch.grid) == pixels:
         return branch.grid
@@ -125,7 +133,7 @@ def reads_neighbours(module: nn.Module) -> bool:
     convolutions = (m for m in layers if isinstance(m, nn.Conv2d | nn.Conv3d))
     if any(max(convolution.kernel_size) > 1 for convolution in convolutions):
         return True
-    return any(isinstance(m, CoordAttn | SimpleCoordAttn | EfficientLocalAttn) for m in layers)
+    return any(isinstance(m, _ON_MAPS) or (isinstance(m, GatherExcite) and m.extent > 0) for m in layers)
 
 
 class GateEnd(BranchEnd):

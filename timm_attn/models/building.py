@@ -192,7 +192,7 @@ def checkpoint_filter(state_dict: dict[str, Tensor], model: Any) -> dict[str, Te
     return state_dict
 
 
-#: Arguments of ``timm.create_model`` that are none of a network.
+#: Arguments that timm takes beside those of a network.
 _OF_TIMM = {
     *inspect.signature(build_model_with_cfg).parameters,
     "features_only",

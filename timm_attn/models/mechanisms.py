@@ -124,8 +124,10 @@ def on_branches(key: str, layer: Callable[..., nn.Module]) -> Put:
         found = branches_taking_gates(model, images) if constant else branches_with_own_slots(model, images)
         try:
             ends = [(b, key, layer(b.channels, **given, **like(model))) for b in found]
-        except (AssertionError, TypeError) as error:  # of some of timm's
-            raise ValueError(f"{key} cannot stand at the ends of branches: {error}") from None
+        except (AssertionError, TypeError) as error:
+            if key in MECHANISMS:
+                raise
+            raise ValueError(f"{key} cannot be made for the ends of branches: {error}") from None
         if key not in MECHANISMS:
             _check_maps(model, ends, images)
         stand(model, ends, GateEnd if constant else BranchEnd)

@@ -75,6 +75,8 @@ Weights: {license}. Images of {dataset}: {dataset_license}.
 """
 RUNTIMES = {"model.onnx": "ONNX runtimes", "model.pt2": "`torch.export.load`"}
 SETTINGS = ("opt", "lr", "momentum", "weight_decay", "batch_size", "sched", "warmup_epochs", "smoothing")
+#: Runs of a network with fewer of which it is not compared.
+FEWEST = 3
 _LICENSES = {
     "unknown": "no stated licence",
     "imagenet": "those of ImageNet, for non-commercial research and education only",
@@ -121,9 +123,9 @@ def card(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], owner: str | 
         measured=_measured(checkpoint, others),
         spread=_spread(checkpoint),
         claim=_claim(checkpoint, others, paper),
-        data_note="".join(f"\n\n{note}" for note in [NOTES.get(dataset["id"])] if note),
+        data_note=f"\n\n{NOTES[dataset['id']]}" if dataset["id"] in NOTES else "",
         picture=_picture(checkpoint),
-        trained=(checkpoint.derived_from or checkpoint.name).split(".")[0],
+        trained=checkpoint.as_trained(others).name.split(".")[0],
         start=f"`{recipe['init']}`" if recipe.get("init") else "random weights",
         settings=_settings(recipe),
         epochs=recipe["epochs"],
@@ -261,7 +263,7 @@ def _measured(checkpoint: Checkpoint, others: Mapping[str, Checkpoint]) -> str:
     for row in rows:
         what = {
             checkpoint.name: "**this model**",
-            checkpoint.derived_from: "as trained",
+            checkpoint.derived_from: "made from",
             checkpoint.folded: "folded",
         }.get(row.name, "baseline, same recipe")
         metrics = row.metrics
@@ -302,13 +304,14 @@ def _spread(checkpoint: Checkpoint) -> str:
 def _picture(checkpoint: Checkpoint) -> str:
     if checkpoint.frozen_from:
         return "![accuracy lost against time as gates are frozen one by one](freeze.png)"
-    images = checkpoint.dataset["images"]
-    held_out = next((split for split in images if split.endswith(HELD_OUT)), checkpoint.dataset["split"])
     curves = "![loss, accuracy and learning rate by epoch](curves.png)"
-    if held_out == checkpoint.dataset["split"]:
+    images, split = checkpoint.dataset["images"], checkpoint.dataset["split"]
+    held_out = next((name for name in images if name.endswith(HELD_OUT)), None)
+    if held_out in (None, split):
         return curves
     return (
-        f"{curves}\n\nThe curves show {images[held_out]:,} images held out of training, not the test split."
+        f"{curves}\n\nThe curves of the evaluation are of {images[held_out]:,} images held out of training, "
+        f"not of the {split} split."
     )
 
 
@@ -325,11 +328,18 @@ def _claim(checkpoint: Checkpoint, others: Mapping[str, Checkpoint], paper: Pape
         lines.append(
             f"Here, with the same recipe: {_mean(measured)} % (n = {measured['n']}) against "
             f"{_mean(control)} % (n = {control['n']}) for `{name}`. "
-            f"{judge(measured, control, len(controls))}"
+            f"{judge(measured, control, _comparisons(name, checkpoint, others))}"
         )
     if len(lines) < 2 and not checkpoint.controls and not checkpoint.is_control:
         lines.append("No baseline was trained with the same recipe, so the claim is not tested here.")
     return "\n\n".join(lines)
+
+
+def _comparisons(control: str, checkpoint: Checkpoint, others: Mapping[str, Checkpoint]) -> int:
+    """How many trained networks have enough runs to be compared with a control."""
+    trained = {c.name: c for c in (c.as_trained(others) for c in (checkpoint, *others.values()))}
+    compared = (c.over_seeds.get("top1") for c in trained.values() if control in c.controls)
+    return sum(bool(top1) and top1["n"] >= FEWEST for top1 in compared)
 
 
 def _frozen(checkpoint: Checkpoint) -> str:
@@ -379,7 +389,7 @@ def judge(a: dict[str, Any], b: dict[str, Any], comparisons: int = 1) -> str:
     """
     difference = a["mean"] - b["mean"]
     said = f"The difference of {difference:+.2f} points"
-    if min(a["n"], b["n"]) < 3:
+    if min(a["n"], b["n"]) < FEWEST:
         return f"{said} may be noise, with so few runs."
     half = half_width(a, b, comparisons)
     verdict = "is distinguishable from 0" if abs(difference) > half else "is not distinguishable from 0"

@@ -18,9 +18,9 @@ LICENSES = {
 NOTES = {
     "Tiny-ImageNet-200 at 32 pixels": (
         "A third party resized the images, those of the test split with a sharper filter than those of the "
-        "training split. Accuracy on the test split is therefore lower than on images held out of training, "
-        "and differences between networks are not the same. "
-        "[Results](https://github.com/timm-attn/timm_attn/blob/main/docs/results.md) has both, of more seeds."
+        "training split. Accuracy is lower there than on images held out of training, and differences "
+        "between networks are not the same: "
+        "[results](https://github.com/timm-attn/timm_attn/blob/main/docs/results.md) has both."
     ),
 }
 

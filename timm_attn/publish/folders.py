@@ -126,7 +126,7 @@ def link(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     by_name = {c.name: c for c in checkpoints}
 
     def key(checkpoint: Checkpoint) -> tuple[Any, ...]:
-        trained = by_name.get(checkpoint.derived_from or "", checkpoint)
+        trained = checkpoint.as_trained(by_name)
         backbone = (
             parse_name(trained.architecture)[0]
             if trained.architecture in model_names()

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -89,7 +89,7 @@ def image_splits(root: Path) -> dict[str, list[ImageFile]]:
         return {}
     folders = split_folders(root) or {"train": root}
     found = {split: list(_images(folder)) for split, folder in folders.items()}
-    images = {split: _once(image for image in some if image) for split, some in found.items()}
+    images = {split: [image for image in some if image] for split, some in found.items()}
     labelled = any(image.depth for some in images.values() for image in some)
     if not labelled or any(None in some for some in found.values()):
         return {}
@@ -147,8 +147,11 @@ def _walk(folder: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 def _images(folder: Path) -> Iterator[ImageFile | None]:
     """Images below a folder; None for a file that says more than folders do."""
+    known: dict[tuple[str, str], str] = {}
     for path, real, files in _walk(folder):
         relative = Path(path).relative_to(folder)
+        if known.setdefault((real, relative.name), path) != path:
+            continue  # another link has led here, to the same class
         for name in files:
             kind = _kind(name)
             if kind == "table":
@@ -157,14 +160,6 @@ def _images(folder: Path) -> Iterator[ImageFile | None]:
                 file = os.path.join(path, name)
                 target = os.path.realpath(file) if os.path.islink(file) else os.path.join(real, name)
                 yield ImageFile(file, relative.name, len(relative.parts), target)
-
-
-def _once(images: Iterable[ImageFile]) -> list[ImageFile]:
-    """The images without those that another link of the same class has led to."""
-    known: dict[tuple[str, str], ImageFile] = {}
-    for image in images:
-        known.setdefault((image.real, image.label), image)
-    return list(known.values())
 
 
 def _check_classes(folder: Path, images: list[ImageFile]) -> None:

@@ -1,5 +1,6 @@
 """Freezing gates with the data and the trainer of the command line."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,6 +19,7 @@ from ..load import is_run, load_model
 from ..passes import Figures
 from ..search import Recover
 from ..style import new_figure, style, write_png
+from ..weights import WeightsError
 from .data import NoSplit, load_split
 from .labels import match_classes
 from .loop import resume, train
@@ -156,9 +158,11 @@ def recovery(source: str, recipe: Recipe, steps: int, out: Path, names: list[str
             save_model(network, start, names)
             try:
                 load_model(str(start))
-            except UserError:
+            except (UserError, WeightsError) as error:
                 shutil.rmtree(folder)
-                raise UserError(_NAMELESS.format(source)) from None
+                with contextlib.suppress(OSError):  # there are other runs in it
+                    out.rmdir()
+                raise UserError(f"{_NAMELESS.format(source)} ({error})") from None
             asked = dataclasses.replace(asked, init=str(start.resolve()))
             train(network.pretrained_cfg["architecture"], asked, run)
         else:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def resume_seeds(out: str | Path, data: str | None = None) -> dict[str, Any]:
     runs = seed_runs(out)
     started = [run for run in runs if is_run(run)]
     like = next(iter(started), None)
-    seen = [run_recipe(run).data for run in started]
+    seen = list(_places(started))
     failed: list[str] = []
     for seed, run in zip(asked["seeds"], runs, strict=True):
         with _noted(run, failed):
@@ -82,10 +82,18 @@ def resume_seeds(out: str | Path, data: str | None = None) -> dict[str, Any]:
     return _summary_or_failure(out, asked["seeds"], failed)
 
 
+def _places(runs: Sequence[Path]) -> Iterator[str]:
+    """Where runs have found their data."""
+    for run in runs:
+        with suppress(UserError):  # who resumes the run is told
+            yield run_recipe(run).data
+
+
 def _moved(data: str, places: Sequence[str]) -> str | None:
     """Where data has gone that is no folder any more, of the places where runs have found it; or None."""
     there = [place for place in places if Path(place).is_dir()]
-    return there[-1] if there and not Path(data).is_dir() else None
+    gone = Path(data).is_absolute() and not Path(data).is_dir()  # not so a name on the Hub
+    return there[-1] if there and gone else None
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """One checkpoint: what the index says of it, and its files."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,17 @@ class Checkpoint:
     def derived_from(self) -> str | None:
         """Name of the trained checkpoint that it is another form of, or None."""
         return self.folded_from or self.frozen_from
+
+    def as_trained(self, others: Mapping[str, "Checkpoint"]) -> "Checkpoint":
+        """The one that this was folded or frozen from, in one step or several; itself if it was trained.
+
+        Args:
+            others: By name.
+        """
+        found = self
+        for _ in others:  # an index may be wrong, and lead round in a circle
+            found = others.get(found.derived_from or "", found)
+        return found
 
     @property
     def source(self) -> dict[str, str]:
