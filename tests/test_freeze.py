@@ -332,13 +332,15 @@ def test_what_is_left_is_built_by_name(name, tmp_path):
         assert result is None or result.stdout.strip() == "10", result.stderr
 
 
-@pytest.mark.parametrize("name", ["resnet20_se", "resnet20_dia", "ese_vovnet39b"])
-def test_a_frozen_network_is_frozen_further(name, tmp_path):
-    """Also where a constant of the first time is a multiplication, and the second takes the rest."""
+@pytest.mark.parametrize("absorbed", [True, False])
+@pytest.mark.parametrize("name", ["resnet20_se", "resnet20_dia", "mobilenetv3_small_050"])
+def test_a_frozen_network_is_frozen_further(name, absorbed, tmp_path, monkeypatch):
+    if not absorbed:
+        monkeypatch.setattr("timm_attn.absorb._plan", lambda *arguments: {})
     model = lively(
-        timm.create_model(name, num_classes=10, **({} if "vov" in name else {"channels": [4, 8, 8]}))
+        timm.create_model(name, num_classes=10, **({} if "mobile" in name else {"channels": [4, 8, 8]}))
     )
-    x, names = coloured(340, 32 if "vov" in name else 8), [str(i) for i in range(10)]
+    x, names = coloured(340, 32 if "mobile" in name else 8), [str(i) for i in range(10)]
     paths = [gate.path for gate in find_gates(model, x[:4])[0]]
     network = model
     few = paths[1::3] if "dia" not in name else paths[:4]
