@@ -127,7 +127,7 @@ def on_branches(key: str, layer: Callable[..., nn.Module]) -> Put:
         except (AssertionError, TypeError) as error:
             if key in MECHANISMS:
                 raise
-            raise ValueError(f"{key} cannot be made for the ends of branches: {error}") from None
+            raise ValueError(f"{key} cannot stand at the ends of branches: {error}") from None
         if key not in MECHANISMS:
             _check_maps(model, ends, images)
         stand(model, ends, GateEnd if constant else BranchEnd)
