@@ -4,7 +4,6 @@ python scripts/bench_layer_scale.py hub/results/layer_scale.csv
 """
 
 import argparse
-import csv
 import itertools
 import os
 import statistics
@@ -17,6 +16,7 @@ import torch
 
 import timm_attn
 from timm_attn.branches import example_input
+from timm_attn.files import write_csv
 from timm_attn.training.run import hardware
 
 FIELDS = (
@@ -59,10 +59,7 @@ def main() -> None:
         row = (name, precision, BATCH, ROUNDS, *figures, hardware())
         rows.append(dict(zip(FIELDS, row, strict=True)))
         print(rows[-1], flush=True)
-    with arguments.out.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(arguments.out, rows)
 
 
 if __name__ == "__main__":

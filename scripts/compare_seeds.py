@@ -83,7 +83,7 @@ def compare(folder: Path, baseline: str) -> list[dict[str, Any]]:
     rows = []
     for network, splits in runs.items():
         for split, found in splits.items():
-            told = difference(found, plain.get(split, {}), max(1, comparisons[split]))
+            told = difference(found, plain.get(split, {}), comparisons[split])
             if told:
                 rows.append({"split": split, "network": network, "baseline": baseline, **told})
     if not rows:

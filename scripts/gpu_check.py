@@ -3,13 +3,12 @@
     python scripts/gpu_check.py --out hub/results/gpu_check.json
     python scripts/gpu_check.py --device cpu --small --out /tmp/check.json    # what of it a CPU can do
 
-Out of memory; CUDA graphs; fp16 with a scaler; the pinned loader; exact resume after SIGKILL; SyncBatchNorm;
-from training to the exported network by the command line;
-fold, graft, freeze and channels last; outputs and gradients of every mechanism on four families in each
-precision; compilation. Every check is one entry: passed or not, only measured, or why it was left out, with
-what was measured and its bound. It begins no check after --seconds and ends at most 90 seconds later; run the
-same command until nothing is left. Checks that the file has already are not run again, but for those that
-failed, which come last.
+Out of memory; CUDA graphs; fp16 with a scaler; the pinned loader; exact resume after SIGKILL; from training
+to the exported network by the command line; SyncBatchNorm; fold, graft, freeze and channels last; outputs and
+gradients of every mechanism on four families in each precision; compilation. Every check is one entry: passed
+or not, only measured, or why it was left out, with what was measured and its bound. It begins no check after
+--seconds and ends at most 90 seconds later; run the same command until nothing is left. Checks that the file
+has already are not run again, but for those that failed, which come last.
 """
 
 import argparse

@@ -6,10 +6,10 @@ from typing import Any
 
 from scipy.stats import t as student
 
+from timm_attn.publish.card import FEWEST
+
 #: Points of top-1 that a reader would care about.
 WORTH = 0.5
-#: Fewer values have no interval: two are alike by chance too often for their deviation to mean anything.
-FEWEST = 3
 
 
 def interval(values: list[float], comparisons: int = 1) -> float:

@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 import timm_attn
 from timm_attn.branches import branches, example_input
 from timm_attn.compare import BOUNDS, relative_difference
-from timm_attn.ends import reads_neighbours
+from timm_attn.tokens import reads_neighbours
 
 SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (2, 1), "num_heads": (2, 2)}
 #: Their first maps are as wide and as high as they have channels.

@@ -4,7 +4,6 @@ timm's blocks end a residual branch in a slot for stochastic depth, ``drop_path`
 what leaves it is added to the shortcut next. The slot owns no parameters.
 """
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .affine import Readers, consumers, scaling_parameters
 from .compare import Inputs, call
+from .tokens import grid_of_tokens
 
 _SLOT = re.compile(r"(?:(\w+)_)?drop_path(\d*)")
 #: Attention that ends a branch, in timm's ResNets and ByobNets. It does not let a scale of its input through.
@@ -278,7 +278,7 @@ class _Observer:
         if len(leaves) == 1:
             _, scaled = scaling_parameters(x, self.names, self.readers, leaves[0])
         if x.dim() == 3:
-            tokens = _tokens(self.model, path, x.shape[1], self.size)
+            tokens = grid_of_tokens(self.model, path, x.shape[1], self.size)
         else:
             height, width = x.shape[2:] if axis == 1 else x.shape[1:3]
             tokens = 0, (height, width)
@@ -309,57 +309,6 @@ def _within(prefix: str, names: list[str]) -> tuple[str, ...]:
     """Names from a block; none if one of them is outside."""
     within = all(name.startswith(prefix) for name in names)
     return tuple(sorted(name.removeprefix(prefix) for name in names)) if within else ()
-
-
-def _tokens(
-    model: nn.Module, path: str, tokens: int, size: Sequence[int]
-) -> tuple[int, tuple[int, int] | None]:
-    """Number of tokens that are no patches, and the grid of the others if it is known.
-
-    As the innermost network around a block says, which is called with images of this height and width. Some
-    networks let the class token in only at the end.
-    """
-    parts = path.split(".")
-    for end in range(len(parts), -1, -1):
-        network: Any = model.get_submodule(".".join(parts[:end]))
-        count = getattr(network, "num_prefix_tokens", None)
-        if isinstance(count, int):
-            grid = _own_grid(getattr(network, "patch_embed", None), size)
-            if grid and tokens - math.prod(grid) in (0, count):
-                return tokens - math.prod(grid), grid
-            for prefix in dict.fromkeys((count, 0)):
-                grid = _grid(tokens - prefix, size)
-                if grid:
-                    return prefix, grid
-            return count if count < tokens else 0, None
-        if hasattr(network, "unroll"):  # Hiera's tokens follow one another by window, not by row
-            return 0, None
-    for prefix in (0, 1, 2):  # there may be class tokens that the network does not count
-        grid = _grid(tokens - prefix, size)
-        if grid:
-            return prefix, grid
-    return 0, None
-
-
-def _own_grid(patch_embed: Any, size: Sequence[int]) -> tuple[int, int] | None:
-    """The grid of patches by a network's own account."""
-    if hasattr(patch_embed, "dynamic_feat_size") and not getattr(patch_embed, "strict_img_size", True):
-        return patch_embed.dynamic_feat_size(tuple(size))
-    grid = getattr(patch_embed, "grid_size", None)
-    return tuple(grid) if grid else None
-
-
-def _grid(patches: int, size: Sequence[int]) -> tuple[int, int] | None:
-    """The grid of so many square patches of an image, if there is one; patches of a square may overlap."""
-    if patches < 1:
-        return None
-    for side in range(1, min(size) + 1):
-        for rounded in (math.floor, math.ceil):
-            height, width = (rounded(length / side) for length in size)
-            if height * width == patches:
-                return height, width
-    side = math.isqrt(patches)
-    return (side, side) if size[0] == size[1] and side * side == patches else None
 
 
 def first_parameter(model: nn.Module) -> Tensor:

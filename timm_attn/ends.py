@@ -1,16 +1,11 @@
 """What stands at the end of a residual branch, or in place of a norm layer, without touching their keys."""
 
-import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatNonLocalAttn, GatherExcite
-from timm.layers.bottleneck_attn import BottleneckAttn
-from timm.layers.coord_attn import CoordAttn, EfficientLocalAttn, SimpleCoordAttn
-from timm.layers.halo_attn import HaloAttn
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -18,9 +13,7 @@ from .branches import Branch
 from .compare import double, unwrapped
 from .layers import ConstantGate
 from .layers.eager import eager
-
-#: Attention of timm's without such convolutions that reads neighbours, or rows of a map.
-_ON_MAPS = (CoordAttn, SimpleCoordAttn, EfficientLocalAttn, BottleneckAttn, HaloAttn, BatNonLocalAttn)
+from .tokens import map_size, reads_neighbours
 
 
 class BranchEnd(nn.Module):
@@ -101,7 +94,7 @@ class BranchEnd(nn.Module):
         if x.dim() == 4:
             return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         others, patches = x[:, : self.branch.prefix], x[:, self.branch.prefix :]
-        size = map_size(self.branch, patches.shape[1])
+        size = map_size(self.branch.grid, patches.shape[1])
         if size is None and reads_neighbours(module):
             grid = self.branch.grid
             attached = f" (it was attached for {grid[0]} × {grid[1]})" if grid else ""
@@ -112,28 +105,6 @@ class BranchEnd(nn.Module):
         size = size or (patches.shape[1], 1)
         patches = module(patches.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)
         return torch.cat([others, patches], 1) if others.shape[1] else patches
-
-
-def map_size(branch: Branch, pixels: int) -> tuple[int, int] | None:
-    """H and W of a map of so many pixels, or patches, at the end of a branch; None if that is not known.
-
-    If it can be, it is taken for the grid that it was when the branch was found, or for one of that shape.
-    """
-    if branch.grid is None or math.prod(branch.grid) == pixels:
-        return branch.grid
-    height, width = branch.grid
-    rows = math.isqrt(pixels * height // width)
-    columns = pixels // max(rows, 1)
-    return (rows, columns) if rows * columns == pixels and rows * width == columns * height else None
-
-
-def reads_neighbours(module: nn.Module) -> bool:
-    """Whether a layer on maps looks at neighbouring pixels or at rows, and not at each pixel or at all."""
-    layers = [*module.modules()]
-    convolutions = (m for m in layers if isinstance(m, nn.Conv2d | nn.Conv3d))
-    if any(max(convolution.kernel_size) > 1 for convolution in convolutions):
-        return True
-    return any(isinstance(m, _ON_MAPS) or (isinstance(m, GatherExcite) and m.extent > 0) for m in layers)
 
 
 class GateEnd(BranchEnd):

@@ -17,11 +17,12 @@ from torch import nn
 
 from ..branches import Branch, copied, runs
 from ..dia_end import DIAEnd, DIARun, NormEnd
-from ..ends import BranchEnd, GatedNorm, GateEnd, map_size, mixed, reads_neighbours
+from ..ends import BranchEnd, GatedNorm, GateEnd, mixed
 from ..layers import ASR, SEM, SPEM, ConAM, ConstantGate, DIACell
 from ..layers.options import check_choice, check_flag, check_whole
 from ..merging import gates_first
 from ..papers import PAPERS, Paper, paper_of
+from ..tokens import map_size, reads_neighbours
 from .backbones import Backbone, network_arguments, paper_se, spec_of, takes_attention
 from .cifar import CifarResNetV2
 from .placing import (
@@ -140,8 +141,13 @@ def on_branches(key: str, layer: Callable[..., nn.Module]) -> Put:
 def _check_maps(model: nn.Module, ends: Sequence[tuple[Branch, str, nn.Module]], images: Any) -> None:
     """Refuse layers of timm's that need other maps, which they would say when they run, or not at all."""
     dtype = like(model)["dtype"]
+    tried = set()
     for branch, key, module in ends:
-        size = map_size(branch, branch.pixels - branch.prefix)
+        size = map_size(branch.grid, branch.pixels - branch.prefix)
+        kind = branch.channels, branch.pixels - branch.prefix, size
+        if kind in tried:
+            continue
+        tried.add(kind)
         if size is None and reads_neighbours(module):
             raise ValueError(
                 f"{key} reads neighbouring pixels, and the tokens of {type(model).__name__} are no map in "

@@ -75,7 +75,7 @@ Weights: {license}. Images of {dataset}: {dataset_license}.
 """
 RUNTIMES = {"model.onnx": "ONNX runtimes", "model.pt2": "`torch.export.load`"}
 SETTINGS = ("opt", "lr", "momentum", "weight_decay", "batch_size", "sched", "warmup_epochs", "smoothing")
-#: Runs of a network with fewer of which it is not compared.
+#: Fewer runs have no interval: two are alike by chance too often for their deviation to mean anything.
 FEWEST = 3
 _LICENSES = {
     "unknown": "no stated licence",

@@ -92,7 +92,10 @@ class Checkpoint:
         """
         found = self
         for _ in others:  # an index may be wrong, and lead round in a circle
-            found = others.get(found.derived_from or "", found)
+            source = others.get(found.derived_from or "")
+            if source is None:
+                break
+            found = source
         return found
 
     @property
